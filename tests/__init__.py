@@ -1,0 +1,1 @@
+"""Tests of Shardbook: one package, so that spawned processes find its helpers by name."""

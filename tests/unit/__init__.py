@@ -1,0 +1,1 @@
+"""Rules and codecs by plain calls: no process, no database, no network."""
