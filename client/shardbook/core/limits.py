@@ -1,0 +1,51 @@
+"""Every limit of the formats and calls, in one place.
+
+A request or file beyond a limit is refused with an error that names the limit; nothing is cut off silently.
+"""
+
+from __future__ import annotations
+
+#: Largest value of any count, offset, size, step or number: what int64 holds.
+INT64_MAX = 2**63 - 1
+#: Most dimensions of a tensor (torch's own limit).
+MAX_NDIM = 64
+#: Most ranks of one save.
+MAX_WORLD_SIZE = 1 << 20
+#: Most entries (tensors and bytes entries) in one rank's table.
+MAX_ENTRIES = 1 << 20
+#: Most items in one rank's plan.
+MAX_ITEMS = 1 << 22
+#: Most cells (items times dimensions) of one rank's plan.
+MAX_CELLS = 1 << 24
+#: Most bytes that one compressed payload may inflate to.
+MAX_INFLATED_BYTES = 256 << 20
+#: Most bytes of one blob as sent.
+MAX_BLOB_BYTES = 12 << 20
+#: Most bytes of one registration's extents as sent.
+MAX_EXTENTS_BYTES = 4 << 20
+#: Most bytes of a file name below an attempt's prefix, in UTF-8.
+MAX_FILE_NAME_BYTES = 4096
+#: Longest transform descriptor, and most distinct descriptor lists of one rank.
+MAX_TRANSFORM_LISTS = 1 << 12
+#: Most ranks whose extents share one stored segment.
+SEGMENT_RANKS = 256
+#: Longest project, run or part name.
+MAX_NAME_CHARS = 128
+#: Longest location or prefix, in UTF-8 bytes.
+MAX_LOCATION_BYTES = 4096
+#: Longest host, user, job id.
+MAX_LABEL_CHARS = 256
+#: Longest failure reason that a rank may report.
+MAX_REASON_CHARS = 2000
+#: Most warnings kept on a checkpoint, and most field violations of one error.
+MAX_WARNINGS = 50
+MAX_VIOLATIONS = 50
+#: Most missing ranks named in one answer.
+MAX_NAMED_RANKS = 50
+#: Longest wait inside one call, seconds.
+MAX_WAIT_S = 20.0
+#: Page sizes of listings.
+DEFAULT_PAGE_SIZE = 50
+MAX_PAGE_SIZE = 1000
+#: Most registrations in one RecordCheckpoint call.
+MAX_RECORD_REGISTRATIONS = 4096
