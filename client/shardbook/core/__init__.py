@@ -1,1 +1,4 @@
-"""Code that both sides of the wire share: geometry, codecs, digests, assembly. numpy and zstandard only, no I/O, no torch."""
+"""Code that both sides of the wire share: geometry, codecs, digests, assembly.
+
+May import numpy, zstandard and ``shardbook.errors``. No I/O, no torch, no gRPC.
+"""

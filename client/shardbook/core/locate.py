@@ -1,0 +1,149 @@
+"""Where every chunk of a checkpoint lies: the structure's expectations joined with the ranks' extents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.columns import BoolArray, Int64Array
+from shardbook.core.extents import HINT_POSITION, Extents, decode_extents, decode_volatile, volatile_entry_count
+from shardbook.core.table import EntryKind
+from shardbook.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """Extents and volatile properties of a checkpoint's chunks and entries.
+
+    Attributes:
+        start: (N,) first byte in the file.
+        length: (N,) bytes.
+        transforms: Distinct lists of transform descriptors.
+        transform_index: (N,) 0 for no transforms, else 1 + index into ``transforms``.
+        hints: (N,) see ``shardbook.core.extents.HINT_POSITION``.
+        attributes: (N,) bits, see ``shardbook.core.extents``.
+        requires_grad: (T,) of the rank that owns the entry's first chunk.
+        pin_memory: (T,) likewise.
+    """
+
+    start: Int64Array
+    length: Int64Array
+    transforms: tuple[tuple[str, ...], ...]
+    transform_index: Int64Array
+    hints: Int64Array
+    attributes: Int64Array
+    requires_grad: BoolArray
+    pin_memory: BoolArray
+
+
+def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, bytes]]) -> Located:
+    """Joins ``structure`` with the ranks' (extents, volatile) payloads, in rank order.
+
+    Raises:
+        InvalidArgumentError: A payload is damaged, or does not fit the structure.
+    """
+    if len(structure.owner) and int(structure.owner.max()) >= len(registrations):
+        raise InvalidArgumentError("a chunk belongs to a rank without extents", field="registrations")
+    decoded: dict[bytes, int] = {}
+    index = np.fromiter(
+        (decoded.setdefault(extents, len(decoded)) for extents, _ in registrations), np.int64, len(registrations)
+    )
+    distinct = [decode_extents(payload) for payload in decoded]
+    which = index[structure.owner]
+    start, length = _follow(structure, distinct, which)
+    _override(structure, distinct, which, start, length)
+    transforms, transform_index = _transforms(structure, distinct, which)
+    hints = _gather(structure, [extents.hints for extents in distinct], which, HINT_POSITION)
+    attributes = _gather(structure, [extents.attributes for extents in distinct], which, 0)
+    requires_grad, pin_memory = _volatile(structure, [volatile for _, volatile in registrations])
+    return Located(start, length, transforms, transform_index, hints, attributes, requires_grad, pin_memory)
+
+
+def _follow(
+    structure: CheckpointStructure, distinct: Sequence[Extents], which: Int64Array
+) -> tuple[Int64Array, Int64Array]:
+    """Starts and lengths of items that follow each other from the front of their file."""
+    sums = [np.concatenate([[0], np.cumsum(extents.variable_lengths)]) for extents in distinct]
+    room = np.array([len(one) for one in sums], dtype=np.int64)
+    explicit = np.array([extents.lengths is not None for extents in distinct], dtype=np.bool_)[which]
+    variable = np.repeat(structure.kinds == EntryKind.BYTES, structure.chunk_counts) & ~explicit
+    low = np.where(explicit, 0, structure.var_lo)
+    high = np.where(explicit, 0, structure.var_hi)
+    if ((high + variable) >= room[which]).any() or (low < 0).any() or (high < low).any():
+        raise InvalidArgumentError("a rank has too few variable lengths", reason="EXTENTS_MISMATCH", field="extents")
+    flat = np.concatenate([np.zeros(0, np.int64), *sums]).astype(np.int64)
+    at = np.concatenate([[0], np.cumsum(room)]).astype(np.int64)[:-1][which] if len(which) else which
+    start = structure.base + flat[at + high] - flat[at + low]
+    length = np.where(variable, flat[at + high + variable] - flat[at + high], structure.length)
+    return start, length
+
+
+def _override(
+    structure: CheckpointStructure,
+    distinct: Sequence[Extents],
+    which: Int64Array,
+    start: Int64Array,
+    length: Int64Array,
+) -> None:
+    """Puts explicit starts and lengths where a rank gave them."""
+    for number, extents in enumerate(distinct):
+        if extents.lengths is not None and extents.starts is not None:
+            rows = np.flatnonzero(which == number)
+            position = _positions(structure, rows, len(extents.lengths))
+            start[rows], length[rows] = extents.starts[position], extents.lengths[position]
+
+
+def _positions(structure: CheckpointStructure, rows: Int64Array, count: int) -> Int64Array:
+    position = structure.position[rows]
+    if len(position) and (int(position.max()) >= count or int(position.min()) < 0):
+        raise InvalidArgumentError("a rank has too few extents", reason="EXTENTS_MISMATCH", field="extents")
+    return position
+
+
+def _gather(
+    structure: CheckpointStructure, columns: Sequence[Int64Array | None], which: Int64Array, default: int
+) -> Int64Array:
+    """(N,) values of an optional column in file order."""
+    out = np.full(len(which), default, dtype=np.int64)
+    for number, column in enumerate(columns):
+        if column is not None:
+            rows = np.flatnonzero(which == number)
+            out[rows] = column[_positions(structure, rows, len(column))]
+    return out
+
+
+def _transforms(
+    structure: CheckpointStructure, distinct: Sequence[Extents], which: Int64Array
+) -> tuple[tuple[tuple[str, ...], ...], Int64Array]:
+    numbers: dict[tuple[str, ...], int] = {}
+    columns: list[Int64Array | None] = []
+    for extents in distinct:
+        if extents.transform_index is None:
+            columns.append(None)
+            continue
+        codes = [0] + [1 + numbers.setdefault(names, len(numbers)) for names in extents.transforms]
+        columns.append(np.array(codes, dtype=np.int64)[extents.transform_index])
+    return tuple(numbers), _gather(structure, columns, which, 0)
+
+
+def _volatile(structure: CheckpointStructure, volatile: Sequence[bytes]) -> tuple[BoolArray, BoolArray]:
+    """requires_grad and pin_memory of every entry, from the owner of its first chunk."""
+    requires_grad = np.zeros(structure.entry_count, dtype=np.bool_)
+    pin_memory = np.zeros(structure.entry_count, dtype=np.bool_)
+    held = np.flatnonzero(structure.chunk_counts > 0)
+    winner = structure.owner[structure.firsts[:-1][held]]
+    for rank in np.unique(winner).tolist():
+        payload = volatile[rank]
+        entry_count = volatile_entry_count(payload)
+        if entry_count is None:
+            continue
+        rows = held[winner == rank]
+        entries = structure.winner_entry[rows]
+        if int(entries.max()) >= entry_count:
+            raise InvalidArgumentError("properties name too few entries", field="volatile_properties")
+        grads, pins = decode_volatile(payload, entry_count)
+        requires_grad[rows], pin_memory[rows] = grads[entries], pins[entries]
+    return requires_grad, pin_memory
