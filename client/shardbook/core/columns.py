@@ -229,9 +229,9 @@ class ByteReader:
 def frame(content: bytes) -> bytes:
     """Returns ``content`` behind one byte that says raw or zstd, whichever is shorter."""
     if len(content) > _RAW_BELOW_BYTES:
-        packed = zstandard.ZstdCompressor(
-            level=_ZSTD_LEVEL, write_checksum=False, write_content_size=True
-        ).compress(content)
+        packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=False, write_content_size=True).compress(
+            content
+        )
         if len(packed) < len(content):
             return bytes((_ZSTD,)) + packed
     return bytes((_RAW,)) + content
