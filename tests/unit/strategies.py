@@ -82,7 +82,8 @@ def structures(draw: st.DrawFn) -> RankStructure:
     count = len(kept)
     order = np.array(draw(st.permutations(range(count))), dtype=np.int64)
     cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=3))) if count > 1 else []
-    bounds = np.diff(np.array([0, *cuts, count], dtype=np.int64)) if count else np.zeros(0, dtype=np.int64)
+    ends = np.array([*cuts, count] if count else [], dtype=np.int64)
+    bounds = ends - np.array([0, *cuts] if count else [], dtype=np.int64)
     files = tuple(FileName(draw(st.booleans()), f"{number}.distcp") for number in range(len(bounds)))
     transformed = draw(st.booleans())
     lengths = np.zeros(count, dtype=np.int64)

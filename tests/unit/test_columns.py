@@ -7,10 +7,10 @@ import pytest
 import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.unit.strategies import fqns, int64
 
 from shardbook.core.columns import ByteReader, ByteWriter, frame, unframe
 from shardbook.errors import InvalidArgumentError
+from tests.unit.strategies import fqns, int64
 
 
 def pack(values: list[int], *, delta: bool) -> bytes:
