@@ -1,0 +1,94 @@
+"""Checks of single values that requests carry; every refusal names its field."""
+
+from __future__ import annotations
+
+import re
+
+from shardbook.core import limits
+from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_segment
+from shardbook.errors import InvalidArgumentError
+
+#: Largest attempt number: what the wire's int32 holds.
+MAX_ATTEMPT = 2**31 - 1
+#: End of the year 9999, microseconds since the epoch: the last moment that a timestamp can say.
+LATEST_TIME_US = 253_402_300_799_999_999
+
+_USER_INFO = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@")
+
+
+def check_int(value: int, field: str, *, smallest: int = 0, largest: int = limits.INT64_MAX) -> int:
+    """Returns ``value`` when it lies within ``smallest`` and ``largest``."""
+    if not smallest <= value <= largest:
+        raise InvalidArgumentError(f"{value} is not between {smallest} and {largest}", field=field)
+    return value
+
+
+def check_rank(rank: int, world_size: int, field: str) -> int:
+    """Returns ``rank`` when it is one of ``world_size`` ranks."""
+    if not 0 <= rank < world_size:
+        raise InvalidArgumentError(
+            f"rank {rank} is not one of the {world_size} that take part", reason="RANK_OUT_OF_RANGE", field=field
+        )
+    return rank
+
+
+def check_size(payload: bytes, field: str, limit_bytes: int) -> bytes:
+    """Returns ``payload`` when it has at most ``limit_bytes`` bytes."""
+    if len(payload) > limit_bytes:
+        raise InvalidArgumentError(
+            f"{len(payload)} bytes, the limit is {limit_bytes}", reason="LIMIT_EXCEEDED", field=field
+        )
+    return payload
+
+
+def check_part(run: str, part: str) -> PartName:
+    """Returns the (run, part) that two request fields name; an empty part is the default one."""
+    return PartName(RunName.parse(run, "run"), check_segment(part or DEFAULT_PART, "part"))
+
+
+def check_text(text: str, field: str, limit_bytes: int) -> str:
+    """Returns ``text`` when it is short, printable on one line, and has a UTF-8 form."""
+    if any(not char.isprintable() for char in text):
+        raise InvalidArgumentError(f"{text[:80]!a} has control or formatting characters", field=field)
+    if len(text.encode()) > limit_bytes:
+        raise InvalidArgumentError(
+            f"{len(text.encode())} bytes, the limit is {limit_bytes}", reason="LIMIT_EXCEEDED", field=field
+        )
+    return text
+
+
+def check_label(text: str, field: str) -> str:
+    """Returns ``text`` when it may be a host, user or job id; empty is fine."""
+    if len(text) > limits.MAX_LABEL_CHARS:
+        raise InvalidArgumentError(
+            f"{len(text)} characters, the limit is {limits.MAX_LABEL_CHARS}", reason="LIMIT_EXCEEDED", field=field
+        )
+    return check_text(text, field, 4 * limits.MAX_LABEL_CHARS)
+
+
+def prose(text: str, limit_chars: int) -> str:
+    """Returns a person's or program's words made storable: unprintable characters escaped, the rest cut off.
+
+    A rank that reports why it failed must not be refused because its message holds a strange character.
+    """
+    kept = text[:limit_chars]
+    shown = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in kept)
+    return shown[:limit_chars]
+
+
+def check_location(location: str, field: str) -> str:
+    """Returns ``location`` when it is a place that may be stored: no user information, not empty."""
+    if not location:
+        raise InvalidArgumentError("a location is needed", field=field)
+    check_text(location, field, limits.MAX_LOCATION_BYTES)
+    if _USER_INFO.match(location):
+        raise InvalidArgumentError("a location must not carry user information or credentials", field=field)
+    return location
+
+
+def check_prefix(prefix: str, field: str) -> str:
+    """Returns ``prefix`` when it is empty or a directory below the location."""
+    check_text(prefix, field, limits.MAX_LOCATION_BYTES)
+    if prefix and any(segment in ("", ".", "..") for segment in prefix.split("/")):
+        raise InvalidArgumentError("a prefix is a relative directory without a trailing slash", field=field)
+    return prefix

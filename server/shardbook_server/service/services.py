@@ -1,0 +1,55 @@
+"""All services over one database, wired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardbook_server.service.blobs import BlobService
+from shardbook_server.service.catalog import CatalogService
+from shardbook_server.service.commit import CommitService
+from shardbook_server.service.metadata import MetadataService
+from shardbook_server.service.plans import PlanService
+from shardbook_server.service.progress import ProgressService
+from shardbook_server.service.record import RecordService
+from shardbook_server.service.registration import RegistrationService
+from shardbook_server.service.sessions import SessionService
+from shardbook_server.storage.database import Database
+
+#: How long a lease lasts without a sign of life, seconds.
+LEASE_TTL_S = 60.0
+#: Decoded blobs kept in memory, bytes.
+BLOB_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Services:
+    """One of each service."""
+
+    sessions: SessionService
+    blobs: BlobService
+    plans: PlanService
+    registrations: RegistrationService
+    progress: ProgressService
+    commits: CommitService
+    records: RecordService
+    metadata: MetadataService
+    catalog: CatalogService
+
+
+def build_services(
+    database: Database, *, lease_ttl_s: float = LEASE_TTL_S, blob_cache_bytes: int = BLOB_CACHE_BYTES
+) -> Services:
+    """Returns the services over ``database``."""
+    blobs = BlobService(database, cache_bytes=blob_cache_bytes)
+    commits = CommitService(database, blobs, lease_ttl_s=lease_ttl_s)
+    return Services(
+        sessions=SessionService(database, lease_ttl_s=lease_ttl_s),
+        blobs=blobs,
+        plans=PlanService(database, blobs, lease_ttl_s=lease_ttl_s),
+        registrations=RegistrationService(database, blobs, lease_ttl_s=lease_ttl_s),
+        progress=ProgressService(database),
+        commits=commits,
+        records=RecordService(database, blobs, commits, lease_ttl_s=lease_ttl_s),
+        metadata=MetadataService(database),
+        catalog=CatalogService(database),
+    )
