@@ -1,0 +1,111 @@
+"""Shardbook: metadata of distributed PyTorch checkpoints, without collectives.
+
+Saving and loading are in ``shardbook.dcp``, errors in ``shardbook.errors``, what the catalogue returns in
+``shardbook.catalog``. Importing this package is light: neither torch nor SQLAlchemy nor the command line, and gRPC
+only with the first use of a name that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from shardbook._version import __version__
+from shardbook.errors import (
+    AlreadyExistsError,
+    CheckpointClosedError,
+    CorruptManifestError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    ForkedClientError,
+    InternalError,
+    InvalidArgumentError,
+    InvalidGeometryError,
+    NotFoundError,
+    PermissionDeniedError,
+    RankFailedError,
+    RanksMissingError,
+    ResourceExhaustedError,
+    RunBusyError,
+    SessionFencedError,
+    SessionUnknownError,
+    ShardbookError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnregisteredError,
+    UnsupportedMetadataError,
+    UnsupportedPlannerError,
+    UnsupportedWriterError,
+)
+
+if TYPE_CHECKING:
+    from shardbook.catalog import Checkpoint, CheckpointState, Run, RunPart, StoredMetadata, TensorInfo
+    from shardbook.client import Client
+    from shardbook.config import ClientConfig, Mode
+    from shardbook.core.names import Ref
+
+_HOME = {
+    "Client": "shardbook.client",
+    "ClientConfig": "shardbook.config",
+    "Mode": "shardbook.config",
+    "Ref": "shardbook.core.names",
+    "Checkpoint": "shardbook.catalog",
+    "CheckpointState": "shardbook.catalog",
+    "Run": "shardbook.catalog",
+    "RunPart": "shardbook.catalog",
+    "StoredMetadata": "shardbook.catalog",
+    "TensorInfo": "shardbook.catalog",
+}
+
+__all__ = [
+    "__version__",
+    "Client",
+    "ClientConfig",
+    "Mode",
+    "Ref",
+    "Checkpoint",
+    "CheckpointState",
+    "Run",
+    "RunPart",
+    "StoredMetadata",
+    "TensorInfo",
+    "AlreadyExistsError",
+    "CheckpointClosedError",
+    "CorruptManifestError",
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "ForkedClientError",
+    "InternalError",
+    "InvalidArgumentError",
+    "InvalidGeometryError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "RankFailedError",
+    "RanksMissingError",
+    "ResourceExhaustedError",
+    "RunBusyError",
+    "SessionFencedError",
+    "SessionUnknownError",
+    "ShardbookError",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnregisteredError",
+    "UnsupportedMetadataError",
+    "UnsupportedPlannerError",
+    "UnsupportedWriterError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on first use."""
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names, imported or not."""
+    return sorted(__all__)

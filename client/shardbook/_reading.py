@@ -1,0 +1,163 @@
+"""The calls of MetadataService and CatalogService: what loaders, people and tools ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shardbook._transport import Rpc, StreamRpc, Transport
+from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
+from shardbook.core.columns import encode_name
+from shardbook.core.limits import MAX_PAGE_SIZE
+from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
+from shardbook.errors import InternalError
+from shardbook.v1 import catalog_pb2, metadata_pb2
+from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
+
+GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
+LIST_TENSORS = Rpc("ListTensors", lambda on: on.metadata.ListTensors)
+GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
+LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
+GET_CHECKPOINT = Rpc("GetCheckpoint", lambda on: on.catalog.GetCheckpoint)
+LIST_CHECKPOINTS = Rpc("ListCheckpoints", lambda on: on.catalog.ListCheckpoints)
+
+
+class ReadingCalls:
+    """Metadata and catalogue calls of a client. Thread-safe.
+
+    A run is named ``project/run`` or ``projects/{project}/runs/{run}``, a checkpoint by a ref (``project/run@1500``,
+    ``@1500.s3``, ``@latest``, ``project/run:part@...``), a ``Ref`` or its resource name. Lists are fetched a page at a
+    time while they are iterated; ``deadline_s`` is for each page.
+    """
+
+    _transport: Transport
+
+    def get_metadata(
+        self, name: CheckpointName | str, fqn_prefix: str | bytes = b"", *, deadline_s: float | None = None
+    ) -> StoredMetadata:
+        """Returns the metadata of a committed checkpoint, all of it or the entries whose fqn starts with a prefix.
+
+        Raises:
+            NotFoundError: There is no such checkpoint, or it is not committed.
+        """
+        request = metadata_pb2.GetMetadataRequest(name=_resource(name), fqn_prefix=_prefix(fqn_prefix))
+        return _stored(self._transport.collect(GET_METADATA, request, deadline_s=deadline_s))
+
+    def list_tensors(
+        self,
+        name: CheckpointName | str,
+        fqn_prefix: str | bytes = b"",
+        *,
+        page_size: int = MAX_PAGE_SIZE,
+        deadline_s: float | None = None,
+    ) -> Iterator[TensorInfo]:
+        """Yields the entries of a committed checkpoint in state-dict order.
+
+        Raises:
+            NotFoundError: There is no such checkpoint, or it is not committed.
+        """
+        request = metadata_pb2.ListTensorsRequest(
+            parent=_resource(name), page_size=page_size, fqn_prefix=_prefix(fqn_prefix)
+        )
+        while True:
+            page = self._transport.call(LIST_TENSORS, request, deadline_s=deadline_s)
+            yield from map(TensorInfo.of, page.tensors)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def get_run(self, run: RunName | str, *, deadline_s: float | None = None) -> Run:
+        """Returns a run.
+
+        Raises:
+            NotFoundError: There is no such run.
+        """
+        name = run if isinstance(run, RunName) else RunName.parse(run)
+        request = catalog_pb2.GetRunRequest(name=str(name))
+        return Run.of(self._transport.call(GET_RUN, request, deadline_s=deadline_s).run)
+
+    def list_runs(
+        self, project: str | None = None, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None
+    ) -> Iterator[Run]:
+        """Yields the runs of a project, or of all projects, by name."""
+        parent = "projects/-" if project is None else f"projects/{check_segment(project, 'project')}"
+        request = catalog_pb2.ListRunsRequest(parent=parent, page_size=page_size)
+        while True:
+            page = self._transport.call(LIST_RUNS, request, deadline_s=deadline_s)
+            yield from map(Run.of, page.runs)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def get_checkpoint(self, name: CheckpointName | str, *, deadline_s: float | None = None) -> Checkpoint:
+        """Returns a checkpoint.
+
+        Raises:
+            NotFoundError: There is no such checkpoint.
+        """
+        request = catalog_pb2.GetCheckpointRequest(name=_resource(name))
+        return Checkpoint.of(self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
+
+    def list_checkpoints(
+        self,
+        run: RunName | str,
+        *,
+        part: str | None = None,
+        show_all: bool = False,
+        page_size: int = MAX_PAGE_SIZE,
+        deadline_s: float | None = None,
+    ) -> Iterator[Checkpoint]:
+        """Yields the checkpoints of a run, newest first.
+
+        Args:
+            run: The run.
+            part: One part; None for all.
+            show_all: True for open, failed, expired and superseded attempts too.
+            page_size: Checkpoints a call, at most 1,000.
+            deadline_s: Seconds for each page.
+
+        Raises:
+            NotFoundError: There is no such run.
+        """
+        name = run if isinstance(run, RunName) else RunName.parse(run)
+        parent = f"{name}/parts/-" if part is None else str(PartName(name, part))
+        request = catalog_pb2.ListCheckpointsRequest(parent=parent, page_size=page_size, show_all=show_all)
+        while True:
+            page = self._transport.call(LIST_CHECKPOINTS, request, deadline_s=deadline_s)
+            yield from map(Checkpoint.of, page.checkpoints)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+
+def _resource(name: CheckpointName | str) -> str:
+    return str(name if isinstance(name, CheckpointName) else CheckpointName.parse(name))
+
+
+def _prefix(fqn_prefix: str | bytes) -> bytes:
+    return fqn_prefix if isinstance(fqn_prefix, bytes) else encode_name(fqn_prefix)
+
+
+def _stored(messages: list[metadata_pb2.GetMetadataResponse]) -> StoredMetadata:
+    """Puts the messages of a stream together; raises InternalError when the header is not there."""
+    header: metadata_pb2.MetadataHeader | None = None
+    segments: list[tuple[int, bytes]] = []
+    blocks: list[bytes] = []
+    for message in messages:
+        content = message.WhichOneof("content")
+        if content == "header":
+            header = message.header
+        elif content == "extents":
+            segments.append((message.extents.first_rank, message.extents.payload))
+        elif content == "block":
+            blocks.extend(message.block.entries)
+    if header is None:
+        raise InternalError("the server streamed metadata without a header", reason="MALFORMED_STREAM")
+    checkpoint = CheckpointMessage()
+    checkpoint.CopyFrom(header.checkpoint)
+    return StoredMetadata(
+        checkpoint=checkpoint,
+        head=header.head,
+        metadata_header=header.metadata_header,
+        segments=tuple(segments),
+        blocks=blocks,
+    )

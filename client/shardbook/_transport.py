@@ -1,0 +1,206 @@
+"""Makes one call: deadline, token, retries, errors, and the share of a save that the call is charged to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Generic, TypeVar, cast
+
+import grpc
+
+from shardbook._address import ServerAddress
+from shardbook._channel import Connection, connections
+from shardbook._retry import Backoff, is_retryable
+from shardbook._status import error_from_rpc
+from shardbook.breaker import GuardedCall, SaveBudget, is_outage
+from shardbook.errors import DeadlineExceededError, ShardbookError
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+_BACKOFF: Final = Backoff()
+#: While a patient call is out, the server is asked this often whether it is alive, seconds.
+_LOOK_EVERY_S: Final = 2.0
+_LEAST_TIMEOUT_S: Final = 0.001
+
+
+@dataclass(frozen=True)
+class Rpc(Generic[Q, R]):
+    """A call of the API.
+
+    Attributes:
+        name: Its name in the proto file.
+        on: Returns it on a connection.
+    """
+
+    name: str
+    on: Callable[[Connection], grpc.UnaryUnaryMultiCallable[Q, R]]
+
+
+@dataclass(frozen=True)
+class StreamRpc(Generic[Q, R]):
+    """A call whose reply is a stream; the attributes are those of ``Rpc``."""
+
+    name: str
+    on: Callable[[Connection], grpc.UnaryStreamMultiCallable[Q, R]]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How calls reach the server. Immutable and thread-safe; picklable unless it has a budget.
+
+    Attributes:
+        address: The server.
+        token: Bearer token; None sends none.
+        timeout_s: Deadline of calls that name none, seconds.
+        budget: The save that unary calls are charged to; None charges nobody.
+        backoff: Delays between attempts.
+    """
+
+    address: ServerAddress
+    token: str | None = field(default=None, repr=False)
+    timeout_s: float = 30.0
+    budget: SaveBudget | None = field(default=None, repr=False, compare=False)
+    backoff: Backoff = field(default=_BACKOFF, repr=False, compare=False)
+
+    def unguarded(self) -> Transport:
+        """Returns the same transport without a budget."""
+        return replace(self, budget=None)
+
+    def call(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> R:
+        """Returns the answer to ``request``, asking again until the deadline where that may help.
+
+        Args:
+            rpc: The call.
+            request: Its request.
+            deadline_s: Seconds for everything, retries included; a budget may allow less.
+
+        Raises:
+            ShardbookError: What the server answered, or that it did not.
+        """
+        limit_s = self.timeout_s if deadline_s is None else deadline_s
+        with self._guard(rpc.name) as guarded:
+            if guarded is not None:
+                limit_s = min(limit_s, guarded.silence_s)
+
+            def attempt(remaining_s: float) -> R:
+                return self._attempt(rpc, request, remaining_s, guarded)
+
+            return self._until_deadline(attempt, limit_s)
+
+    def call_patiently(
+        self, rpc: Rpc[Q, R], request: Q, *, limit_s: float, is_alive: Callable[[Transport, float], object]
+    ) -> R:
+        """Returns the answer to a call that may be silent for long because it works, not because it is lost.
+
+        Args:
+            rpc: The call.
+            request: Its request.
+            limit_s: Seconds for everything.
+            is_alive: Makes another, quick call over the transport given, within the seconds given, and raises
+                unless it is answered. Called every now and then while the answer is awaited.
+
+        Raises:
+            ShardbookError: What the server answered, or that it gave no sign of life.
+        """
+        with self._guard(rpc.name) as guarded:
+            silence_s = guarded.silence_s if guarded is not None else self.timeout_s
+            look_every_s = min(_LOOK_EVERY_S, silence_s / 4)
+            end_s = time.monotonic() + limit_s
+
+            def wait_for(future: Any) -> R:
+                while True:
+                    try:
+                        result: R = future.result(timeout=max(0.0, min(look_every_s, end_s - time.monotonic())))
+                    except grpc.FutureTimeoutError as error:
+                        if time.monotonic() >= end_s:
+                            raise self._too_late(rpc.name, limit_s) from error
+                        is_alive(self.unguarded(), silence_s - look_every_s)
+                        if guarded is not None:
+                            guarded.alive()
+                    else:
+                        return result
+
+            def attempt(remaining_s: float) -> R:
+                try:
+                    started = rpc.on(connections.get(self.address))
+                    return wait_for(started.future(request, timeout=remaining_s, metadata=self._metadata()))
+                except grpc.RpcError as error:
+                    raise self._typed(error, rpc.name) from error
+
+            return self._until_deadline(attempt, limit_s, guarded)
+
+    def collect(self, rpc: StreamRpc[Q, R], request: Q, *, deadline_s: float | None = None) -> list[R]:
+        """Returns every message of a stream; one that breaks off is asked for again from its beginning.
+
+        Raises:
+            ShardbookError: What the server answered, or that it did not.
+        """
+
+        def attempt(remaining_s: float) -> list[R]:
+            try:
+                started = rpc.on(connections.get(self.address))
+                return list(started(request, timeout=remaining_s, metadata=self._metadata()))
+            except grpc.RpcError as error:
+                raise self._typed(error, rpc.name) from error
+
+        return self._until_deadline(attempt, self.timeout_s if deadline_s is None else deadline_s)
+
+    def _guard(self, method: str) -> AbstractContextManager[GuardedCall | None]:
+        return self.budget.call(method) if self.budget is not None else nullcontext()
+
+    def _until_deadline(self, attempt: Callable[[float], R], limit_s: float, guarded: GuardedCall | None = None) -> R:
+        """Repeats ``attempt``; with ``guarded``, only while the server's silence stays within what it allows."""
+        end_s = time.monotonic() + limit_s
+        failure_count = 0
+        while True:
+            try:
+                return attempt(max(_LEAST_TIMEOUT_S, end_s - time.monotonic()))
+            except ShardbookError as error:
+                failure_count += 1
+                delay_s = self.backoff.delay_s(failure_count, error)
+                # No sleep that the deadline would end: the caller learns what is wrong while it still has time.
+                if not is_retryable(error) or time.monotonic() + delay_s >= end_s:
+                    raise
+                if guarded is not None and guarded.quiet_s + delay_s >= guarded.silence_s:
+                    raise
+            connections.look_again(self.address)
+            time.sleep(delay_s)
+
+    def _attempt(self, rpc: Rpc[Q, R], request: Q, remaining_s: float, guarded: GuardedCall | None) -> R:
+        try:
+            started = rpc.on(connections.get(self.address))
+            if guarded is None or guarded.linger_s <= guarded.silence_s:
+                return started(request, timeout=remaining_s, metadata=self._metadata())
+            future: Any = started.future(request, timeout=guarded.linger_s, metadata=self._metadata())
+            return cast("R", self._wait_for_probe(future, remaining_s, guarded))
+        except grpc.RpcError as error:
+            raise self._typed(error, rpc.name) from error
+
+    def _wait_for_probe(self, future: Any, remaining_s: float, guarded: GuardedCall) -> Any:
+        """Waits for a probe as long as the save does; leaves it running and notes a late answer."""
+        try:
+            return future.result(timeout=remaining_s)
+        except grpc.FutureTimeoutError as error:
+
+            def note(done: Any) -> None:
+                late = done.exception()
+                if late is None or not is_outage(self._typed(late, guarded.method)):
+                    guarded.answered()
+
+            future.add_done_callback(note)
+            raise self._too_late(guarded.method, remaining_s) from error
+
+    def _too_late(self, method: str, waited_s: float) -> DeadlineExceededError:
+        return DeadlineExceededError(
+            f"no answer to {method} from {self.address} within {waited_s:.1f} s; it may or may not have happened",
+            metadata={"target": str(self.address), "method": method},
+        )
+
+    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
+
+    def _typed(self, error: grpc.RpcError, method: str) -> ShardbookError:
+        return error_from_rpc(error, method=method, target=str(self.address))

@@ -1,0 +1,245 @@
+"""What a client is told about its surroundings: server, mode, stores, patience. One frozen object.
+
+Settings come from the environment, else from a TOML file (``SHARDBOOK_CONFIG``, by default
+``~/.config/shardbook/config.toml``), else from the defaults; ``SETTINGS`` lists them all. The file::
+
+    server = "shardbook.example:7420"
+    [stores]
+    lustre = "/lustre/checkpoints"
+    s3-eu = "s3://team-checkpoints/eu"
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from shardbook._address import ServerAddress
+from shardbook.breaker import FIRST_S, LATER_S, CircuitBreaker
+from shardbook.errors import InvalidArgumentError
+from shardbook.stores import Stores
+
+_LOG = logging.getLogger(__name__)
+
+CONFIG_VARIABLE: Final = "SHARDBOOK_CONFIG"
+DEFAULT_CONFIG_FILE: Final = "~/.config/shardbook/config.toml"
+
+
+class Mode(StrEnum):
+    """How far a save depends on the service."""
+
+    #: Ranks plan and register through the service; an outage degrades the save to OFFLINE's.
+    ONLINE = "online"
+    #: The service is never asked; records and manifest are left with the data for a later sync.
+    OFFLINE = "offline"
+    #: Shardbook stands aside: neither service nor records.
+    DISABLED = "disabled"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting and where it comes from.
+
+    Attributes:
+        name: Attribute of ClientConfig, and key in the file.
+        variable: Environment variable.
+        default: Default as text, for people.
+        about: What it does.
+        parse: Reads it from text; raises ValueError.
+    """
+
+    name: str
+    variable: str
+    default: str
+    about: str
+    parse: Callable[[str], Any]
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("not a time above 0")
+    return value
+
+
+def _stores(text: str) -> dict[str, str]:
+    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+    if any(not equals for _, equals, _ in pairs):
+        raise ValueError("not name=root,name=root")
+    return {name.strip(): root.strip() for name, _, root in pairs}
+
+
+#: Every setting of the client.
+SETTINGS: Final[tuple[Setting, ...]] = (
+    Setting(
+        "server",
+        "SHARDBOOK_SERVER",
+        "",
+        "Address of the service: `host:port`, or `host:port,host:port` for replicas. None means mode `offline`.",
+        str,
+    ),
+    Setting(
+        "mode",
+        "SHARDBOOK_MODE",
+        "online",
+        "`online`: save through the service; `offline`: leave records with the data only; `disabled`: stand aside.",
+        lambda text: Mode(text.lower()),
+    ),
+    Setting("token", "SHARDBOOK_TOKEN", "", "Bearer token that is sent with every call.", str),
+    Setting("timeout_s", "SHARDBOOK_TIMEOUT_S", "30", "Deadline of calls that do not wait, seconds.", _seconds),
+    Setting(
+        "plan_wait_s",
+        "SHARDBOOK_PLAN_WAIT_S",
+        "120",
+        "How long a rank waits for the other ranks' plans before it writes its whole plan, seconds.",
+        _seconds,
+    ),
+    Setting(
+        "outage_first_s",
+        "SHARDBOOK_OUTAGE_FIRST_S",
+        f"{FIRST_S:g}",
+        "What an outage of the service may cost the first save that meets it, seconds.",
+        _seconds,
+    ),
+    Setting(
+        "outage_later_s",
+        "SHARDBOOK_OUTAGE_LATER_S",
+        f"{LATER_S:g}",
+        "What the same outage may cost every later save, seconds.",
+        _seconds,
+    ),
+    Setting(
+        "stores",
+        "SHARDBOOK_STORES",
+        "",
+        "Names of storage roots, `lustre=/lustre/ckpt,s3-eu=s3://bucket/eu`; a table `[stores]` in the file.",
+        _stores,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Settings of a client. Immutable, picklable, thread-safe.
+
+    Attributes:
+        server: Address of the service; None when there is none.
+        mode: How far saves depend on it; OFFLINE whenever there is no server, unless DISABLED.
+        token: Bearer token.
+        timeout_s: Deadline of calls that do not wait, seconds.
+        plan_wait_s: How long a rank waits for the others' plans, seconds.
+        outage_first_s: What an outage may cost the first save, seconds.
+        outage_later_s: What it may cost every later save, seconds.
+        stores: Named storage roots.
+
+    Raises:
+        InvalidArgumentError: A value is out of range; the error names the setting.
+    """
+
+    server: str | None = None
+    mode: Mode = Mode.ONLINE
+    token: str | None = field(default=None, repr=False)
+    timeout_s: float = 30.0
+    plan_wait_s: float = 120.0
+    outage_first_s: float = FIRST_S
+    outage_later_s: float = LATER_S
+    stores: Stores = field(default_factory=Stores)
+
+    def __post_init__(self) -> None:
+        if self.server is not None:
+            ServerAddress.parse(self.server)
+        elif self.mode is Mode.ONLINE:
+            object.__setattr__(self, "mode", Mode.OFFLINE)
+        for name in ("timeout_s", "plan_wait_s", "outage_first_s", "outage_later_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InvalidArgumentError(f"{name} is {value}, not a time above 0", field=name)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> ClientConfig:
+        """Returns the settings of this process.
+
+        An unset and an empty variable are the same. Says once, at level INFO, when no server is configured.
+
+        Args:
+            environ: Environment to read; the process's own when None.
+
+        Raises:
+            InvalidArgumentError: A setting, or the file, does not parse; the error names it.
+        """
+        env = os.environ if environ is None else environ
+        values = _from_file(env)
+        for setting in SETTINGS:
+            text = env.get(setting.variable, "").strip()
+            if text:
+                values[setting.name] = _parsed(setting, text, setting.variable)
+        values["stores"] = Stores(MappingProxyType(values.get("stores", {})))
+        config = cls(**values)
+        if config.server is None and config.mode is Mode.OFFLINE and "mode" not in values:
+            _LOG.info("no Shardbook server is configured (SHARDBOOK_SERVER): checkpoints are described offline only")
+        return config
+
+    def breaker(self) -> CircuitBreaker:
+        """Returns a new circuit breaker with these settings' numbers; make one per process."""
+        return CircuitBreaker(first_s=self.outage_first_s, later_s=self.outage_later_s)
+
+    def location_of(self, path: str | os.PathLike[str]) -> str:
+        """Returns what the catalogue records for a checkpoint directory, see ``Stores.location_of``."""
+        return self.stores.location_of(path)
+
+
+def _from_file(env: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings in the TOML file; none when the default file does not exist."""
+    named = env.get(CONFIG_VARIABLE, "").strip()
+    path = Path(named or DEFAULT_CONFIG_FILE).expanduser()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        if named:
+            raise _bad(CONFIG_VARIABLE, f"{path} does not exist") from None
+        return {}
+    except OSError as error:
+        # An unreadable home directory is no reason to lose a save.
+        if named:
+            raise _bad(CONFIG_VARIABLE, f"{path} cannot be read: {error.strerror}") from error
+        _LOG.warning("%s cannot be read and is ignored: %s", path, error.strerror)
+        return {}
+    try:
+        table = tomllib.loads(content.decode())
+    except ValueError as error:
+        raise _bad(CONFIG_VARIABLE, f"{path} is not TOML: {error}") from error
+    return _from_table(table, path)
+
+
+def _from_table(table: dict[str, Any], path: Path) -> dict[str, Any]:
+    known = {setting.name: setting for setting in SETTINGS}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            raise _bad(key, f"{path} has an unknown setting {key!r}; known are {', '.join(known)}")
+        if key == "stores":
+            if not isinstance(value, dict) or not all(isinstance(root, str) for root in value.values()):
+                raise _bad(key, f"[stores] in {path} is not a table of names and roots")
+            values[key] = value
+        else:
+            values[key] = _parsed(known[key], str(value), f"{key} in {path}")
+    return values
+
+
+def _parsed(setting: Setting, text: str, source: str) -> Any:
+    try:
+        return setting.parse(text)
+    except ValueError as error:
+        raise _bad(setting.name, f"{source} does not parse: {error}") from error
+
+
+def _bad(name: str, message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, reason="INVALID_SETTING", field=name)
