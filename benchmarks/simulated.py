@@ -1,0 +1,227 @@
+"""Simulated ranks: real registrations of a workload, sent by real gRPC calls to a real server process.
+
+The payloads are what ``shardbook.dcp`` makes of the same plans; the calls follow the client's protocol: the digest
+first, the blobs when the server says that it lacks them. Every call is a unary call of its own; nothing is batched
+on the client's side. Client and server share the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from benchmarks.common import peak_rss_bytes
+from benchmarks.workload import Workload
+from shardbook.core.dtype import dtype_code
+from shardbook.core.extents import Extents, encode_extents
+from shardbook.core.names import prefix_of
+from shardbook.core.structure import BlobKind, FileName, RankPlan, RankStructure, encode_plan, encode_structure
+from shardbook.core.table import EntryKind, TensorTable, encode_table
+from shardbook.v1 import registration_pb2, registration_pb2_grpc, types_pb2
+
+#: Calls that the simulated ranks have under way at once.
+IN_FLIGHT = 64
+_MESSAGE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class RankPayload:
+    """What one rank sends: a registration, and the blobs it names for a server that lacks them."""
+
+    registration: registration_pb2.ShardRegistration
+    blobs: tuple[types_pb2.Blob, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the registration when nothing else has to be sent: digest, extents, properties."""
+        own = self.registration
+        return len(own.structure_digest) + len(own.extents) + len(own.volatile_properties)
+
+
+def rank_payloads(workload: Workload) -> list[RankPayload]:
+    """Returns the registrations of every rank of ``workload``."""
+    table = _table(workload)
+    table_blob = encode_table(table)
+    rows = np.arange(workload.tensors, dtype=np.int64)
+    extents = encode_extents(Extents())
+    payloads = []
+    for rank in range(workload.ranks):
+        plan = RankPlan(table, rows, workload.offsets(rank), workload.sizes)
+        plan_blob = encode_plan(plan, table_blob.digest)
+        structure = RankStructure(
+            plan, rows, (FileName(True, "0.distcp"),), np.array([len(rows)]), rows, workload.lengths
+        )
+        structure_blob = encode_structure(structure, plan_blob.digest)
+        blobs = tuple(
+            types_pb2.Blob(kind=int(kind), payload=blob.payload)  # type: ignore[arg-type]
+            for kind, blob in (
+                (BlobKind.TABLE, table_blob),
+                (BlobKind.PLAN, plan_blob),
+                (BlobKind.STRUCTURE, structure_blob),
+            )
+        )
+        registration = registration_pb2.ShardRegistration(
+            rank=rank, structure_digest=structure_blob.digest, extents=extents
+        )
+        payloads.append(RankPayload(registration, blobs))
+    return payloads
+
+
+def _table(workload: Workload) -> TensorTable:
+    count = workload.tensors
+    return TensorTable(
+        fqns=workload.fqns,
+        kinds=np.full(count, EntryKind.SHARD, dtype=np.uint8),
+        dtypes=np.full(count, dtype_code("bfloat16"), dtype=np.uint8),
+        layouts=np.zeros(count, dtype=np.uint8),
+        memory_formats=np.zeros(count, dtype=np.uint8),
+        ndims=np.full(count, 2, dtype=np.int64),
+        shapes=workload.shapes,
+        key_paths=tuple((fqn, tuple(fqn.split(".", 1))) for fqn in workload.fqns),
+    )
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server process on SQLite, ``synchronous=FULL``."""
+
+    address: str
+    database: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident memory so far."""
+        return peak_rss_bytes(self.process.pid)
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def database_bytes(self) -> int:
+        """Bytes of the database file and its log."""
+        paths = (self.database, self.database.with_name(self.database.name + "-wal"))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+
+@contextmanager
+def running_server(folder: Path, port: int) -> Iterator[Server]:
+    """Starts ``shardbook-server serve`` on a database in ``folder``; stops it with SIGTERM."""
+    database = folder / "shardbook.db"
+    environment = {
+        **os.environ,
+        "SHARDBOOK_LISTEN": f"127.0.0.1:{port}",
+        "SHARDBOOK_DATABASE_URL": f"sqlite:///{database}",
+        "SHARDBOOK_LOG_LEVEL": "warning",
+    }
+    command = [sys.executable, "-c", "from shardbook_server.cli import main; main()"]
+    subprocess.run([*command, "db", "upgrade"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "serve"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=30)
+        yield Server(f"127.0.0.1:{port}", database, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+class Ranks:
+    """All ranks of one run, saving through one server from one client process. Not thread-safe."""
+
+    def __init__(self, channel: grpc.aio.Channel, payloads: Sequence[RankPayload], run: str) -> None:
+        # The stubs' types are those of the synchronous stack; over an aio channel every call is awaitable.
+        self._stub: Any = registration_pb2_grpc.RegistrationServiceStub(channel)
+        self._health: Any = health_pb2_grpc.HealthStub(channel)
+        self._payloads = payloads
+        self._run = run
+        self._incarnation = os.urandom(16)
+        self._session = 0
+        self.sent_bytes = 0
+
+    async def start(self) -> None:
+        """Starts the session."""
+        reply = await self._stub.StartSession(
+            registration_pb2.StartSessionRequest(
+                run=self._run, incarnation=self._incarnation, on_live=registration_pb2.ON_LIVE_TAKEOVER
+            )
+        )
+        self._session = reply.session
+
+    async def save(self, step: int) -> float:
+        """Registers every rank and commits; returns the seconds from the first call to the committed answer."""
+        key = types_pb2.AttemptKey(
+            run=self._run,
+            step=step,
+            session=self._session,
+            incarnation=self._incarnation,
+            attempt=1,
+            world_size=len(self._payloads),
+        )
+        location = types_pb2.AttemptLocation(location=f"/ckpt/step-{step}", prefix=prefix_of(self._incarnation, 1))
+        self.sent_bytes = 0
+        begin = time.perf_counter()
+        await self._each(lambda payload: self._register(key, location, payload))
+        await self._stub.CommitCheckpoint(registration_pb2.CommitCheckpointRequest(key=key), timeout=300)
+        return time.perf_counter() - begin
+
+    async def empty_calls(self) -> float:
+        """Returns the seconds of as many empty calls as a warm save makes: the floor."""
+        begin = time.perf_counter()
+        await self._each(lambda _: self._health.Check(health_pb2.HealthCheckRequest()))
+        await self._health.Check(health_pb2.HealthCheckRequest())
+        return time.perf_counter() - begin
+
+    async def _register(
+        self, key: types_pb2.AttemptKey, location: types_pb2.AttemptLocation, payload: RankPayload
+    ) -> None:
+        request = registration_pb2.RegisterShardsRequest(
+            key=key,
+            location=location,
+            registration=payload.registration,
+        )
+        self.sent_bytes += request.ByteSize()
+        reply = await self._stub.RegisterShards(request)
+        while reply.unknown:
+            wanted = {ref.kind for ref in reply.unknown}
+            del request.blobs[:]
+            request.blobs.extend(blob for blob in payload.blobs if blob.kind in wanted)
+            self.sent_bytes += request.ByteSize()
+            reply = await self._stub.RegisterShards(request)
+
+    async def _each(self, call: Callable[[RankPayload], Awaitable[object]]) -> None:
+        waiting = iter(self._payloads)
+
+        async def worker() -> None:
+            for payload in waiting:
+                await call(payload)
+
+        await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
+
+
+@asynccontextmanager
+async def connected(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    """Yields a channel to ``address`` that is ready."""
+    options = [
+        ("grpc.max_send_message_length", _MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ]
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        await channel.channel_ready()
+        yield channel
