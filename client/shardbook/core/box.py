@@ -69,9 +69,7 @@ class Box:
         self._check_comparable(other)
         return all(
             mine <= theirs and their_end <= my_end
-            for mine, theirs, their_end, my_end in zip(
-                self.offsets, other.offsets, other.ends, self.ends, strict=True
-            )
+            for mine, theirs, their_end, my_end in zip(self.offsets, other.offsets, other.ends, self.ends, strict=True)
         )
 
     def intersect(self, other: Box) -> Box | None:

@@ -1,0 +1,54 @@
+"""Rows that belong to groups of uneven size: one group's rows lie together, ``counts`` says how many each has."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shardbook.core.columns import Int64Array
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def firsts_of(counts: Int64Array) -> Int64Array:
+    """Returns (G + 1,) the row at which each group begins, and the number of rows."""
+    firsts = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=firsts[1:])
+    return firsts
+
+
+def group_reduce(ufunc: np.ufunc, values: npt.NDArray[Scalar], counts: Int64Array) -> npt.NDArray[Scalar]:
+    """Returns (G,) the reduction of each group's rows, in their dtype; 0 for a group without rows.
+
+    Args:
+        ufunc: ``np.add``, ``np.maximum`` or the like. Sums wrap around as the dtype does.
+        values: (N,) rows.
+        counts: (G,) rows of each group, N in all.
+    """
+    out = np.zeros(len(counts), dtype=values.dtype)
+    held = counts > 0
+    if held.any():
+        out[held] = ufunc.reduceat(values, firsts_of(counts)[:-1][held], dtype=values.dtype)
+    return out
+
+
+def group_count(flags: npt.NDArray[np.bool_], counts: Int64Array) -> Int64Array:
+    """Returns (G,) how many rows of each group are flagged."""
+    running = np.zeros(len(flags) + 1, dtype=np.int64)
+    np.cumsum(flags, out=running[1:])
+    firsts = firsts_of(counts)
+    flagged: Int64Array = running[firsts[1:]] - running[firsts[:-1]]
+    return flagged
+
+
+def within_group(counts: Int64Array) -> Int64Array:
+    """Returns (N,) the number of each row within its group, from 0."""
+    firsts = firsts_of(counts)
+    return np.arange(firsts[-1], dtype=np.int64) - np.repeat(firsts[:-1], counts)
+
+
+def rows_of(firsts: Int64Array, counts: Int64Array) -> Int64Array:
+    """Returns the rows of the ranges ``firsts[i] .. firsts[i] + counts[i]``, one range after the other."""
+    return np.repeat(firsts, counts) + within_group(counts)
