@@ -62,13 +62,22 @@ def judge(counts: Int64Array, shapes: Int64Array, offsets: Int64Array, sizes: In
     if len(counts) != len(shapes) or int(counts.sum()) != len(offsets):
         raise InvalidArgumentError("chunk counts do not add up to the chunks", field="counts")
     check_volumes(shapes)
+    verdict = Verdict(
+        out_of_bounds=np.zeros(len(offsets), dtype=np.bool_),
+        overlap=np.full((len(counts), 2), NONE, dtype=np.int64),
+        incomplete=np.zeros(len(counts), dtype=np.bool_),
+    )
+    # One cheap pass settles whatever sharding made; only the rest is looked at piece by piece.
+    rest = np.flatnonzero(~prove_even(counts, shapes, offsets, sizes).tiled)
+    rows = rows_of(firsts_of(counts)[rest], counts[rest])
+    counts, shapes, offsets, sizes = counts[rest], shapes[rest], offsets[rows], sizes[rows]
     out = out_of_bounds(counts, shapes, offsets, sizes)
     inside = group_count(out, counts) == 0
-    return Verdict(
-        out_of_bounds=out,
-        overlap=_find_overlaps(counts, shapes, offsets, sizes, inside),
-        incomplete=inside & (covered(counts, shapes, sizes) != volumes(shapes)),
-    )
+    pairs = _find_overlaps(counts, shapes, offsets, sizes, inside)
+    verdict.out_of_bounds[rows] = out
+    verdict.overlap[rest] = np.where(pairs == NONE, NONE, np.append(rows, NONE)[pairs])
+    verdict.incomplete[rest] = inside & (covered(counts, shapes, sizes) != volumes(shapes))
+    return verdict
 
 
 def out_of_bounds(counts: Int64Array, shapes: Int64Array, offsets: Int64Array, sizes: Int64Array) -> BoolArray:
