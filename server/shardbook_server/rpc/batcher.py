@@ -1,0 +1,172 @@
+"""Group commit: small writes that arrive together share one transaction and one fsync.
+
+There is no timer. While one batch is in the database the next one gathers, so a lone write is not held up and a
+thousand at once become a few transactions. One bad entry fails alone: the service answers a verdict for each.
+All of it belongs to the event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from shardbook.errors import InternalError, ResourceExhaustedError, ShardbookError, UnavailableError
+from shardbook_server.rpc.call import Call, current_call
+
+E = TypeVar("E")
+V = TypeVar("V")
+
+#: Told to clients that met a full queue, seconds.
+FULL_RETRY_S: Final = 0.25
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Sizes of a batch and of the queue before it.
+
+    Attributes:
+        batch_count: Most entries in one transaction.
+        batch_bytes: Most bytes in one transaction; a single larger entry still goes, alone.
+        queue_count: Most entries queued.
+        queue_bytes: Most bytes queued.
+    """
+
+    batch_count: int
+    batch_bytes: int
+    queue_count: int
+    queue_bytes: int
+
+
+@dataclass(eq=False)
+class _Waiting(Generic[E, V]):
+    entry: E
+    size_bytes: int
+    call: Call
+    verdict: asyncio.Future[V]
+
+
+class Batcher(Generic[E, V]):
+    """Gathers entries and runs them batch by batch, in the order they came.
+
+    Args:
+        name: For messages: ``plans``, ``registrations``.
+        run: Writes a batch durably and answers a verdict for each entry, in order.
+        limits: Sizes.
+        in_flight: Batches in the database at a time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[E]], Awaitable[Sequence[V | ShardbookError]]],
+        limits: BatchLimits,
+        *,
+        in_flight: int = 1,
+    ) -> None:
+        self._name = name
+        self._run = run
+        self._limits = limits
+        self._in_flight = in_flight
+        self._queue: deque[_Waiting[E, V]] = deque()
+        self._queued_bytes = 0
+        self._batches: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def queued_count(self) -> int:
+        """Entries that are in no batch yet."""
+        return len(self._queue)
+
+    async def submit(self, entry: E, size_bytes: int) -> V:
+        """Returns the entry's verdict once its batch is durable.
+
+        A caller that is cancelled takes its entry out of the queue; in a running batch the entry stays.
+
+        Raises:
+            ResourceExhaustedError: The queue is full.
+            DeadlineExceededError: The deadline passed before the entry's turn came.
+            ShardbookError: The entry's own verdict, or the whole batch's.
+        """
+        self._admit(size_bytes)
+        verdict: asyncio.Future[V] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(entry, size_bytes, current_call(), verdict)
+        self._queue.append(waiting)
+        self._queued_bytes += size_bytes
+        self._start()
+        return await verdict
+
+    async def close(self) -> None:
+        """Refuses new entries and waits until every queued one has its verdict."""
+        self._closed = True
+        while self._batches:
+            await asyncio.wait(self._batches)
+
+    def _admit(self, size_bytes: int) -> None:
+        if self._closed:
+            raise UnavailableError("the server is shutting down", reason="DRAINING", retry_delay_s=FULL_RETRY_S)
+        full = len(self._queue) >= self._limits.queue_count
+        # An empty queue takes an entry of any size: what may be sent at all is limited elsewhere.
+        if full or (self._queue and self._queued_bytes + size_bytes > self._limits.queue_bytes):
+            raise ResourceExhaustedError(
+                f"the queue of {self._name} is full: {len(self._queue)} entries, {self._queued_bytes} bytes; try again",
+                reason="QUEUE_FULL",
+                retry_delay_s=FULL_RETRY_S,
+            )
+
+    def _start(self) -> None:
+        """Begins a batch when one may be in flight; it begins the next when it is done."""
+        if self._queue and len(self._batches) < self._in_flight:
+            task = asyncio.get_running_loop().create_task(self._run_batches())
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+
+    async def _run_batches(self) -> None:
+        # One turn of the loop: whoever is about to submit joins the first batch.
+        await asyncio.sleep(0)
+        while batch := self._take():
+            verdicts: Sequence[V | Exception]
+            try:
+                verdicts = await self._run([waiting.entry for waiting in batch])
+            except Exception as error:  # noqa: BLE001 - every entry learns what became of its batch
+                verdicts = [error] * len(batch)
+            self._tell(batch, verdicts)
+
+    def _take(self) -> list[_Waiting[E, V]]:
+        """Takes the next batch off the queue, without entries whose caller has gone or whose time is up."""
+        batch: list[_Waiting[E, V]] = []
+        size_bytes = 0
+        while self._queue and len(batch) < self._limits.batch_count:
+            waiting = self._queue[0]
+            if batch and size_bytes + waiting.size_bytes > self._limits.batch_bytes:
+                break
+            self._queue.popleft()
+            self._queued_bytes -= waiting.size_bytes
+            if self._wanted(waiting):
+                batch.append(waiting)
+                size_bytes += waiting.size_bytes
+        return batch
+
+    @staticmethod
+    def _wanted(waiting: _Waiting[E, V]) -> bool:
+        if waiting.verdict.done():
+            return False
+        try:
+            waiting.call.check_time()
+        except ShardbookError as error:
+            waiting.verdict.set_exception(error)
+            return False
+        return True
+
+    def _tell(self, batch: Sequence[_Waiting[E, V]], verdicts: Sequence[V | Exception]) -> None:
+        if len(verdicts) != len(batch):
+            verdicts = [InternalError(f"{len(verdicts)} verdicts for {len(batch)} {self._name}")] * len(batch)
+        for waiting, verdict in zip(batch, verdicts, strict=True):
+            if waiting.verdict.done():
+                continue
+            if isinstance(verdict, Exception):
+                waiting.verdict.set_exception(verdict)
+            else:
+                waiting.verdict.set_result(verdict)

@@ -1,0 +1,217 @@
+"""The one way from the event loop to a service: everything that may block runs in a bounded thread pool.
+
+Three lanes: ``read`` uses any thread; ``write`` lets as many calls through at a time as the database has writers (one
+on SQLite), so that writers waiting for each other never take the readers' threads; ``heavy`` has a few threads of its
+own, because a large checkpoint takes seconds to assemble. All belong to the event loop's thread.
+
+A call whose client has gone or whose deadline has passed is dropped if it has not begun; once begun it runs to its
+end, whoever is still there to hear of it. So a cancelled commit is whole or absent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
+
+from shardbook.errors import ResourceExhaustedError, UnavailableError
+from shardbook_server.failpoints import Failpoints
+from shardbook_server.rpc.call import NO_CALL, Call, current_call
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Told to clients that met a full queue, seconds.
+BUSY_RETRY_S: Final = 0.25
+
+
+class Bridge:
+    """Runs service calls in threads.
+
+    Args:
+        threads: Threads of the read and write lanes.
+        heavy_threads: Threads of the heavy lane; the database keeps a connection for each of these and of those.
+        writers: Calls of the write lane in progress at a time.
+        queue_limit: Calls that may be waiting or running before further ones are refused.
+        failpoints: Faults to inject around writes.
+    """
+
+    def __init__(
+        self, *, threads: int, heavy_threads: int, writers: int, queue_limit: int, failpoints: Failpoints
+    ) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shardbook-call")
+        self._heavy = ThreadPoolExecutor(heavy_threads, thread_name_prefix="shardbook-heavy")
+        self._writers = asyncio.Semaphore(writers)
+        self._queue_limit = queue_limit
+        self._pending_count = 0
+        self._failpoints = failpoints
+        self._running: set[asyncio.Task[Any]] = set()
+        self._shared: dict[tuple[str, Hashable], asyncio.Task[Any]] = {}
+        self._closed = False
+
+    @property
+    def pending_count(self) -> int:
+        """Calls that are queued or running."""
+        return self._pending_count
+
+    async def read(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a service call that writes nothing.
+
+        Raises:
+            ResourceExhaustedError: Too many calls are queued.
+            DeadlineExceededError: The deadline passed before its turn came.
+        """
+        with self._admitted():
+            return await self._in(self._pool, _Job(lambda: call(*args, **kwargs), current_call()))
+
+    async def look(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a read of the server's own, such as the poller's, outside admission and deadlines."""
+        return await self._in(self._pool, _Job(lambda: call(*args, **kwargs), NO_CALL))
+
+    async def write(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a service call that writes, in the write lane.
+
+        Args:
+            name: The call's name in ``failpoints.POINTS``.
+            call: The service's method.
+            *args: Passed on.
+            **kwargs: Passed on.
+
+        Raises:
+            ResourceExhaustedError: Too many calls are queued.
+            DeadlineExceededError: The deadline passed before its turn came.
+        """
+        with self._admitted():
+            job = _Job(self._with_failpoints(name, lambda: call(*args, **kwargs)), current_call())
+            try:
+                return await asyncio.shield(self._spawn(self._write(job)))
+            except asyncio.CancelledError:
+                job.abandoned = True
+                raise
+
+    async def write_own(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a write that belongs to no single call, such as a batch, outside admission and deadlines."""
+        job = _Job(self._with_failpoints(name, lambda: call(*args, **kwargs)), NO_CALL)
+        return await asyncio.shield(self._spawn(self._write(job)))
+
+    async def heavy(self, name: str, key: Hashable, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a service call that may compute for seconds; callers with the same key share one run and its answer.
+
+        The run belongs to all who share it, so it has no deadline and outlives every caller.
+
+        Args:
+            name: As for ``write``.
+            key: Equal for calls that do the same.
+            call: The service's method.
+            *args: Passed on.
+            **kwargs: Passed on.
+
+        Raises:
+            ResourceExhaustedError: Too many calls are queued.
+        """
+        with self._admitted():
+            current_call().check_time()
+            task = self._shared.get((name, key))
+            if task is None:
+                job = _Job(self._with_failpoints(name, lambda: call(*args, **kwargs)), NO_CALL)
+                task = self._spawn(self._in(self._heavy, job))
+                self._shared[name, key] = task
+                task.add_done_callback(lambda _: self._shared.pop((name, key), None))
+            result: T = await asyncio.shield(task)
+            return result
+
+    async def stream(self, call: Callable[P, Iterator[T]], *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        """Yields what a service call yields, each step a call of the read lane; nothing is read ahead."""
+        items = await self.read(call, *args, **kwargs)
+        while (item := await self.read(_next, items)) is not _END:
+            yield cast("T", item)
+
+    async def close(self) -> None:
+        """Lets what has begun end, refuses what comes, and ends the threads."""
+        self._closed = True
+        while self._running:
+            await asyncio.wait(self._running)
+        self._pool.shutdown()
+        self._heavy.shutdown()
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._closed:
+            raise UnavailableError("the server is shutting down", reason="DRAINING", retry_delay_s=BUSY_RETRY_S)
+        if self._pending_count >= self._queue_limit:
+            raise ResourceExhaustedError(
+                f"{self._pending_count} calls are queued, the limit is {self._queue_limit}: try again",
+                reason="SERVER_BUSY",
+                retry_delay_s=BUSY_RETRY_S,
+            )
+        self._pending_count += 1
+        try:
+            yield
+        finally:
+            self._pending_count -= 1
+
+    def _with_failpoints(self, name: str, call: Callable[[], T]) -> Callable[[], T]:
+        if not self._failpoints:
+            return call
+
+        def run() -> T:
+            self._failpoints.hit(f"{name}.before_db")
+            result = call()
+            self._failpoints.hit(f"{name}.after_db")
+            return result
+
+        return run
+
+    async def _write(self, job: _Job[T]) -> T:
+        async with self._writers:
+            return await self._in(self._pool, job)
+
+    async def _in(self, pool: ThreadPoolExecutor, job: _Job[T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, job.run)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts work that goes on when its caller is cancelled; ``close`` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        # Asked for here because the caller may be gone, and asyncio warns of errors that nobody asked for.
+        if not task.cancelled():
+            task.exception()
+
+
+_END: Final = object()
+
+
+def _next(items: Iterator[Any]) -> Any:
+    # StopIteration cannot pass through a future.
+    return next(items, _END)
+
+
+class _Dropped(Exception):  # noqa: N818 - never seen: whoever would see it is gone
+    """The caller went away before its turn came."""
+
+
+class _Job(Generic[T]):
+    """Work for a thread, in the context of the task that asked for it."""
+
+    __slots__ = ("_call", "_context", "_work", "abandoned")
+
+    def __init__(self, work: Callable[[], T], call: Call) -> None:
+        self._work = work
+        self._call = call
+        self._context = contextvars.copy_context()
+        self.abandoned = False
+
+    def run(self) -> T:
+        """Does the work, unless nobody waits for it any more."""
+        if self.abandoned:
+            raise _Dropped
+        self._call.check_time()
+        return self._context.run(self._work)

@@ -1,0 +1,139 @@
+"""What every call of ``shardbook.v1`` passes: a request id, its deadline, and the mapping of errors.
+
+A ``ShardbookError`` becomes its status with details. Anything else is a bug: INTERNAL with a request id and no more,
+the traceback goes to the log. A request that does not parse is INVALID_ARGUMENT, which gRPC by itself answers UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import DecodeError
+from grpc_status import rpc_status
+
+from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
+from shardbook_server.rpc.call import Call, set_current_call
+from shardbook_server.rpc.status import rich_status
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Unary = Callable[[Any, Context], Awaitable[Any]]
+Stream = Callable[[Any, Context], AsyncIterator[Any]]
+H = TypeVar("H")
+
+#: Metadata key of the request id, in both directions.
+REQUEST_ID_KEY: Final = "x-request-id"
+#: Methods that are answered here; health and reflection have their own ways.
+PREFIX: Final = "/shardbook.v1."
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_log = structlog.get_logger(__name__)
+
+
+class _Malformed:
+    """Stands for a request that did not parse."""
+
+
+class EdgeInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of ``shardbook.v1``."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Returns the handler with its behaviour wrapped."""
+        handler: Any = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        if handler is None or not method.startswith(PREFIX):
+            return handler  # type: ignore[no-any-return]  # handlers are untyped here
+        parse = _lenient(handler.request_deserializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(method, handler.unary_stream), parse, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _unary(method, handler.unary_unary), parse, handler.response_serializer
+        )
+
+
+def _unary(method: str, behaviour: Unary) -> Unary:
+    async def answer(request: Any, context: Context) -> Any:
+        call = _begin(method, context)
+        try:
+            return await behaviour(_parsed(request), context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where everything becomes a status
+            await _abort(call, error, context)
+
+    return answer
+
+
+def _stream(method: str, behaviour: Stream) -> Stream:
+    async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
+        call = _begin(method, context)
+        try:
+            async for response in behaviour(_parsed(request), context):
+                yield response
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            await _abort(call, error, context)
+
+    return answer
+
+
+def _begin(method: str, context: Context) -> Call:
+    """Makes the call known to everything that its task calls."""
+    remaining_s: float | None = context.time_remaining()
+    deadline_s = math.inf if remaining_s is None else time.monotonic() + remaining_s
+    call = Call(method, _request_id(context), deadline_s)
+    set_current_call(call)
+    context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+    return call
+
+
+def _request_id(context: Context) -> str:
+    """Returns the client's id when it is fit for a log line, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+async def _abort(call: Call, error: Exception, context: Context) -> None:
+    if isinstance(error, ShardbookError):
+        _log.debug("refused", method=call.method, status=error.status, reason=error.reason, message=error.message)
+        refusal = error
+    else:
+        _log.error("bug", method=call.method, request_id=call.request_id, exc_info=error)
+        refusal = InternalError(f"a bug in Shardbook: report the server's log of request {call.request_id}")
+    status: Any = rpc_status.to_status(rich_status(refusal, call.request_id))
+    await context.abort(status.code, status.details, (*status.trailing_metadata, (REQUEST_ID_KEY, call.request_id)))
+
+
+def _lenient(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Returns a parser that never raises, so that bad bytes reach the handler's wrapper."""
+
+    def parse_or_mark(payload: bytes) -> Any:
+        try:
+            return parse(payload) if parse is not None else payload
+        except DecodeError:
+            return _Malformed()
+
+    return parse_or_mark
+
+
+def _parsed(request: H) -> H:
+    if isinstance(request, _Malformed):
+        raise InvalidArgumentError("the request is no message of this call", reason="MALFORMED_REQUEST")
+    return request

@@ -1,0 +1,32 @@
+"""Limits that only the edge knows: how long a call may wait, how much is checked at once, sizes of replies."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from shardbook.core import limits
+from shardbook.errors import InvalidArgumentError
+from shardbook_server.rpc.call import current_call
+
+#: Calls whose uploads are inflated and checked at the same time; each may hold ``limits.MAX_INFLATED_BYTES``.
+UPLOADS_AT_ONCE: Final = 4
+#: Time kept for the answer itself when a wait is cut to fit below the call's deadline, seconds.
+ANSWER_S: Final = 0.5
+#: Time between two looks at another job's lease, seconds.
+LEASE_LOOK_S: Final = 0.5
+
+
+def wait_s(wait: Duration) -> float:
+    """Returns how long this call may wait: as asked, at most 20 s, and short enough to answer before the deadline.
+
+    A handler that waits up to the deadline loses its answer to DEADLINE_EXCEEDED.
+
+    Raises:
+        InvalidArgumentError: The wait is negative, or no valid duration.
+    """
+    asked_s = wait.seconds + wait.nanos / 1e9
+    if asked_s < 0 or abs(wait.nanos) >= 1_000_000_000:
+        raise InvalidArgumentError("a wait is not negative", field="wait")
+    return max(0.0, min(asked_s, limits.MAX_WAIT_S, current_call().remaining_s() - ANSWER_S))

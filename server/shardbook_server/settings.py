@@ -1,0 +1,172 @@
+"""Everything an operator can set, in one frozen object.
+
+Sources, first that says something wins: flags of the command line, ``SHARDBOOK_*`` in the environment, the TOML
+file named by ``--config`` or ``SHARDBOOK_CONFIG``, the defaults here. The environment variable of a setting is
+its name in capitals: ``listen`` is ``SHARDBOOK_LISTEN``.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from shardbook.errors import FieldViolation, InvalidArgumentError
+
+#: Environment variable that names the TOML file.
+CONFIG_VARIABLE: Final = "SHARDBOOK_CONFIG"
+ENVIRONMENT_PREFIX: Final = "SHARDBOOK_"
+DEFAULT_LISTEN: Final = "127.0.0.1:7070"
+
+_Count = Annotated[int, Field(ge=1, le=1 << 31)]
+_Bytes = Annotated[int, Field(ge=1 << 10, le=1 << 31)]
+_Seconds = Annotated[float, Field(gt=0, le=365 * 86400, allow_inf_nan=False)]
+
+
+def default_data_dir() -> Path:
+    """Returns the one place for the embedded database: below ``$XDG_DATA_HOME``, else ``~/.local/share``."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    # The XDG specification says that a relative path is to be ignored.
+    root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".local" / "share"
+    return root / "shardbook"
+
+
+def default_database_url() -> str:
+    """Returns the URL of the embedded database."""
+    return f"sqlite:///{default_data_dir() / 'shardbook.db'}"
+
+
+class Settings(BaseModel):
+    """Settings of one server process.
+
+    Each field is documented where it stands; ``load_settings`` reads all sources.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    listen: str = Field(
+        DEFAULT_LISTEN,
+        description="Address to serve gRPC on: host:port (port 0 takes a free one), [ipv6]:port or unix:/path. "
+        "The default is reachable from this machine only.",
+    )
+    database_url: str = Field(
+        default_factory=default_database_url,
+        description="Where the data is: sqlite:////absolute/path, or a Postgres URL. The default is the embedded "
+        "database, $XDG_DATA_HOME/shardbook/shardbook.db (~/.local/share/shardbook/shardbook.db).",
+    )
+    worker_threads: _Count = Field(
+        8, description="Threads that run service calls; as many database connections are kept for them."
+    )
+    max_message_bytes: _Bytes = Field(16 << 20, description="Largest request; a larger one is RESOURCE_EXHAUSTED.")
+    max_concurrent_rpcs: _Count = Field(
+        40_000,
+        description="Calls in progress, waiting ones included, before further ones are RESOURCE_EXHAUSTED; "
+        "a guard for memory, above waiter_limit and call_queue_limit.",
+    )
+    call_queue_limit: _Count = Field(
+        2_048, description="Calls that may queue for a worker thread before further ones are RESOURCE_EXHAUSTED."
+    )
+    waiter_limit: _Count = Field(
+        32_768, description="Calls that may wait for a checkpoint or a lease; a limit apart from the other calls."
+    )
+    poll_interval_s: _Seconds = Field(
+        0.1, description="Time between looks at the checkpoints that calls of this process wait for."
+    )
+    batch_max_count: _Count = Field(512, description="Most plans or registrations in one transaction.")
+    batch_max_bytes: _Bytes = Field(32 << 20, description="Most bytes of plans or registrations in one transaction.")
+    batch_queue_count: _Count = Field(
+        16_384, description="Plans or registrations that may queue before further ones are RESOURCE_EXHAUSTED."
+    )
+    batch_queue_bytes: _Bytes = Field(
+        128 << 20, description="Bytes of plans or registrations that may queue, with the same answer beyond."
+    )
+    lease_ttl_s: _Seconds = Field(60.0, description="A session without a sign of life for this long counts as gone.")
+    reap_interval_s: _Seconds = Field(10.0, description="Time between looks for leases that have ended.")
+    drain_s: _Seconds = Field(
+        10.0, description="On SIGTERM, how long calls in progress may take to finish before they are cut."
+    )
+    reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl and similar tools.")
+    compression: bool = Field(
+        False,
+        description="Accept gzip and deflate messages. Off by default: payloads are compressed already, and gRPC "
+        "inflates a message before its size is checked.",
+    )
+    keepalive_permit_s: _Seconds = Field(30.0, description="Clients may ping as often as this.")
+    max_connection_age_s: _Seconds = Field(
+        3600.0, description="A connection is asked to reconnect after this long, so that replicas share the load."
+    )
+    max_connection_age_grace_s: _Seconds = Field(
+        60.0, description="How long calls may go on over a connection that was asked to reconnect."
+    )
+    stream_message_bytes: _Bytes = Field(1 << 20, description="Size that messages of a streamed reply aim at.")
+    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
+        "info", description="Least severe log lines that are written: debug, info, warning or error."
+    )
+    log_json: bool | None = Field(
+        None, description="Write log lines as JSON; unset means JSON unless standard error is a terminal."
+    )
+
+    @pydantic.field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: str) -> str:
+        if value.startswith("unix:"):
+            if len(value) == len("unix:"):
+                raise ValueError("the path is missing: write unix:/path/of/socket")
+            return value
+        host, _, port = value.rpartition(":")
+        if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+            raise ValueError("write host:port, [ipv6]:port or unix:/path")
+        return value
+
+    @property
+    def embedded(self) -> bool:
+        """True when the data is in the embedded database's own place, which the server looks after by itself."""
+        return self.database_url == default_database_url()
+
+
+def load_settings(
+    flags: Mapping[str, object] | None = None,
+    *,
+    config: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """Reads all sources.
+
+    Args:
+        flags: Settings given on the command line, by name; None values were not given.
+        config: TOML file; ``SHARDBOOK_CONFIG`` names one when this is None.
+        environment: The environment to read; this process's when None.
+
+    Raises:
+        InvalidArgumentError: A value is not valid, or the file cannot be read or has a name that is no setting.
+    """
+    environment = os.environ if environment is None else environment
+    if config is None and environment.get(CONFIG_VARIABLE):
+        config = Path(environment[CONFIG_VARIABLE])
+    named = {f"{ENVIRONMENT_PREFIX}{name.upper()}": name for name in Settings.model_fields}
+    values: dict[str, object] = _read_toml(config) if config is not None else {}
+    values |= {named[variable]: value for variable, value in environment.items() if variable in named and value}
+    values |= {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return Settings.model_validate(values)
+    except pydantic.ValidationError as error:
+        wrong = [(".".join(map(str, e["loc"])), str(e["msg"])) for e in error.errors(include_input=False)]
+        raise InvalidArgumentError(
+            "settings are not valid: " + "; ".join(f"{name}: {why}" for name, why in wrong),
+            reason="INVALID_SETTINGS",
+            violations=[FieldViolation(name, why) for name, why in wrong],
+        ) from None
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"cannot read settings from {path}: {error}", reason="INVALID_SETTINGS", field="config"
+        ) from error
