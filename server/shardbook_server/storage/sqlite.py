@@ -1,0 +1,133 @@
+"""SQLite as Shardbook uses it: which library, how a connection is set up, where a database may lie.
+
+Python's driver opens transactions by itself, deferred, at the first write: two writers that both read first then lose
+updates silently. So connections are opened with ``isolation_level=None`` and ``Database`` says BEGIN itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from shardbook.errors import InvalidArgumentError
+
+_log = logging.getLogger(__name__)
+
+PAGE_SIZE_BYTES: Final = 16_384
+_BUSY_TIMEOUT_MS: Final = 30_000
+_JOURNAL_SIZE_LIMIT_BYTES: Final = 64 << 20
+_CACHE_KIB: Final = 32 << 10
+#: The last release whose WAL reset can corrupt a database that several processes write.
+_LAST_UNSAFE: Final = (3, 51, 2)
+#: File systems whose locks or shared memory do not hold between machines.
+_NETWORK_TYPES: Final = frozenset(
+    {
+        "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs",
+        "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "virtiofs", "vboxsf", "wekafs",
+    }
+)  # fmt: skip
+#: FUSE file systems that are local disks after all.
+_LOCAL_FUSE: Final = frozenset({"fuseblk", "fuse.ext2", "fuse.ntfs-3g", "fuse.fuse-overlayfs"})
+
+
+def driver() -> ModuleType:
+    """Returns the DBAPI module with the newest SQLite: ``pysqlite3`` when it beats the system's, else ``sqlite3``."""
+    chosen: ModuleType = sqlite3
+    try:
+        bundled = importlib.import_module("pysqlite3.dbapi2")
+    except ImportError:
+        bundled = None
+    if bundled is not None and bundled.sqlite_version_info > sqlite3.sqlite_version_info:
+        chosen = bundled
+    version: tuple[int, ...] = chosen.__dict__["sqlite_version_info"]
+    if version <= _LAST_UNSAFE:
+        _log.warning(
+            "SQLite %s can corrupt a database when its log is reset; install a newer one: pip install pysqlite3",
+            ".".join(map(str, version)),
+        )
+    return chosen
+
+
+def connector(path: Path, *, read_only: bool) -> Callable[[], Any]:
+    """Returns a function that opens one connection to ``path``; ``read_only`` ones refuse to write."""
+    module = driver()
+
+    def connect() -> Any:
+        connection = module.__dict__["connect"](
+            str(path), isolation_level=None, check_same_thread=False, timeout=_BUSY_TIMEOUT_MS / 1000
+        )
+        # The page size counts only before the first table exists, and before the log is switched on.
+        for pragma in (
+            f"page_size = {PAGE_SIZE_BYTES}",
+            f"busy_timeout = {_BUSY_TIMEOUT_MS}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            f"journal_size_limit = {_JOURNAL_SIZE_LIMIT_BYTES}",
+            f"cache_size = -{_CACHE_KIB}",
+            f"query_only = {int(read_only)}",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    return connect
+
+
+def database_path(url: str) -> Path:
+    """Returns the file that a ``sqlite:///`` URL names, absolute.
+
+    Raises:
+        InvalidArgumentError: It names none, or one on a network file system.
+    """
+    prefix = "sqlite:///"
+    name = url.removeprefix(prefix)
+    if not url.startswith(prefix) or not name or name.startswith((":memory:", "file:")) or "?" in name:
+        raise InvalidArgumentError(
+            f"{url!r} is no database that Shardbook can serve: write sqlite:////absolute/path", field="database_url"
+        )
+    path = Path(name).absolute()
+    found = network_file_system(path, _mount_table())
+    if found is not None:
+        raise InvalidArgumentError(
+            f"{path} lies on a network file system ({found}), where SQLite's locks do not hold and databases get "
+            "corrupted: choose a local disk",
+            reason="NETWORK_FILE_SYSTEM",
+            field="database_url",
+        )
+    return path
+
+
+def network_file_system(path: Path, mount_table: str) -> str | None:
+    """Returns the type of the network file system that ``path`` lies on; None when it is local or not known.
+
+    Args:
+        path: Absolute path of a file that need not exist yet.
+        mount_table: Content of ``/proc/self/mountinfo``.
+    """
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for line in mount_table.splitlines():
+        fields = line.split(" ")
+        if "-" not in fields or len(fields) < fields.index("-") + 2:
+            continue
+        mount = fields[4].encode().decode("unicode_escape")
+        # Of two mounts on one point the later one counts.
+        inside = mount in {"/", real} or real.startswith(mount + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, fields[fields.index("-") + 1]
+    if kind in _NETWORK_TYPES or (kind.startswith("fuse") and kind not in _LOCAL_FUSE):
+        return kind
+    return None
+
+
+def _mount_table() -> str:
+    try:
+        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""

@@ -1,0 +1,275 @@
+"""Every table. The migrations build the same schema (a test compares them); numbers of states and kinds are stored.
+
+Keys are integers and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused
+(AUTOINCREMENT): packed lists and caches name them. Times are microseconds since the epoch by the database's clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+#: 64-bit integer; SQLite's STRICT tables know it as INTEGER.
+Int64 = BigInteger().with_variant(Integer(), "sqlite")
+#: Small number or flag (0 or 1).
+Small = SmallInteger().with_variant(Integer(), "sqlite")
+Digest = LargeBinary(32)
+
+_STRICT: Final[dict[str, Any]] = {"sqlite_strict": True}
+#: For narrow rows found by their key only; wide ones would spill to overflow pages.
+_CLUSTERED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_with_rowid": False}
+_NEVER_REUSED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_autoincrement": True}
+
+#: One row: what belongs to the database as a whole.
+catalog = Table(
+    "catalog",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", LargeBinary(16), nullable=False),
+    Column("cursor", Int64, nullable=False),
+    Column("token_key", LargeBinary(32), nullable=False),
+    Column("reap_time_us", Int64, nullable=False),
+    **_STRICT,
+)
+
+#: One row: the oldest server revision that may still serve this schema.
+schema_compat = Table(
+    "schema_compat",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("oldest", Text, nullable=False),
+    **_STRICT,
+)
+
+projects = Table(
+    "projects",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    **_STRICT,
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("create_time_us", Int64, nullable=False),
+    UniqueConstraint("project_id", "name"),
+    **_STRICT,
+)
+
+#: ``session`` is the current one (0: none yet), ``last_session`` the highest number ever seen: numbers only grow.
+#: ``latest_id`` is a checkpoint; no foreign key, the two tables would refer to each other.
+parts = Table(
+    "parts",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("run_id", ForeignKey("runs.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("session", Int64, nullable=False),
+    Column("last_session", Int64, nullable=False),
+    Column("latest_id", Int64),
+    UniqueConstraint("run_id", "name"),
+    **_STRICT,
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("part_id", ForeignKey("parts.id"), primary_key=True, autoincrement=False),
+    Column("number", Int64, primary_key=True, autoincrement=False),
+    Column("incarnation", LargeBinary(16), nullable=False),
+    Column("job_id", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("user", Text, nullable=False),
+    Column("start_time_us", Int64, nullable=False),
+    UniqueConstraint("part_id", "incarnation"),
+    **_CLUSTERED,
+)
+
+#: The lease of a part's current session. ``ended`` is set once the reaper has dealt with its end.
+leases = Table(
+    "leases",
+    metadata,
+    Column("part_id", ForeignKey("parts.id"), primary_key=True, autoincrement=False),
+    Column("session", Int64, nullable=False),
+    Column("seen_time_us", Int64, nullable=False),
+    Column("expire_time_us", Int64, nullable=False),
+    Column("ended", Small, nullable=False),
+    Index("ix_leases_running", "expire_time_us", sqlite_where=text("ended = 0"), postgresql_where=text("ended = 0")),
+    **_STRICT,
+)
+
+#: ``staged`` is 1 while plans and registrations may lie in staging: OPEN, or EXPIRED and still revivable.
+#: ``explicit`` is 1 when some rank gave lengths that do not follow from its structure.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("part_id", ForeignKey("parts.id"), nullable=False),
+    Column("session", Int64, nullable=False),
+    Column("step", Int64, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("incarnation", LargeBinary(16), nullable=False),
+    Column("world_size", Integer, nullable=False),
+    Column("registration_count", Integer, nullable=False),
+    Column("state", Small, nullable=False),
+    Column("live", Small, nullable=False),
+    Column("staged", Small, nullable=False),
+    Column("recovered", Small, nullable=False),
+    Column("explicit", Small, nullable=False),
+    Column("location", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("create_time_us", Int64, nullable=False),
+    Column("commit_time_us", Int64),
+    Column("write_time_us", Int64),
+    Column("structure_id", ForeignKey("checkpoint_structures.id")),
+    Column("size_bytes", Int64, nullable=False),
+    Column("metadata_header", LargeBinary, nullable=False),
+    Column("failure", Text, nullable=False),
+    Column("failed_rank", Integer),
+    Column("failed_host", Text),
+    Column("failed_phase", Text),
+    # Also the order of listings: newest session and step first.
+    UniqueConstraint("part_id", "session", "step", "attempt", "incarnation", name="uq_checkpoints_attempt"),
+    Index(
+        "uq_checkpoints_live",
+        "part_id",
+        "step",
+        unique=True,
+        sqlite_where=text("live = 1"),
+        postgresql_where=text("live = 1"),
+    ),
+    Index("ix_checkpoints_staged", "part_id", sqlite_where=text("staged = 1"), postgresql_where=text("staged = 1")),
+    **_NEVER_REUSED,
+)
+
+#: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``, 0 for other kinds.
+rank_structures = Table(
+    "rank_structures",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("kind", Small, nullable=False),
+    Column("digest", Digest, nullable=False),
+    Column("reference_id", ForeignKey("rank_structures.id")),
+    Column("entry_count", Integer, nullable=False),
+    Column("item_count", Integer, nullable=False),
+    Column("variable_count", Integer, nullable=False),
+    Column("fixed_bytes", Int64, nullable=False),
+    Column("last_used_day", Integer, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    UniqueConstraint("project_id", "kind", "digest"),
+    **_NEVER_REUSED,
+)
+
+#: ``digest`` is over the ordered digests of the ranks' structures; both id lists are packed columns.
+checkpoint_structures = Table(
+    "checkpoint_structures",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("digest", Digest, nullable=False),
+    Column("tensor_count", Int64, nullable=False),
+    Column("chunk_count", Int64, nullable=False),
+    Column("bytes_entry_count", Int64, nullable=False),
+    Column("last_used_day", Integer, nullable=False),
+    Column("warnings", Text, nullable=False),
+    Column("rank_structure_ids", LargeBinary, nullable=False),
+    Column("tensor_ids", LargeBinary, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+    UniqueConstraint("project_id", "digest"),
+    **_NEVER_REUSED,
+)
+
+#: Entries of checkpoint structures, content-addressed one by one. ``fqn_text`` is printable; ``shape`` is JSON;
+#: ``fixed_bytes`` is the sum of the chunks' expected lengths.
+structure_tensors = Table(
+    "structure_tensors",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("project_id", ForeignKey("projects.id"), nullable=False),
+    Column("digest", Digest, nullable=False),
+    Column("kind", Small, nullable=False),
+    Column("dtype", Small, nullable=False),
+    Column("shape", Text, nullable=False),
+    Column("chunk_count", Int64, nullable=False),
+    Column("fixed_bytes", Int64, nullable=False),
+    Column("fqn", LargeBinary, nullable=False),
+    Column("fqn_text", Text, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    UniqueConstraint("project_id", "digest"),
+    **_NEVER_REUSED,
+)
+
+#: Staging: who planned what while the attempt is open.
+plan_submissions = Table(
+    "plan_submissions",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("plan_id", ForeignKey("rank_structures.id"), nullable=False),
+    Column("lowest_rank", Small, nullable=False),
+    Column("host", Text, nullable=False),
+    **_CLUSTERED,
+)
+
+#: Staging: what ranks wrote while the attempt is open; insert-only. Folded into segments at commit.
+registrations = Table(
+    "registrations",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("rank", Integer, primary_key=True, autoincrement=False),
+    Column("structure_id", ForeignKey("rank_structures.id"), nullable=False),
+    Column("explicit", Small, nullable=False),
+    Column("size_bytes", Int64, nullable=False),
+    Column("extents", LargeBinary, nullable=False),
+    Column("volatile", LargeBinary, nullable=False),
+    **_CLUSTERED,
+)
+
+extent_segments = Table(
+    "extent_segments",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("first_rank", Integer, primary_key=True, autoincrement=False),
+    Column("payload", LargeBinary, nullable=False),
+    **_STRICT,
+)
+
+#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``.
+events = Table(
+    "events",
+    metadata,
+    Column("cursor", Int64, primary_key=True, autoincrement=False),
+    Column("time_us", Int64, nullable=False),
+    Column("kind", Small, nullable=False),
+    Column("part_id", Int64, nullable=False),
+    Column("checkpoint_id", Int64, nullable=False),
+    **_STRICT,
+)
