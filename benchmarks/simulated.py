@@ -200,6 +200,8 @@ class Ranks:
         reply = await self._stub.RegisterShards(request)
         while reply.unknown:
             wanted = {ref.kind for ref in reply.unknown}
+            if types_pb2.BLOB_KIND_STRUCTURE in wanted:
+                wanted.add(types_pb2.BLOB_KIND_PLAN)
             del request.blobs[:]
             request.blobs.extend(blob for blob in payload.blobs if blob.kind in wanted)
             self.sent_bytes += request.ByteSize()
