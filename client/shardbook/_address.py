@@ -95,8 +95,9 @@ def _split(host: str) -> tuple[str, int]:
         raise _bad_address(host, "it has a scheme, a path or a user")
     if not name or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
         raise _bad_address(host, "it has no port")
-    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
-    if ":" in name and not _is_ip(name):
+    if name.startswith("[") and name.endswith("]") and _is_ip(name[1:-1]):
+        return name[1:-1], int(port)
+    if ":" in name or "[" in name:
         raise _bad_address(host, "an IPv6 address stands in brackets")
     return name, int(port)
 

@@ -24,6 +24,8 @@ _BACKOFF: Final = Backoff()
 #: While a patient call is out, the server is asked this often whether it is alive, seconds.
 _LOOK_EVERY_S: Final = 2.0
 _LEAST_TIMEOUT_S: Final = 0.001
+#: A last try of less than this proves nothing by its silence, seconds.
+_SHORT_TRY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,18 @@ class Transport:
         """Repeats ``attempt``; with ``guarded``, only while the server's silence stays within what it allows."""
         end_s = time.monotonic() + limit_s
         failure_count = 0
+        last: ShardbookError | None = None
         while True:
+            remaining_s = end_s - time.monotonic()
             try:
-                return attempt(max(_LEAST_TIMEOUT_S, end_s - time.monotonic()))
+                return attempt(max(_LEAST_TIMEOUT_S, remaining_s))
+            except DeadlineExceededError as error:
+                # What went wrong all the time says more than that the last short try was cut off by the deadline.
+                if last is not None and remaining_s < _SHORT_TRY_S:
+                    raise last from error
+                raise
             except ShardbookError as error:
+                last = error
                 failure_count += 1
                 delay_s = self.backoff.delay_s(failure_count, error)
                 # No sleep that the deadline would end: the caller learns what is wrong while it still has time.

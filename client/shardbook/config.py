@@ -1,7 +1,7 @@
 """What a client is told about its surroundings: server, mode, stores, patience. One frozen object.
 
 Settings come from the environment, else from a TOML file (``SHARDBOOK_CONFIG``, by default
-``~/.config/shardbook/config.toml``), else from the defaults; ``SETTINGS`` lists them all. The file::
+``$XDG_CONFIG_HOME/shardbook/config.toml``), else from the defaults; ``SETTINGS`` lists them all. The file::
 
     server = "shardbook.example:7420"
     [stores]
@@ -30,7 +30,10 @@ from shardbook.stores import Stores
 _LOG = logging.getLogger(__name__)
 
 CONFIG_VARIABLE: Final = "SHARDBOOK_CONFIG"
-DEFAULT_CONFIG_FILE: Final = "~/.config/shardbook/config.toml"
+
+
+def _default_file(env: Mapping[str, str]) -> Path:
+    return Path(env.get("XDG_CONFIG_HOME", "").strip() or "~/.config").expanduser() / "shardbook" / "config.toml"
 
 
 class Mode(StrEnum):
@@ -199,7 +202,7 @@ class ClientConfig:
 def _from_file(env: Mapping[str, str]) -> dict[str, Any]:
     """Returns the settings in the TOML file; none when the default file does not exist."""
     named = env.get(CONFIG_VARIABLE, "").strip()
-    path = Path(named or DEFAULT_CONFIG_FILE).expanduser()
+    path = Path(named).expanduser() if named else _default_file(env)
     try:
         content = path.read_bytes()
     except FileNotFoundError:

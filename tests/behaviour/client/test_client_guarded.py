@@ -1,0 +1,138 @@
+"""What an outage costs a save, over real sockets: silence, refusal, errors, and finding out that it is over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import pytest
+
+from shardbook import errors
+from shardbook.breaker import CircuitBreaker
+from shardbook.client import Client
+from shardbook.v1 import registration_pb2 as pb
+from tests.behaviour.client.scripted import refuse, scripted_server
+
+OK = pb.RegisterShardsResponse()
+REQUEST = pb.RegisterShardsRequest()
+
+
+def register(client: Client, breaker: CircuitBreaker) -> tuple[float, errors.ShardbookError | None]:
+    """One save that only registers: seconds it took, and its outage."""
+    save = breaker.start_save()
+    started = time.monotonic()
+    with suppress(errors.ShardbookError):
+        client.guarded(save).register_shards(REQUEST, deadline_s=60)
+    return time.monotonic() - started, save.outage
+
+
+def test_dead_server_costs_the_first_save_more_than_the_later_ones(free_port: int) -> None:
+    """Nobody listens: the first save pays the long share, the next ones the short one."""
+    breaker = CircuitBreaker(first_s=1.0, later_s=0.2)
+    client = Client(f"127.0.0.1:{free_port}")
+    costs = [register(client, breaker) for _ in range(3)]
+    assert 0.4 < costs[0][0] < 1.5
+    assert all(cost_s < 0.5 for cost_s, _ in costs[1:])
+    assert [errors.UnavailableError] * 3 == [type(outage) for _, outage in costs]
+
+
+def test_silent_server_costs_the_same() -> None:
+    """A server that accepts calls and never answers is an outage like one that is gone."""
+    release = threading.Event()
+
+    def hang(*_: Any) -> pb.RegisterShardsResponse:
+        release.wait(20)
+        return OK
+
+    breaker = CircuitBreaker(first_s=0.8, later_s=0.1)
+    with scripted_server(RegisterShards=hang) as server:
+        costs = [register(Client(server.target), breaker)[0] for _ in range(3)]
+        release.set()
+    assert 0.7 < costs[0] < 1.3
+    assert all(cost_s < 0.4 for cost_s in costs[1:])
+
+
+def test_second_call_of_a_save_is_refused_once_the_budget_is_spent(free_port: int) -> None:
+    """A save pays once, however many calls it still wanted to make."""
+    save = CircuitBreaker(first_s=0.3, later_s=0.1).start_save()
+    client = Client(f"127.0.0.1:{free_port}").guarded(save)
+    started = time.monotonic()
+    while not save.is_exhausted:
+        with pytest.raises((errors.UnavailableError, errors.DeadlineExceededError)):
+            client.register_shards(REQUEST)
+    with pytest.raises(errors.UnavailableError, match="goes on without it") as caught:
+        client.register_shards(REQUEST)
+    assert "CIRCUIT_OPEN" == caught.value.reason
+    assert time.monotonic() - started < 1
+
+
+def test_late_answer_to_a_probe_is_evidence_for_the_next_save() -> None:
+    """A server that is slow after an outage is trusted again by the next save, though no save waits for it."""
+    delays = iter([5.0, 0.5, 0.3])
+    release = threading.Event()
+
+    def slow(*_: Any) -> pb.RegisterShardsResponse:
+        release.wait(next(delays))
+        return OK
+
+    breaker = CircuitBreaker(first_s=0.9, later_s=0.1)
+    with scripted_server(RegisterShards=slow) as server:
+        client = Client(server.target)
+        register(client, breaker)
+        cost_s, outage = register(client, breaker)
+        assert cost_s < 0.3
+        assert outage is not None
+        time.sleep(0.6)
+        assert not breaker.is_open
+        # 0.3 s is more than the short share: only the long one lets the answer through.
+        assert None is register(client, breaker)[1]
+        release.set()
+
+
+def test_denied_calls_cost_nothing_and_are_an_outage() -> None:
+    """An expired token must not lose the save: no waiting, and the save learns why it is unregistered."""
+
+    def deny(_: Any, context: grpc.ServicerContext) -> None:
+        refuse(context, grpc.StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED", "expired yesterday")
+
+    breaker = CircuitBreaker()
+    with scripted_server(RegisterShards=deny) as server:
+        cost_s, outage = register(Client(server.target), breaker)
+    assert cost_s < 1
+    assert isinstance(outage, errors.UnauthenticatedError)
+    assert breaker.is_open
+
+
+def test_waiting_server_is_no_outage() -> None:
+    """A server that answers WAITING may hold a rank for as long as it is asked to, far beyond the budget."""
+    waiting = pb.PlanSaveResponse(state=pb.PlanSaveResponse.STATE_WAITING)
+
+    def handle(request: pb.PlanSaveRequest, _: Any) -> pb.PlanSaveResponse:
+        time.sleep(request.wait.ToTimedelta().total_seconds())
+        return waiting
+
+    save = CircuitBreaker(first_s=0.3, later_s=0.1).start_save()
+    with scripted_server(PlanSave=handle) as server:
+        client = Client(server.target).guarded(save)
+        started = time.monotonic()
+        assert waiting == client.plan_until_decided(pb.PlanSaveRequest(), lambda refs: [], timeout_s=1.2)
+        assert time.monotonic() - started > 1
+        # Each call asks for less than the silence that the budget allows.
+        assert all(seen.wait.ToTimedelta().total_seconds() < 0.3 for seen in server.of("PlanSave"))
+    assert (None, 0.0) == (save.outage, save.spent_s)
+
+
+@pytest.mark.parametrize("reason", ["SESSION_FENCED", "RANK_FAILED", "RANKS_MISSING", "CHECKPOINT_CLOSED"])
+def test_answers_are_no_outage(reason: str) -> None:
+    """An error about the save is an answer of a healthy server."""
+
+    def handle(_: Any, context: grpc.ServicerContext) -> None:
+        refuse(context, grpc.StatusCode.FAILED_PRECONDITION, reason)
+
+    breaker = CircuitBreaker()
+    with scripted_server(RegisterShards=handle) as server:
+        assert None is register(Client(server.target), breaker)[1]
+    assert not breaker.is_open
