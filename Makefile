@@ -14,10 +14,10 @@ ARGS ?=
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 INSTALLED := $(VENV)/.shardbook-installed
-SOURCES := client server migrations tests benchmarks examples proto
+SOURCES := client server migrations tests benchmarks examples proto docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types imports proto proto-check bench fix clean
+.PHONY: help install demo test check lint types imports proto proto-check docs docs-check bench fix clean
 
 help: ## list these commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ demo: $(INSTALLED) ## the whole story on this machine: 4 ranks train, save, lose
 test: $(INSTALLED) ## every test
 	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
-check: lint types imports proto-check ## what CI runs beside the tests: lint, types, import rules, proto
+check: lint types imports proto-check docs-check ## what CI runs beside the tests: lint, types, import rules, drift
 
 lint: $(INSTALLED) ## style and format
 	$(RUN) -m ruff check .
@@ -55,6 +55,12 @@ proto: $(INSTALLED) ## generate client/shardbook/v1 from proto/
 proto-check: $(INSTALLED) ## lint the proto files; fail where the committed stubs differ from them
 	$(BIN)/buf lint proto
 	$(RUN) proto/generate.py --check
+
+docs: $(INSTALLED) ## generate the pages of docs/ that are made from code
+	$(RUN) docs/generate.py
+
+docs-check: $(INSTALLED) ## fail where they differ from it
+	$(RUN) docs/generate.py --check
 
 bench: $(INSTALLED) ## every benchmark, the short way
 	$(RUN) -m benchmarks all --quick $(ARGS)

@@ -26,6 +26,7 @@ def _no_settings_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Itera
         home = tmp_path_factory.mktemp("home")
         patch.setenv("XDG_DATA_HOME", str(home / "data"))
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
         # Ranks and workers share few cores: one thread each.
         patch.setenv("OMP_NUM_THREADS", "1")
         # A terminal's width and colours are no part of an output.
