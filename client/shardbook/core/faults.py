@@ -1,0 +1,124 @@
+"""What assembly finds wrong, said so that a person can act: which tensor, which ranks, how many more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+import numpy as np
+
+from shardbook.core import limits
+from shardbook.core.columns import BoolArray, Int64Array
+from shardbook.core.gather import Chunks
+from shardbook.core.geometry import NONE, Verdict, covered, volumes
+from shardbook.core.table import UInt8Array, printable
+from shardbook.errors import FieldViolation, InvalidGeometryError
+
+
+class Fault(IntEnum):
+    """What is wrong with an entry; of several faults of one entry the lowest number is told."""
+
+    NONE = 0
+    DISAGREEMENT = 1
+    OUT_OF_BOUNDS = 2
+    OVERLAP = 3
+    HOLE = 4
+
+    @property
+    def reason(self) -> str:
+        """ErrorInfo reason of the fault."""
+        return f"GEOMETRY_{self.name}"
+
+
+def name_ranks(ranks: Int64Array) -> str:
+    """Returns ``rank 3``, ``ranks 0, 3``, or the first 50 of more and their number; ``ranks`` are sorted."""
+    named = ", ".join(map(str, ranks[: limits.MAX_NAMED_RANKS].tolist()))
+    if len(ranks) > limits.MAX_NAMED_RANKS:
+        named += f", ... ({len(ranks)} ranks)"
+    return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
+
+
+def refuse(fqns: tuple[str, ...], faults: UInt8Array, describe: Callable[[int, Fault], str]) -> None:
+    """Raises InvalidGeometryError when an entry has a fault; reason and message are those of the first that has.
+
+    Args:
+        fqns: (T,) names.
+        faults: (T,) Fault of each entry.
+        describe: Says what is wrong with an entry; asked for as many as an error may name.
+    """
+    at_fault = np.flatnonzero(faults)
+    if not len(at_fault):
+        return
+    violations = []
+    for entry in at_fault[: limits.MAX_VIOLATIONS].tolist():
+        fault = Fault(int(faults[entry]))
+        violations.append(FieldViolation(printable(fqns[entry]), f"{fault.reason}: {describe(entry, fault)}"))
+    first = violations[0]
+    metadata = {"tensor": first.field, "tensor_count": str(len(at_fault))}
+    if len(at_fault) > len(violations):
+        metadata["truncated"] = "true"
+    reason, _, description = first.description.partition(": ")
+    others = f"; {len(at_fault) - 1} more tensors are at fault" if len(at_fault) > 1 else ""
+    raise InvalidGeometryError(
+        f"tensor '{first.field}': {description}{others}", reason=reason, violations=violations, metadata=metadata
+    )
+
+
+def describe_unlike(chunks: Chunks, entry: int, unlike: BoolArray) -> str:
+    """Returns which ranks hold ``entry`` in another way than the rank whose word counts.
+
+    Args:
+        chunks: With every item that ranks keep.
+        entry: The entry.
+        unlike: (all items,) True for items declared unlike their entry's winner.
+    """
+    items = chunks.items_of(entry)
+    others = items[unlike[items]]
+    ranks = chunks.world.ranks_with(chunks.structures_of(others))
+    declared = chunks.declared
+    return (
+        f"{name_ranks(chunks.owners_of(items[:1]))} holds {declared.describe(int(chunks.winner_row[entry]))}, "
+        f"but {declared.describe(int(chunks.row[others[0]]))} is with {name_ranks(ranks)}"
+    )
+
+
+def describe_geometry(
+    chunks: Chunks, offsets: Int64Array, sizes: Int64Array, verdict: Verdict, entry: int, fault: Fault
+) -> str:
+    """Returns what ``verdict`` on ``chunks``, with their boxes, says about ``entry``."""
+    declared, row = chunks.declared, int(chunks.winner_row[entry])
+    ndim = int(declared.ndims[row])
+    shape = declared.shapes[row, :ndim].tolist()
+    first, end = chunks.firsts[entry : entry + 2].tolist()
+    owners = chunks.owners_of(chunks.order[first:end])
+
+    def box(at: int) -> str:
+        return f"{offsets[at, :ndim].tolist()} + {sizes[at, :ndim].tolist()}"
+
+    if fault is Fault.OUT_OF_BOUNDS:
+        out = np.flatnonzero(verdict.out_of_bounds[first:end])
+        ranks = name_ranks(np.unique(owners[out]))
+        return f"chunk {box(first + int(out[0]))} leaves the shape {shape}; such chunks are with {ranks}"
+    if fault is Fault.OVERLAP:
+        one, two = verdict.overlap[entry].tolist()
+        ranks = name_ranks(np.unique(owners[[one - first, two - first]]))
+        return f"chunks {box(one)} and {box(two)} overlap; they are with {ranks}"
+    if first == end:
+        tables = np.searchsorted(declared.bases, np.flatnonzero(declared.entry == entry), side="right") - 1
+        with_table = np.flatnonzero(np.isin(chunks.world.table_of, tables))
+        return f"no rank kept it; declared by {name_ranks(chunks.world.ranks_with(with_table))}"
+    counts = chunks.counts[entry : entry + 1]
+    shapes = declared.shapes[row : row + 1]
+    held, whole = int(covered(counts, shapes, sizes[first:end])[0]), int(volumes(shapes)[0])
+    ranks = name_ranks(np.unique(owners))
+    return f"chunks cover {held} of {whole} elements of the shape {shape}; they are with {ranks}"
+
+
+def faults_of(counts: Int64Array, verdict: Verdict, disagrees: BoolArray) -> UInt8Array:
+    """Returns (T,) the fault to tell of each entry."""
+    faults = np.zeros(len(counts), dtype=np.uint8)
+    faults[verdict.incomplete] = Fault.HOLE
+    faults[verdict.overlap[:, 0] != NONE] = Fault.OVERLAP
+    faults[np.repeat(np.arange(len(counts)), counts)[verdict.out_of_bounds]] = Fault.OUT_OF_BOUNDS
+    faults[disagrees] = Fault.DISAGREEMENT
+    return faults
