@@ -67,6 +67,14 @@ class Bridge:
         with self._admitted():
             return await self._in(self._pool, _Job(lambda: call(*args, **kwargs), current_call()))
 
+    async def read_shared(self, key: Hashable, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a read once for all callers that ask with the same key at the same time.
+
+        For thousands that were woken by the same event. The answer may have been read before a caller asked, so
+        this is not for what has to see the caller's own last write.
+        """
+        return await self._share(self._pool, ("read", key), _Job(lambda: call(*args, **kwargs), NO_CALL))
+
     async def look(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a read of the server's own, such as the poller's, outside admission and deadlines."""
         return await self._in(self._pool, _Job(lambda: call(*args, **kwargs), NO_CALL))
@@ -112,16 +120,8 @@ class Bridge:
         Raises:
             ResourceExhaustedError: Too many calls are queued.
         """
-        with self._admitted():
-            current_call().check_time()
-            task = self._shared.get((name, key))
-            if task is None:
-                job = _Job(self._with_failpoints(name, lambda: call(*args, **kwargs)), NO_CALL)
-                task = self._spawn(self._in(self._heavy, job))
-                self._shared[name, key] = task
-                task.add_done_callback(lambda _: self._shared.pop((name, key), None))
-            result: T = await asyncio.shield(task)
-            return result
+        job = _Job(self._with_failpoints(name, lambda: call(*args, **kwargs)), NO_CALL)
+        return await self._share(self._heavy, (name, key), job)
 
     async def stream(self, call: Callable[P, Iterator[T]], *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
         """Yields what a service call yields, each step a call of the read lane; nothing is read ahead."""
@@ -164,6 +164,17 @@ class Bridge:
             return result
 
         return run
+
+    async def _share(self, pool: ThreadPoolExecutor, key: tuple[str, Hashable], job: _Job[T]) -> T:
+        with self._admitted():
+            current_call().check_time()
+            task = self._shared.get(key)
+            if task is None:
+                task = self._spawn(self._in(pool, job))
+                self._shared[key] = task
+                task.add_done_callback(lambda _: self._shared.pop(key, None))
+            result: T = await asyncio.shield(task)
+            return result
 
     async def _write(self, job: _Job[T]) -> T:
         async with self._writers:

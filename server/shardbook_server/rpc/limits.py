@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
 from shardbook.core import limits
-from shardbook.errors import InvalidArgumentError
+from shardbook.errors import InvalidArgumentError, ResourceExhaustedError
 from shardbook_server.rpc.call import current_call
 
 #: Calls whose uploads are inflated and checked at the same time; each may hold ``limits.MAX_INFLATED_BYTES``.
@@ -16,6 +18,36 @@ UPLOADS_AT_ONCE: Final = 4
 ANSWER_S: Final = 0.5
 #: Time between two looks at another job's lease, seconds.
 LEASE_LOOK_S: Final = 0.5
+#: Told to clients whose uploads found no room, seconds.
+ROOM_RETRY_S: Final = 0.5
+
+
+class ByteBudget:
+    """Bytes that calls may hold at the same time; belongs to the event loop's thread."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self._name = name
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+
+    @contextmanager
+    def hold(self, size_bytes: int) -> Iterator[None]:
+        """Takes room and gives it back at the end.
+
+        Raises:
+            ResourceExhaustedError: There is no room. Alone, a call finds room whatever its size.
+        """
+        if self._held_bytes and self._held_bytes + size_bytes > self._limit_bytes:
+            raise ResourceExhaustedError(
+                f"{self._held_bytes} bytes of {self._name} in progress, the limit is {self._limit_bytes}: try again",
+                reason="SERVER_BUSY",
+                retry_delay_s=ROOM_RETRY_S,
+            )
+        self._held_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= size_bytes
 
 
 def wait_s(wait: Duration) -> float:

@@ -35,6 +35,7 @@ _log = structlog.get_logger(__name__)
 class _Waiter:
     done: Callable[[AttemptCounts], bool]
     future: asyncio.Future[AttemptCounts]
+    seen: AttemptCounts | None = None
 
 
 class Waits:
@@ -63,7 +64,7 @@ class Waits:
         return self._count
 
     async def until(self, attempt: int, done: Callable[[AttemptCounts], bool], wait_s: float) -> AttemptCounts | None:
-        """Returns the attempt's numbers once ``done`` says so; None when the time is up.
+        """Returns the attempt's numbers once ``done`` says so, or as last seen when the time is up (None if never).
 
         Raises:
             ResourceExhaustedError: Too many calls wait.
@@ -79,7 +80,7 @@ class Waits:
                 async with asyncio.timeout(wait_s):
                     return await waiter.future
             except TimeoutError:
-                return None
+                return waiter.seen
             finally:
                 self._forget(attempt, waiter)
 
@@ -176,6 +177,7 @@ class Waits:
             return
         for attempt, counts in found.items():
             for waiter in self._waiters.get(attempt, ()):
+                waiter.seen = counts
                 if not waiter.future.done() and waiter.done(counts):
                     waiter.future.set_result(counts)
 

@@ -1,0 +1,211 @@
+"""What a call on an attempt goes through between its message and its answer: check uploads, batch, wait, decide.
+
+Belongs to the event loop's thread; every service call goes through the bridge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from shardbook.errors import RanksMissingError, RunBusyError, ShardbookError
+from shardbook_server.rpc.batcher import Batcher, BatchLimits
+from shardbook_server.rpc.bridge import Bridge
+from shardbook_server.rpc.limits import LEASE_LOOK_S, UPLOADS_AT_ONCE, ByteBudget
+from shardbook_server.rpc.waits import Waits
+from shardbook_server.service.blobs import CheckedBlobs
+from shardbook_server.service.plans import PlanEntry
+from shardbook_server.service.registration import RegistrationEntry
+from shardbook_server.service.services import Services
+from shardbook_server.service.types import (
+    AttemptKey,
+    BlobUpload,
+    FailureReport,
+    OnLive,
+    PlanSubmission,
+    RecordRequest,
+    Registration,
+    SessionStart,
+)
+from shardbook_server.service.views import (
+    AttemptCounts,
+    CheckpointInfo,
+    CheckpointState,
+    PlanAnswer,
+    PlanState,
+    Progress,
+    RecordAnswer,
+    RegistrationAnswer,
+    SessionInfo,
+)
+
+Reached = Callable[[AttemptCounts], bool]
+
+
+def is_closed(counts: AttemptCounts) -> bool:
+    """True once the attempt is committed, failed or expired."""
+    return counts.state != CheckpointState.OPEN
+
+
+def is_registered(counts: AttemptCounts) -> bool:
+    """True once every rank has registered, or the attempt is closed."""
+    return is_closed(counts) or counts.registered_count >= counts.registration_count
+
+
+def is_planned(counts: AttemptCounts) -> bool:
+    """True once every rank has planned, or the attempt is closed."""
+    return is_closed(counts) or counts.planned_count >= counts.world_size
+
+
+#: What GetCheckpointProgress can wait for, by number of ``Until``.
+REACHED: Final[dict[int, Reached]] = {0: lambda _: True, 1: is_registered, 2: is_closed}
+
+
+class Attempts:
+    """Calls on attempts, in the form that the event loop needs.
+
+    Args:
+        services: All services.
+        bridge: The way to them.
+        waits: The poller.
+        limits: Sizes of the batches and of the queues before them.
+        in_flight: Batches of each kind in the database at a time.
+    """
+
+    def __init__(
+        self, services: Services, bridge: Bridge, waits: Waits, limits: BatchLimits, *, in_flight: int = 1
+    ) -> None:
+        self._services = services
+        self._bridge = bridge
+        self._waits = waits
+        self._plans = Batcher("plans", self._write_plans, limits, in_flight=in_flight)
+        self._registrations = Batcher("registrations", self._write_registrations, limits, in_flight=in_flight)
+        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._upload_bytes = ByteBudget("uploads", limits.queue_bytes)
+
+    async def start_session(self, request: SessionStart, wait_s: float) -> SessionInfo:
+        """Starts a session; with WAIT, tries again when the other job's lease has ended.
+
+        Raises:
+            RunBusyError: The lease is alive, still after the wait.
+        """
+        end_s = time.monotonic() + wait_s
+        while True:
+            try:
+                return await self._bridge.write("session", self._services.sessions.start, request)
+            except RunBusyError:
+                if request.on_live != OnLive.WAIT or not await self._lease_ends(request, end_s):
+                    raise
+
+    async def plan(
+        self, submission: PlanSubmission, uploads: Sequence[BlobUpload], size_bytes: int, wait_s: float
+    ) -> PlanAnswer:
+        """Submits a rank's plan and waits for the other ranks'."""
+        blobs = await self._check(submission.key, uploads)
+        answer = await self._plans.submit(PlanEntry(submission, blobs), size_bytes)
+        if answer.state != PlanState.WAITING:
+            return answer
+        if answer.planned_count < submission.key.world_size:
+            counts = await self._waits.until(answer.checkpoint_id, is_planned, wait_s)
+            if counts is None or not is_planned(counts):
+                return replace(answer, planned_count=counts.planned_count if counts else answer.planned_count)
+        # The first to ask computes for all and may take long; then each rank looks its own up.
+        decide = self._services.plans.decide
+        await self._bridge.heavy("decide", answer.checkpoint_id, decide, answer.checkpoint_id, submission.rank)
+        return await self._bridge.read(decide, answer.checkpoint_id, submission.rank)
+
+    async def register(
+        self, registration: Registration, uploads: Sequence[BlobUpload], size_bytes: int
+    ) -> RegistrationAnswer:
+        """Registers what a rank wrote; durable once it returns without ``unknown``."""
+        blobs = await self._check(registration.key, uploads)
+        return await self._registrations.submit(RegistrationEntry(registration, blobs), size_bytes)
+
+    async def report_failure(self, report: FailureReport) -> CheckpointState:
+        """Fails the attempt; whoever waits for it learns of it with the poller's next look."""
+        return await self._bridge.write("failure", self._services.registrations.report_failure, report)
+
+    async def progress(
+        self, key: AttemptKey, reached: Reached, wait_s: float
+    ) -> tuple[Progress, CheckpointInfo | None]:
+        """Returns how far an attempt has come, at the latest when the wait is over; and the checkpoint once closed."""
+        end_s = time.monotonic() + wait_s
+        view = await self._bridge.read(self._services.progress.progress, key)
+        while not reached(view.counts) and (left_s := end_s - time.monotonic()) > 0:
+            await self._waits.until(view.checkpoint_id, reached, left_s)
+            view = await self._bridge.read_shared(key, self._services.progress.progress, key)
+        if not is_closed(view.counts):
+            return view, None
+        attempt = view.checkpoint_id
+        return view, await self._bridge.read_shared(attempt, self._services.catalog.get_attempt, attempt)
+
+    async def commit(self, key: AttemptKey, wait_s: float) -> CheckpointInfo:
+        """Commits an attempt once every rank is there.
+
+        Raises:
+            RanksMissingError: Ranks are missing, still after the wait.
+        """
+        end_s = time.monotonic() + wait_s
+        while True:
+            try:
+                checkpoint = await self._bridge.heavy("commit", key, self._services.commits.commit, key)
+            except RanksMissingError:
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    raise
+                view = await self._bridge.read(self._services.progress.progress, key)
+                await self._waits.until(view.checkpoint_id, is_registered, left_s)
+            else:
+                self._waits.changed([checkpoint.checkpoint_id])
+                return checkpoint
+
+    async def abort(self, key: AttemptKey, reason: str) -> CheckpointInfo:
+        """Gives an attempt up."""
+        checkpoint = await self._bridge.write("abort", self._services.commits.abort, key, reason)
+        self._waits.changed([checkpoint.checkpoint_id])
+        return checkpoint
+
+    async def record(self, request: RecordRequest, uploads: Sequence[BlobUpload]) -> RecordAnswer:
+        """Records an attempt, or a part of one; the last call assembles it."""
+        blobs = await self._check(request.key, uploads)
+        if not request.complete:
+            return await self._bridge.write("record", self._services.records.record, request, blobs)
+        # A key of its own: two such calls may say different things, so they never share an answer.
+        return await self._bridge.heavy("record", object(), self._services.records.record, request, blobs)
+
+    async def close(self) -> None:
+        """Writes what is queued; refuses what comes."""
+        await asyncio.gather(self._plans.close(), self._registrations.close())
+
+    async def _check(self, key: AttemptKey, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
+        if not uploads:
+            return CheckedBlobs()
+        with self._upload_bytes.hold(sum(len(upload.payload) for upload in uploads)):
+            async with self._uploads:
+                project = key.part_name.run.project
+                return await self._bridge.read(self._services.blobs.check, project, uploads)
+
+    async def _lease_ends(self, request: SessionStart, end_s: float) -> bool:
+        """Waits for another job's lease to end; False when the time is up first."""
+        while (left_s := end_s - time.monotonic()) > 0:
+            busy_s = await self._bridge.read(self._services.sessions.lease_remaining_s, request)
+            if busy_s <= 0:
+                return True
+            # A lease can end before its time: its job released it.
+            await self._waits.pause(min(busy_s, left_s, LEASE_LOOK_S))
+        return False
+
+    async def _write_plans(self, entries: Sequence[PlanEntry]) -> Sequence[PlanAnswer | ShardbookError]:
+        answers = await self._bridge.write_own("plan", self._services.plans.plan_batch, entries)
+        self._waits.changed(answer.checkpoint_id for answer in answers if isinstance(answer, PlanAnswer))
+        return answers
+
+    async def _write_registrations(
+        self, entries: Sequence[RegistrationEntry]
+    ) -> Sequence[RegistrationAnswer | ShardbookError]:
+        answers = await self._bridge.write_own("register", self._services.registrations.register_batch, entries)
+        self._waits.changed(answer.checkpoint_id for answer in answers if isinstance(answer, RegistrationAnswer))
+        return answers
