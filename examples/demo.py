@@ -69,7 +69,8 @@ class Demo:
     def ranks(self, count: int, *arguments: str) -> list[str]:
         """Returns the command that trains on ``count`` ranks."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={count}"]
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+        # The rendezvous id is the job's id: a restart of the same job takes its run over at once.
+        rendezvous = ["--rdzv-id=demo", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
         launcher = [*torchrun, *rendezvous] if count > 1 else [sys.executable]
         return [*launcher, TRAIN, f"--root={self.root}", f"--run={RUN}", *arguments]
 
