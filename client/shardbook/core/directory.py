@@ -1,0 +1,59 @@
+"""Names of the files that Shardbook keeps in a checkpoint directory, relative to it.
+
+::
+
+    .metadata                               DCP's own, for whoever knows only DCP
+    .shardbook/manifest                     the newest attempt's manifest
+    .shardbook/{prefix}/manifest            manifest of one attempt
+    .shardbook/{prefix}/rank-{rank}.record  registration record, until the manifest takes its place
+    .shardbook/{prefix}/rank-{rank}.failed  why a rank gave up, for whoever waits for its record
+    {prefix}/__{rank}_{n}.distcp            data files
+
+A prefix is ``{incarnation[:12]}-a{attempt}``, see ``shardbook.core.names.prefix_of``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+#: Directory of everything but the data and DCP's own file.
+ROOT: Final = ".shardbook"
+#: File that says which manifest counts.
+MANIFEST: Final = f"{ROOT}/manifest"
+#: DCP's own metadata file.
+DCP_METADATA: Final = ".metadata"
+
+_PREFIX = re.compile(r"[0-9a-f]{12}-a[1-9][0-9]{0,9}")
+_RECORD = re.compile(r"rank-(0|[1-9][0-9]{0,9})\.record")
+
+
+def attempt_path(prefix: str) -> str:
+    """Returns the directory of an attempt's manifest and records."""
+    return f"{ROOT}/{prefix}"
+
+
+def manifest_path(prefix: str) -> str:
+    """Returns the path of an attempt's manifest."""
+    return f"{ROOT}/{prefix}/manifest"
+
+
+def record_path(prefix: str, rank: int) -> str:
+    """Returns the path of a rank's registration record."""
+    return f"{ROOT}/{prefix}/rank-{rank}.record"
+
+
+def failure_path(prefix: str, rank: int) -> str:
+    """Returns the path of a rank's note that it gave up."""
+    return f"{ROOT}/{prefix}/rank-{rank}.failed"
+
+
+def is_prefix(name: str) -> bool:
+    """Returns True when ``name`` may be an attempt's prefix."""
+    return _PREFIX.fullmatch(name) is not None
+
+
+def rank_of_record(name: str) -> int | None:
+    """Returns the rank whose record a file is, by its last path component; None when it is no record."""
+    match = _RECORD.fullmatch(name)
+    return None if match is None else int(match[1])

@@ -1,0 +1,99 @@
+"""One attempt to save: who, what and where, fixed before anything is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass, field
+
+from shardbook.core import limits
+from shardbook.core.manifest import AttemptIdentity
+from shardbook.core.names import RunName, prefix_of
+from shardbook.dcp.runtime import Member
+from shardbook.errors import InvalidArgumentError
+from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation
+
+_DIGITS = re.compile(r"[0-9]+")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt to save, as one rank sees it. Immutable.
+
+    Attributes:
+        run: ``project/run``.
+        part: Part of the run.
+        step: Training step.
+        incarnation: 16 bytes.
+        number: Attempt within the session, 1 or more.
+        member: Place of this rank among those that save.
+        path: Directory or URL as the user gave it.
+        location: What the catalogue records for it.
+        begin_time_s: When this rank began, seconds since the epoch.
+    """
+
+    run: str
+    part: str
+    step: int
+    incarnation: bytes
+    number: int
+    member: Member
+    path: str
+    location: str
+    begin_time_s: float = field(default_factory=time.time)
+
+    @property
+    def prefix(self) -> str:
+        """Directory of the attempt's data files, relative to ``path``."""
+        return prefix_of(self.incarnation, self.number)
+
+    def identity(self, session: int) -> AttemptIdentity:
+        """Returns what the files of the attempt say about it; ``session`` is 0 while no server gave a number."""
+        return AttemptIdentity(
+            run=self.run,
+            part=self.part,
+            step=self.step,
+            session=session,
+            incarnation=self.incarnation,
+            attempt=self.number,
+            world_size=self.member.world_size,
+            prefix=self.prefix,
+            write_time_s=self.begin_time_s,
+        )
+
+    def key(self, session: int) -> AttemptKey:
+        """Returns the key that every call of the attempt carries."""
+        return AttemptKey(
+            run=str(RunName.parse(self.run)),
+            part=self.part,
+            step=self.step,
+            session=session,
+            incarnation=self.incarnation,
+            attempt=self.number,
+            world_size=self.member.world_size,
+        )
+
+    def place(self) -> AttemptLocation:
+        """Returns where its files are, as every call of the attempt says."""
+        return AttemptLocation(location=self.location, prefix=self.prefix)
+
+
+def step_of(step: object, path: str | os.PathLike[str]) -> int:
+    """Returns the step of a save: as given, else the last group of digits in the last component of its path.
+
+    Raises:
+        InvalidArgumentError: Neither says one.
+    """
+    if step is not None:
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= limits.INT64_MAX:
+            raise InvalidArgumentError(f"step is {step!r}, not an integer of 0 or more", field="step")
+        return step
+    groups = _DIGITS.findall(os.fspath(path).rstrip("/").rpartition("/")[2])
+    if not groups or int(groups[-1]) > limits.INT64_MAX:
+        raise InvalidArgumentError(
+            f"which step is {os.fspath(path)!r}? pass step=, or end the path with it, as in step-1500",
+            reason="NO_STEP",
+            field="step",
+        )
+    return int(groups[-1])

@@ -1,0 +1,213 @@
+"""A checkpoint directory that needs no service: records, manifests and DCP's own ``.metadata``.
+
+Ranks leave records, the coordinator folds them into a manifest, and whoever loads reads the manifest, or folds the
+records itself when nobody has yet. See ``shardbook.core.directory`` for the names of the files.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from shardbook.core import directory as names
+from shardbook.core.container import read_index, read_section
+from shardbook.core.fold import FoldedAttempt, fold, missing_ranks, unfold
+from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
+from shardbook.dcp.writer import CheckpointFiles
+from shardbook.errors import CorruptManifestError, InvalidGeometryError, ShardbookError
+
+_LOG = logging.getLogger(__name__)
+
+#: Enough of a manifest's beginning to hold its index and the identity.
+_HEAD_BYTES: Final = 1 << 16
+#: Pauses between two looks at the directory while records are awaited, seconds.
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 2.0
+#: How often a reader looks again when a coordinator folds records under its eyes.
+_LOOKS: Final = 3
+
+
+def write_record(files: CheckpointFiles, record: RegistrationRecord) -> None:
+    """Leaves a rank's registration record with the data, durably."""
+    files.write(names.record_path(record.identity.prefix, record.rank), record.to_bytes())
+
+
+def write_failure(files: CheckpointFiles, prefix: str, rank: int, reason: str) -> None:
+    """Leaves word that a rank gave up, for a coordinator that waits for its record."""
+    files.write(names.failure_path(prefix, rank), reason.encode("utf-8", "backslashreplace"))
+
+
+def read_record(files: CheckpointFiles, prefix: str, rank: int) -> RegistrationRecord | None:
+    """Returns a rank's record, None when it left none; raises CorruptManifestError when it is damaged."""
+    content = files.read(names.record_path(prefix, rank))
+    return None if content is None else RegistrationRecord.from_bytes(content)
+
+
+def read_records(files: CheckpointFiles, prefix: str, world_size: int) -> list[RegistrationRecord]:
+    """Returns the records that are there, by rank.
+
+    Raises:
+        CorruptManifestError: One is damaged.
+    """
+    contents = files.read_many(names.record_path(prefix, rank) for rank in range(world_size))
+    return [RegistrationRecord.from_bytes(content) for content in contents if content is not None]
+
+
+def await_records(files: CheckpointFiles, prefix: str, world_size: int, timeout_s: float) -> dict[int, str]:
+    """Waits until every rank has left its record, or one has left word that it gave up, or the time is over.
+
+    Returns:
+        Why each rank is missing; empty when every record is there.
+    """
+    end_s = time.monotonic() + timeout_s
+    pause_s = _FIRST_PAUSE_S
+    missing = set(range(world_size))
+    while True:
+        there = set(files.names(names.attempt_path(prefix)))
+        if there:
+            missing = {rank for rank in missing if f"rank-{rank}.record" not in there}
+        else:  # a filesystem that cannot list
+            missing = {rank for rank in missing if not files.exists(names.record_path(prefix, rank))}
+        failed = {rank: _failure(files, prefix, rank) for rank in missing if f"rank-{rank}.failed" in there}
+        if failed or not missing:
+            return failed
+        if time.monotonic() + pause_s > end_s:
+            return dict.fromkeys(sorted(missing), "it left no record")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _failure(files: CheckpointFiles, prefix: str, rank: int) -> str:
+    content = files.read(names.failure_path(prefix, rank)) or b""
+    return content.decode("utf-8", "replace")
+
+
+def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[], Metadata] | None) -> tuple[str, ...]:
+    """Makes a folded attempt what the directory means: manifest, ``.metadata``, and no records any more.
+
+    An older attempt, such as that of a straggler, gets its own manifest, but does not replace a newer one.
+
+    Args:
+        files: The directory.
+        folded: The attempt.
+        metadata: Makes torch's metadata for ``.metadata``; None leaves that file alone.
+
+    Returns:
+        What could not be written, for people; the checkpoint is whole without it.
+    """
+    identity = folded.manifest.identity
+    content = folded.manifest.to_bytes()
+    files.write(names.manifest_path(identity.prefix), content)
+    problems: list[str] = []
+    newest = read_identity(files, names.MANIFEST)
+    if newest is None or is_newer(identity, newest):
+        files.write(names.MANIFEST, content)
+        if metadata is not None:
+            problems.extend(_export(files, metadata))
+    else:
+        problems.append(f"{names.MANIFEST} belongs to a newer attempt, {newest.prefix}, and was left alone")
+    files.remove(names.record_path(identity.prefix, rank) for rank in range(identity.world_size))
+    return tuple(problems)
+
+
+def _export(files: CheckpointFiles, metadata: Callable[[], Metadata]) -> list[str]:
+    """Writes DCP's own file; its loss costs plain DCP the checkpoint, not Shardbook, so it fails no save."""
+    try:
+        files.write(names.DCP_METADATA, pickle.dumps(metadata()))
+    except (OSError, RuntimeError, pickle.PicklingError, ShardbookError) as error:
+        _LOG.exception("%s was not written: plain DCP cannot load this checkpoint", names.DCP_METADATA)
+        return [f"{names.DCP_METADATA} was not written: {error}"]
+    return []
+
+
+def is_newer(one: AttemptIdentity, other: AttemptIdentity) -> bool:
+    """Returns True when ``one`` may take the place of ``other``; an attempt may take its own.
+
+    Numbered sessions of one part have an order, and so have attempts of a session; else the clocks decide.
+    """
+    if (one.run, one.part) == (other.run, other.part):
+        if one.incarnation == other.incarnation:
+            return one.attempt >= other.attempt
+        if one.session and other.session:
+            return one.session > other.session
+    return one.write_time_s >= other.write_time_s
+
+
+def read_identity(files: CheckpointFiles, path: str) -> AttemptIdentity | None:
+    """Returns whose manifest a file is, without reading it whole; None when it is not there or damaged."""
+    head = files.read(path, _HEAD_BYTES)
+    if head is None:
+        return None
+    try:
+        return AttemptIdentity.from_json(read_section(head, read_index(head, "manifest")["identity"], "identity"))
+    except (CorruptManifestError, KeyError):
+        _LOG.warning("%s is damaged and is replaced", path)
+        return None
+
+
+def read_attempt(files: CheckpointFiles, prefix: str = "") -> FoldedAttempt | None:
+    """Returns what the directory holds: the newest attempt, or that of ``prefix``.
+
+    From the manifest; else from an attempt's own manifest or a complete set of records, of several the newest.
+
+    Returns:
+        None when Shardbook left nothing complete here.
+
+    Raises:
+        CorruptManifestError: What is there is damaged.
+    """
+    for _ in range(_LOOKS):
+        content = files.read(names.manifest_path(prefix) if prefix else names.MANIFEST)
+        if content is not None:
+            return unfold(Manifest.from_bytes(content))
+        prefixes = [prefix] if prefix else [name for name in files.names(names.ROOT) if names.is_prefix(name)]
+        found = [attempt for attempt in map(_Candidate(files), prefixes) if attempt is not None]
+        if found:
+            best = found[0]
+            for one in found[1:]:
+                best = one if is_newer(one.manifest.identity, best.manifest.identity) else best
+            return best
+        if not prefixes:
+            return None
+        # A coordinator may have folded the records between two looks: then its manifest is there by now.
+    return None
+
+
+class _Candidate:
+    """Reads one attempt of a directory; None when it is not complete."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self._files = files
+
+    def __call__(self, prefix: str) -> FoldedAttempt | None:
+        content = self._files.read(names.manifest_path(prefix))
+        if content is not None:
+            return unfold(Manifest.from_bytes(content))
+        listed = self._files.names(names.attempt_path(prefix))
+        ranks = [rank for rank in map(names.rank_of_record, listed) if rank is not None]
+        if not ranks:
+            return None
+        first = read_record(self._files, prefix, ranks[0])
+        if first is None or len(ranks) < first.identity.world_size:
+            return None
+        records = read_records(self._files, prefix, first.identity.world_size)
+        try:
+            return None if missing_ranks(records) else fold(records)
+        except InvalidGeometryError as error:
+            _LOG.warning("attempt %s is whole, but its chunks do not make whole tensors: %s", prefix, error)
+            return None
+
+
+def incomplete_attempts(files: CheckpointFiles) -> Mapping[str, int]:
+    """Returns how many records each attempt without a manifest has left, for messages to people."""
+    counts = {}
+    for prefix in filter(names.is_prefix, files.names(names.ROOT)):
+        listed = files.names(names.attempt_path(prefix))
+        if "manifest" not in listed:
+            counts[prefix] = sum(names.rank_of_record(name) is not None for name in listed)
+    return counts

@@ -1,0 +1,147 @@
+"""Planners: which save planners work without a global plan, and the load planner that never runs what it reads."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import pickle
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, WriteItem, WriteItemType
+
+from shardbook.core.table import printable
+from shardbook.dcp._torch import set_element
+from shardbook.errors import FailedPreconditionError, UnsupportedPlannerError
+
+#: Methods that make a plan of everybody's plans; nobody has everybody's plans here.
+_GLOBAL_METHODS: Final = ("create_global_plan", "_create_global_plan", "_dedup_save_plans")
+
+
+class UnsafeEntryWarning(UserWarning):
+    """An entry was saved that ``load`` will refuse, because loading it would run code chosen by the file."""
+
+
+def check_planner(planner: SavePlanner) -> DefaultSavePlanner:
+    """Returns ``planner`` when each rank can plan for itself with it.
+
+    Raises:
+        UnsupportedPlannerError: It needs everybody's plans, or caches them; the message says why.
+    """
+    name = type(planner).__qualname__
+    if not isinstance(planner, DefaultSavePlanner):
+        raise UnsupportedPlannerError(
+            f"{name} does not derive from DefaultSavePlanner, so what its global plan would do is not known",
+            field="planner",
+        )
+    for method in _GLOBAL_METHODS:
+        if getattr(type(planner), method) is not getattr(DefaultSavePlanner, method) or method in vars(planner):
+            raise UnsupportedPlannerError(
+                f"{name} has a {method} of its own, which needs the plans of all ranks on one of them; Shardbook "
+                "leaves out duplicates without that: change the local plan in create_local_plan or finish_plan",
+                field="planner",
+            )
+    if getattr(planner, "_enable_plan_caching", False):
+        raise UnsupportedPlannerError(
+            "enable_plan_caching keeps plans in the class, where another state dict of the same planner finds them; "
+            "the server remembers plans by content, also across restarts: leave it out",
+            field="planner",
+        )
+    return planner
+
+
+def set_up_planner(
+    planner: SavePlanner, state_dict: dict[str, Any], storage_meta: StorageMeta | None, *, is_coordinator: bool
+) -> None:
+    """Calls ``set_up_planner`` as DCP does, also on planners from before it had ``storage_meta``."""
+    if "storage_meta" in inspect.signature(planner.set_up_planner).parameters:
+        planner.set_up_planner(state_dict=state_dict, storage_meta=storage_meta, is_coordinator=is_coordinator)
+        return
+    old: Any = planner.set_up_planner
+    old(state_dict, is_coordinator)
+
+
+def warn_of_unsafe_entries(planner: SavePlanner, items: Sequence[WriteItem], known: set[str]) -> None:
+    """Warns of bytes entries that ``load`` will refuse; once a name and session.
+
+    The pickle of each entry is scanned for the names it would import; nothing is loaded.
+
+    Args:
+        planner: Resolves the items, which torch promises to be repeatable.
+        items: The plan that is about to be written.
+        known: Names already looked at; new ones are added.
+    """
+    for item in items:
+        fqn = item.index.fqn
+        if item.type is not WriteItemType.BYTE_IO or fqn in known:
+            continue
+        known.add(fqn)
+        content = planner.resolve_data(item)
+        names = _unsafe_names(content) if isinstance(content, io.BytesIO) else []
+        if names:
+            warnings.warn(
+                f"{printable(fqn)!r} needs {', '.join(names[:5])} to be loaded: `load` refuses it unless "
+                "torch.serialization.add_safe_globals allows that, or weights_only=False is passed; save plain "
+                "values, tensors, lists and dicts instead",
+                UnsafeEntryWarning,
+                stacklevel=2,
+            )
+
+
+def _unsafe_names(content: io.BytesIO) -> list[str]:
+    """Returns the names that a saved entry would import beyond those that are always allowed."""
+    content.seek(0)
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(content))
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return []  # not written by torch.save: what a planner of the user's own makes of it is its own business
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """DCP's default load planner, except that entries which are not tensors load with ``weights_only=True``.
+
+    Derive from it where you would derive from ``DefaultLoadPlanner``.
+
+    Args:
+        flatten_state_dict: As in DCP.
+        flatten_sharded_tensors: As in DCP.
+        allow_partial_load: As in DCP.
+        weights_only: False unpickles whatever the checkpoint holds, which can run any code: only for checkpoints
+            that you trust as you trust your own programs.
+    """
+
+    def __init__(
+        self,
+        flatten_state_dict: bool = True,
+        flatten_sharded_tensors: bool = True,
+        allow_partial_load: bool = False,
+        *,
+        weights_only: bool = True,
+    ) -> None:
+        super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
+        self.weights_only = weights_only
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Puts a loaded entry where it belongs in the state dict.
+
+        Raises:
+            FailedPreconditionError: The entry would run code (reason ``UNSAFE_ENTRY``).
+        """
+        fqn = read_item.dest_index.fqn
+        try:
+            loaded = torch.load(value, weights_only=self.weights_only)
+        except pickle.UnpicklingError as error:
+            raise FailedPreconditionError(
+                f"{printable(fqn)!r} is not plain data: {str(error).splitlines()[0]} If you trust whoever wrote the "
+                "checkpoint, pass weights_only=False",
+                reason="UNSAFE_ENTRY",
+                metadata={"fqn": printable(fqn)},
+            ) from error
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[fqn], loaded)
+        else:
+            self.state_dict[fqn] = loaded

@@ -1,0 +1,209 @@
+"""A session: one incarnation of a job that writes to a run, as every rank of it knows it.
+
+Nothing here talks to torch: a controller process may start a session and hand it to its workers.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from enum import StrEnum
+from typing import Final
+
+from shardbook.client import Client
+from shardbook.config import ClientConfig, Mode
+from shardbook.core import limits
+from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_incarnation
+from shardbook.errors import InvalidArgumentError, RunBusyError
+from shardbook.v1 import registration_pb2 as pb
+
+#: Where schedulers say which job this is, the most telling first. A restarted job keeps its id.
+_JOB_ID_VARIABLES: Final = (
+    "SHARDBOOK_JOB_ID",
+    "SLURM_JOB_ID",
+    "TORCHELASTIC_RUN_ID",
+    "PBS_JOBID",
+    "LSB_JOBID",
+    "RAY_JOB_ID",
+)
+#: Names that Kubernetes operators and job templates give the job; meaningful inside a cluster only.
+_KUBERNETES_VARIABLES: Final = ("JOBSET_NAME", "JOB_NAME", "KUBERNETES_JOB_NAME")
+#: torchrun's rendezvous id when nobody chose one: two unrelated jobs may both have it.
+_NO_RUN_ID: Final = "none"
+
+
+class OnLive(StrEnum):
+    """What ``init`` does when another job's lease on the run is alive."""
+
+    #: Refuse with RunBusyError, which says who holds the run.
+    FAIL = "fail"
+    #: Wait for the lease to end, then refuse.
+    WAIT = "wait"
+    #: Fence the live job and take the run.
+    TAKEOVER = "takeover"
+
+
+_ON_LIVE: Final = {
+    OnLive.FAIL: pb.ON_LIVE_FAIL,
+    OnLive.WAIT: pb.ON_LIVE_WAIT,
+    OnLive.TAKEOVER: pb.ON_LIVE_TAKEOVER,
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One incarnation of a job writing to a (run, part). Immutable, picklable, without credentials.
+
+    A session belongs to one incarnation of a job: a restarted job starts another one, it does not carry this one over.
+
+    Attributes:
+        run: ``project/run``.
+        part: Part that saves go to unless they name one.
+        number: The server's number; 0 when no server handed one out (mode offline, or an outage at the start, in
+            which case the first save that reaches the server asks for one).
+        incarnation: The 16 bytes of a UUID; with the number, the session's identity.
+        job_id: The scheduler's id of the job; may be empty.
+        server: Address of the server; None when there is none.
+        mode: How far saves depend on the server.
+        on_live: What to do when another job's lease is alive, for sessions of other parts.
+        resumed_from: Checkpoint that the job resumed from; may be empty.
+        latest: Resource name of what ``@latest`` meant when the session started; empty when nothing was committed.
+        lease_ttl_s: The lease ends this long after the last sign of life, seconds; 0 without a number.
+    """
+
+    run: str
+    part: str = DEFAULT_PART
+    number: int = 0
+    incarnation: bytes = b""
+    job_id: str = ""
+    server: str | None = None
+    mode: Mode = Mode.ONLINE
+    on_live: OnLive = OnLive.FAIL
+    resumed_from: str = ""
+    latest: str = ""
+    lease_ttl_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", RunName.parse(self.run).ref)
+        _ = PartName(self.run_name, self.part)
+        check_incarnation(self.incarnation)
+        if not 0 <= self.number <= limits.INT64_MAX:
+            raise InvalidArgumentError(f"session number {self.number}", field="number")
+
+    @property
+    def run_name(self) -> RunName:
+        """The run."""
+        return RunName.parse(self.run)
+
+    def start_request(self, part: str) -> pb.StartSessionRequest:
+        """Returns the request that starts this incarnation's session of ``part``. Asking twice is asking once."""
+        return pb.StartSessionRequest(
+            run=str(self.run_name),
+            part=part,
+            incarnation=self.incarnation,
+            job_id=self.job_id,
+            on_live=_ON_LIVE[self.on_live],
+            resumed_from=self.resumed_from if part == self.part else "",
+            host=host_name(),
+            user=_user_name(),
+        )
+
+
+def new_session(
+    run: str,
+    config: ClientConfig,
+    *,
+    part: str = DEFAULT_PART,
+    resumed_from: str | None = None,
+    on_live: str = OnLive.FAIL,
+    job_id: str | None = None,
+) -> Session:
+    """Returns a session of a new incarnation that no server knows yet.
+
+    Raises:
+        InvalidArgumentError: A name is none, or ``on_live`` is unknown.
+    """
+    if on_live not in set(OnLive):
+        raise InvalidArgumentError(
+            f"on_live is {on_live!r}, not one of {', '.join(map(repr, map(str, OnLive)))}", field="on_live"
+        )
+    return Session(
+        run=run,
+        part=part,
+        incarnation=uuid.uuid4().bytes,
+        job_id=label(find_job_id(os.environ) if job_id is None else job_id),
+        server=config.server if config.mode is Mode.ONLINE else None,
+        mode=config.mode,
+        on_live=OnLive(on_live),
+        resumed_from=resumed_from or "",
+    )
+
+
+def start_session(session: Session, client: Client, *, wait_s: float, deadline_s: float) -> Session:
+    """Returns ``session`` with the number that the server gave it.
+
+    Args:
+        session: A new one.
+        client: The server.
+        wait_s: With OnLive.WAIT, how long to wait for another job's lease to end, seconds.
+        deadline_s: Bound on one call, seconds, its wait not counted.
+
+    Raises:
+        RunBusyError: Another job's lease is alive.
+        ShardbookError: What the server answered, or that it did not.
+    """
+    request = session.start_request(session.part)
+    end_s = time.monotonic() + wait_s
+    while True:
+        one_wait_s = min(limits.MAX_WAIT_S, max(0.0, end_s - time.monotonic()))
+        if session.on_live is OnLive.WAIT:
+            request.wait.FromTimedelta(timedelta(seconds=one_wait_s))
+        try:
+            answer = client.start_session(request, deadline_s=deadline_s + one_wait_s)
+        except RunBusyError:
+            if session.on_live is not OnLive.WAIT or time.monotonic() >= end_s:
+                raise
+            time.sleep(min(1.0, max(0.0, end_s - time.monotonic())))  # a server that did not wait is not hammered
+        else:
+            return replace(
+                session,
+                number=answer.session,
+                latest=answer.latest,
+                lease_ttl_s=answer.lease_ttl.ToTimedelta().total_seconds(),
+            )
+
+
+def find_job_id(environ: Mapping[str, str]) -> str:
+    """Returns the scheduler's id of the job that ``environ`` belongs to; empty when none says so."""
+    for name in _JOB_ID_VARIABLES:
+        value = environ.get(name, "").strip()
+        if value and not (name == "TORCHELASTIC_RUN_ID" and value == _NO_RUN_ID):
+            return value
+    if environ.get("KUBERNETES_SERVICE_HOST"):
+        for name in _KUBERNETES_VARIABLES:
+            if value := environ.get(name, "").strip():
+                return value
+    return ""
+
+
+def label(text: str) -> str:
+    """Returns ``text`` as the server takes hosts, users and job ids: short and printable."""
+    return "".join(char for char in text if char.isprintable())[: limits.MAX_LABEL_CHARS]
+
+
+def host_name() -> str:
+    """Returns this host's name, for people."""
+    return label(socket.gethostname())
+
+
+def _user_name() -> str:
+    try:
+        return label(getpass.getuser())
+    except (KeyError, OSError):  # containers often run under a uid that has no name
+        return label(str(os.getuid()))

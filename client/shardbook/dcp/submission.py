@@ -1,0 +1,181 @@
+"""What one rank tells the service about an attempt, and the same as a registration record on storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardbook.client import Client
+from shardbook.core.columns import BoolArray
+from shardbook.core.extents import Extents, encode_extents, encode_volatile
+from shardbook.core.manifest import RegistrationRecord, StoredBlob
+from shardbook.core.structure import BlobKind, RankPlan, RankStructure, encode_plan, encode_structure
+from shardbook.core.table import encode_table
+from shardbook.dcp.attempt import Attempt
+from shardbook.dcp.session import host_name
+from shardbook.errors import InternalError, InvalidArgumentError
+from shardbook.v1 import registration_pb2 as pb
+from shardbook.v1 import types_pb2
+from shardbook.v1.types_pb2 import Blob, BlobRef, RankFailure
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPlan:
+    """A plan and its table, ready to send.
+
+    Attributes:
+        table: Blob of the table.
+        plan: Blob of the plan.
+        item_count: Items of the plan.
+    """
+
+    table: StoredBlob
+    plan: StoredBlob
+    item_count: int
+
+    @classmethod
+    def of(cls, plan: RankPlan) -> EncodedPlan:
+        """Encodes ``plan``."""
+        table = encode_table(plan.table)
+        encoded = encode_plan(plan, table.digest)
+        return cls(
+            StoredBlob(BlobKind.TABLE, table.digest, table.payload),
+            StoredBlob(BlobKind.PLAN, encoded.digest, encoded.payload),
+            plan.item_count,
+        )
+
+
+def make_record(
+    attempt: Attempt,
+    session: int,
+    plan: EncodedPlan,
+    structure: RankStructure,
+    extents: Extents,
+    volatile: tuple[BoolArray, BoolArray],
+) -> RegistrationRecord:
+    """Returns all that this rank has to tell about an attempt, once its data is on storage."""
+    encoded = encode_structure(structure, plan.plan.digest)
+    return RegistrationRecord(
+        identity=attempt.identity(session),
+        rank=attempt.member.rank,
+        structure_digest=encoded.digest,
+        extents=encode_extents(extents),
+        volatile=encode_volatile(*volatile),
+        blobs=(plan.table, plan.plan, StoredBlob(BlobKind.STRUCTURE, encoded.digest, encoded.payload)),
+        host=host_name(),
+    )
+
+
+class Submitter:
+    """Makes a rank's calls about one attempt, and counts what they send. Used by one thread.
+
+    Args:
+        client: The server, charged to the save.
+        attempt: The attempt.
+        session: Number of the session.
+    """
+
+    def __init__(self, client: Client, attempt: Attempt, session: int) -> None:
+        self.client = client
+        self.attempt = attempt
+        self.session = session
+        self.key = attempt.key(session)
+        self.sent_bytes = 0
+
+    def plan(self, plan: EncodedPlan, *, to_lowest_rank: bool, timeout_s: float) -> BoolArray | None:
+        """Returns which items of the plan other ranks write, (N,); None when that was not decided in time.
+
+        Raises:
+            ShardbookError: What the server answered, or that it did not.
+        """
+        request = pb.PlanSaveRequest(
+            key=self.key,
+            location=self.attempt.place(),
+            rank=self.attempt.member.rank,
+            plan_digest=plan.plan.digest,
+            host=host_name(),
+            save_to_lowest_rank=to_lowest_rank,
+        )
+        self.sent_bytes += request.ByteSize()
+        answer = self.client.plan_until_decided(request, self._source((plan.table, plan.plan)), timeout_s=timeout_s)
+        if answer.state != pb.PlanSaveResponse.STATE_DECIDED:
+            return None
+        return _dropped(answer.drop, plan.item_count)
+
+    def register(self, record: RegistrationRecord) -> None:
+        """Registers what a rank wrote: this one, or another one whose record was found on storage.
+
+        Raises:
+            ShardbookError: What the server answered, or that it did not.
+        """
+        request = pb.RegisterShardsRequest(
+            key=self.key, location=self.attempt.place(), registration=registration_of(record), host=record.host
+        )
+        self.sent_bytes += request.ByteSize()
+        self.client.register_shards(request, self._source(record.blobs))
+
+    def report(self, phase: str, reason: str, deadline_s: float) -> None:
+        """Says that this rank cannot finish.
+
+        Raises:
+            ShardbookError: What the server answered, or that it did not.
+        """
+        failure = RankFailure(rank=self.attempt.member.rank, host=host_name(), phase=phase, reason=reason)
+        self.client.report_failure(
+            pb.ReportFailureRequest(key=self.key, location=self.attempt.place(), failure=failure),
+            deadline_s=deadline_s,
+        )
+
+    def _source(self, blobs: Sequence[StoredBlob]) -> _BlobSource:
+        return _BlobSource(self, blobs)
+
+
+class _BlobSource:
+    """Finds the blobs that the server asks for, and counts them as sent."""
+
+    def __init__(self, submitter: Submitter, blobs: Sequence[StoredBlob]) -> None:
+        self._submitter = submitter
+        self._blobs = {(int(blob.kind), blob.digest): blob for blob in blobs}
+
+    def __call__(self, unknown: Sequence[BlobRef]) -> Iterable[Blob]:
+        found = []
+        for ref in unknown:
+            blob = self._blobs.get((ref.kind, ref.digest))
+            if blob is None:
+                raise InternalError(f"the server asks for a blob that was not named: {ref.digest.hex()[:12]}")
+            found.append(message_of(blob))
+            self._submitter.sent_bytes += found[-1].ByteSize()
+        return found
+
+
+def message_of(blob: StoredBlob) -> Blob:
+    """Returns a blob as sent."""
+    return Blob(kind=_KINDS[blob.kind], payload=blob.payload)
+
+
+_KINDS = {
+    BlobKind.TABLE: types_pb2.BLOB_KIND_TABLE,
+    BlobKind.PLAN: types_pb2.BLOB_KIND_PLAN,
+    BlobKind.STRUCTURE: types_pb2.BLOB_KIND_STRUCTURE,
+}
+
+
+def registration_of(record: RegistrationRecord) -> pb.ShardRegistration:
+    """Returns a record's registration as sent."""
+    return pb.ShardRegistration(
+        rank=record.rank,
+        structure_digest=record.structure_digest,
+        extents=record.extents,
+        volatile_properties=record.volatile,
+    )
+
+
+def _dropped(bitmap: bytes, item_count: int) -> BoolArray:
+    """(N,) decision bits, most significant bit first; an empty bitmap drops nothing."""
+    if not bitmap:
+        return np.zeros(item_count, dtype=np.bool_)
+    if len(bitmap) != (item_count + 7) // 8:
+        raise InvalidArgumentError(f"a decision of {len(bitmap)} bytes for {item_count} items", field="drop")
+    return np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), count=item_count).astype(np.bool_)

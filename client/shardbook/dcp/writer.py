@@ -1,0 +1,174 @@
+"""Storage writers that Shardbook can fence, and the files it keeps beside theirs, through their own filesystem.
+
+DCP's writers put a rank's files where ``storage_data`` says: a prefix. Shardbook gives every attempt a directory of its
+own there, so that no attempt ever opens a file of another one for writing, not even a straggler of a killed job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter, SerializationFormat
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from shardbook.dcp._torch import FileSystem
+from shardbook.errors import UnsupportedWriterError
+
+#: fsspec protocols on which a file appears whole at its close, under its final name, and a rename is a slow copy.
+_SINGLE_PUT: Final = frozenset(
+    ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "r2", "http", "https", "memory")
+)
+_LOCAL: Final = frozenset(("file", "local"))
+#: Files read side by side; storage answers many small reads much faster than one after the other.
+_READERS: Final = 16
+
+
+def check_writer(writer: StorageWriter) -> FileSystemWriter:
+    """Returns ``writer`` when its files can be fenced and located.
+
+    Raises:
+        UnsupportedWriterError: They cannot; the message says why.
+    """
+    if isinstance(writer, HuggingFaceStorageWriter):
+        raise _refused(
+            writer,
+            "it reports offset 0 for every tensor, bytes entries corrupt its files, and its reader lists only the "
+            "checkpoint's own directory; save with FileSystemWriter and convert, or use DCP's own save for exports",
+        )
+    if not isinstance(writer, FileSystemWriter):
+        raise _refused(writer, "only FileSystemWriter and FsspecWriter, subclasses included, write into a prefix")
+    if writer.serialization_format is not SerializationFormat.TORCH_SAVE:
+        raise _refused(writer, f"with serialization_format={writer.serialization_format.name} it reports no offsets")
+    return writer
+
+
+def _refused(writer: StorageWriter, why: str) -> UnsupportedWriterError:
+    return UnsupportedWriterError(
+        f"{type(writer).__qualname__} cannot be used with Shardbook: {why}", field="storage_writer"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointFiles:
+    """Small files of a checkpoint directory, by paths relative to it. Thread-safe as far as the filesystem is.
+
+    Attributes:
+        fs: A storage writer's or reader's filesystem.
+        root: Its path of the checkpoint.
+    """
+
+    fs: FileSystemBase
+    root: str | os.PathLike[str]
+
+    @classmethod
+    def of(cls, storage: Any) -> CheckpointFiles:
+        """Returns the files of a FileSystemWriter or FileSystemReader."""
+        return cls(storage.fs, storage.path)
+
+    def read(self, path: str, limit_bytes: int = -1) -> bytes | None:
+        """Returns the content of a file, its first bytes when a limit is given; None when it is not there."""
+        try:
+            with self.fs.create_stream(self._full(path), "rb") as stream:
+                content: bytes = stream.read(limit_bytes)
+                return content
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_many(self, paths: Iterable[str]) -> list[bytes | None]:
+        """Returns the contents of files, in order."""
+        with ThreadPoolExecutor(_READERS, "shardbook-read") as pool:
+            return list(pool.map(self.read, paths))
+
+    def write(self, path: str, content: bytes) -> None:
+        """Writes a file that is either not there or whole, durably; replaces an older one in one step.
+
+        Temporary file, fsync and rename; a single PUT on object stores.
+        """
+        self.make_directory(path.rpartition("/")[0])
+        if self._protocols & _SINGLE_PUT:
+            with self.fs.create_stream(self._full(path), "wb") as stream:
+                stream.write(content)
+            return
+        temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
+        try:
+            with self.fs.create_stream(self._full(temporary), "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+                    os.fsync(stream.fileno())
+            if not self.is_local and self.fs.exists(self._full(path)):
+                self.fs.rm_file(self._full(path))  # as DCP does: not every filesystem renames onto a file
+            self.fs.rename(self._full(temporary), self._full(path))
+        except BaseException:
+            self.remove([temporary])
+            raise
+        self._sync_directory(path.rpartition("/")[0])
+
+    def exists(self, path: str) -> bool:
+        """Returns True when a file or directory is there."""
+        self._forget_listings()
+        return bool(self.fs.exists(self._full(path)))
+
+    def names(self, path: str) -> list[str]:
+        """Returns the names in a directory, sorted; none when it is not there or cannot be listed."""
+        lister = getattr(self.fs, "ls", None)
+        if lister is None:
+            return []
+        self._forget_listings()
+        try:
+            return sorted(str(name).rstrip("/").rpartition("/")[2] for name in lister(self._full(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Removes files; those that are gone already, or cannot be removed, are left alone."""
+        for path in paths:
+            with contextlib.suppress(OSError):
+                self.fs.rm_file(self._full(path))
+
+    def make_directory(self, path: str) -> None:
+        """Makes a directory and those above it."""
+        self.fs.mkdir(self._full(path) if path else self.root)
+
+    @contextlib.contextmanager
+    def stream(self, path: str) -> Iterator[Any]:
+        """Opens a file for reading."""
+        with self.fs.create_stream(self._full(path), "rb") as opened:
+            yield opened
+
+    @property
+    def is_local(self) -> bool:
+        """True for this machine's own filesystem, network mounts included."""
+        return isinstance(self.fs, FileSystem) or bool(self._protocols & _LOCAL)
+
+    @property
+    def _protocols(self) -> frozenset[str]:
+        protocol = getattr(getattr(self.fs, "fs", None), "protocol", ())
+        return frozenset((protocol,) if isinstance(protocol, str) else protocol)
+
+    def _full(self, path: str) -> str | os.PathLike[str]:
+        return self.fs.concat_path(self.root, path)
+
+    def _forget_listings(self) -> None:
+        """Fsspec remembers directories; other ranks write into them."""
+        forget = getattr(getattr(self.fs, "fs", None), "invalidate_cache", None)
+        if forget is not None:
+            forget()
+
+    def _sync_directory(self, path: str) -> None:
+        """Makes a rename durable; object stores have nothing to sync."""
+        if not isinstance(self.fs, FileSystem):
+            return
+        descriptor = os.open(self._full(path) if path else self.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
