@@ -24,6 +24,7 @@ ENVIRONMENT_PREFIX: Final = "SHARDBOOK_"
 DEFAULT_LISTEN: Final = "127.0.0.1:7070"
 
 _Count = Annotated[int, Field(ge=1, le=1 << 31)]
+_Threads = Annotated[int, Field(ge=1, le=1024)]
 _Bytes = Annotated[int, Field(ge=1 << 10, le=1 << 31)]
 _Seconds = Annotated[float, Field(gt=0, le=365 * 86400, allow_inf_nan=False)]
 
@@ -59,8 +60,11 @@ class Settings(BaseModel):
         description="Where the data is: sqlite:////absolute/path, or a Postgres URL. The default is the embedded "
         "database, $XDG_DATA_HOME/shardbook/shardbook.db (~/.local/share/shardbook/shardbook.db).",
     )
-    worker_threads: _Count = Field(
-        8, description="Threads that run service calls; as many database connections are kept for them."
+    worker_threads: _Threads = Field(8, description="Threads that run short service calls.")
+    heavy_threads: _Threads = Field(
+        2,
+        description="Threads that commit, assemble and decide plans, which can take seconds. A database connection "
+        "is kept for each of these and of the worker threads.",
     )
     max_message_bytes: _Bytes = Field(16 << 20, description="Largest request; a larger one is RESOURCE_EXHAUSTED.")
     max_concurrent_rpcs: _Count = Field(

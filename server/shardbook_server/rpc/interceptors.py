@@ -1,7 +1,8 @@
 """What every call of ``shardbook.v1`` passes: a request id, its deadline, and the mapping of errors.
 
-A ``ShardbookError`` becomes its status with details. Anything else is a bug: INTERNAL with a request id and no more,
-the traceback goes to the log. A request that does not parse is INVALID_ARGUMENT, which gRPC by itself answers UNKNOWN.
+A ``ShardbookError`` becomes its status with details. Anything else, and ``InternalError``, is a bug: INTERNAL with a
+request id and no more, the traceback goes to the log. A request that does not parse is INVALID_ARGUMENT, which gRPC by
+itself answers UNKNOWN.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _request_id(context: Context) -> str:
 
 
 async def _abort(call: Call, error: Exception, context: Context) -> None:
-    if isinstance(error, ShardbookError):
+    if isinstance(error, ShardbookError) and not isinstance(error, InternalError):
         _log.debug("refused", method=call.method, status=error.status, reason=error.reason, message=error.message)
         refusal = error
     else:

@@ -73,6 +73,19 @@ def check(url: str) -> str:
         return current
 
 
+def current(url: str) -> str:
+    """Returns the revision that the schema at ``url`` has; ``base`` when there is a database without one.
+
+    Raises:
+        FailedPreconditionError: There is no database.
+    """
+    path = sqlite.database_path(url)
+    if not path.exists():
+        raise _stale(f"there is no database at {path}")
+    with closing(Database(url, readers=1)) as database, database.read() as connection:
+        return _revision(connection) or "base"
+
+
 def heads() -> tuple[str, ...]:
     """Returns the last revisions of the migrations in this installation; one, or they have forked."""
     return tuple(ScriptDirectory.from_config(_config(None)).get_heads())

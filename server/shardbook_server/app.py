@@ -1,0 +1,274 @@
+"""The only wiring: settings, database, services, the gRPC server, and their life from start to drain.
+
+A server binds its port last and lets go of it first: whoever reaches it finds it ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Final
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from shardbook.errors import UnavailableError
+from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
+from shardbook.v1.catalog_pb2_grpc import add_CatalogServiceServicer_to_server
+from shardbook.v1.metadata_pb2_grpc import add_MetadataServiceServicer_to_server
+from shardbook.v1.registration_pb2_grpc import add_RegistrationServiceServicer_to_server
+from shardbook_server.failpoints import Failpoints
+from shardbook_server.rpc.attempts import Attempts
+from shardbook_server.rpc.batcher import BatchLimits
+from shardbook_server.rpc.bridge import Bridge
+from shardbook_server.rpc.catalog import CatalogHandlers
+from shardbook_server.rpc.interceptors import EdgeInterceptor
+from shardbook_server.rpc.metadata import MetadataHandlers
+from shardbook_server.rpc.registration import RegistrationHandlers
+from shardbook_server.rpc.waits import Waits
+from shardbook_server.service.services import build_services
+from shardbook_server.service.views import AttemptCounts
+from shardbook_server.settings import Settings
+from shardbook_server.storage import migrate
+from shardbook_server.storage.database import Database
+from shardbook_server.storage.sqlite import database_path
+
+#: Full names of the services, as health checks ask for them.
+SERVICES: Final = tuple(
+    service.full_name
+    for module in (registration_pb2, metadata_pb2, catalog_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+#: Calls of the write lane, and batches of each kind, at a time: SQLite has one writer.
+_SQLITE_WRITERS: Final = 1
+#: The server asks an idle connection for a sign of life after this long, so that dead clients do not pile up.
+_SERVER_PING_MS: Final = 120_000
+_SERVER_PING_TIMEOUT_MS: Final = 20_000
+
+_log = structlog.get_logger(__name__)
+
+
+def prepare_database(settings: Settings) -> str:
+    """Makes sure that the database has a schema that this release serves; returns the schema's revision.
+
+    A new file gets its schema, and the embedded database is upgraded, without being asked. Any other database is
+    somebody's to migrate: it is refused when it is not current.
+
+    Raises:
+        FailedPreconditionError: The schema is stale or too new; the message has the command.
+        InvalidArgumentError: The URL names no database that can be served.
+    """
+    path = database_path(settings.database_url)
+    if settings.embedded:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if settings.embedded or not path.exists() or path.stat().st_size == 0:
+        return migrate.upgrade(settings.database_url)
+    return migrate.check(settings.database_url)
+
+
+class Server:
+    """One server in this process; belongs to the event loop that starts it.
+
+    Attributes:
+        database: For tests, which look behind the API.
+    """
+
+    def __init__(self, settings: Settings, *, failpoints: Failpoints | None = None) -> None:
+        """Wires everything; nothing is bound yet.
+
+        Args:
+            settings: What to serve and how.
+            failpoints: Faults to inject; those of the environment when None.
+        """
+        connections = settings.worker_threads + settings.heavy_threads
+        self._settings = settings
+        self.database = Database(settings.database_url, readers=connections)
+        self._services = build_services(self.database, lease_ttl_s=settings.lease_ttl_s)
+        self._bridge = Bridge(
+            threads=settings.worker_threads,
+            heavy_threads=settings.heavy_threads,
+            writers=_SQLITE_WRITERS,
+            queue_limit=settings.call_queue_limit,
+            failpoints=Failpoints.from_environment() if failpoints is None else failpoints,
+        )
+        self._waits = Waits(self._look, limit=settings.waiter_limit, interval_s=settings.poll_interval_s)
+        limits = BatchLimits(
+            batch_count=settings.batch_max_count,
+            batch_bytes=settings.batch_max_bytes,
+            queue_count=settings.batch_queue_count,
+            queue_bytes=settings.batch_queue_bytes,
+        )
+        self._attempts = Attempts(self._services, self._bridge, self._waits, limits, in_flight=_SQLITE_WRITERS)
+        self._health = health.aio.HealthServicer()
+        self._server = self._build()
+        self._reaper: asyncio.Task[None] | None = None
+        self.address = ""
+
+    async def start(self) -> str:
+        """Binds the address and serves; returns the address that clients use.
+
+        Raises:
+            UnavailableError: The address cannot be bound.
+        """
+        listen = self._settings.listen
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise UnavailableError(
+                f"cannot listen on {listen}: is another server running? Choose another address with --listen",
+                reason="ADDRESS_UNAVAILABLE",
+            ) from error
+        self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        for name in SERVICES:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self._reaper = asyncio.get_running_loop().create_task(self._reap())
+        return self.address
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Drains: NOT_SERVING, waits end, calls in progress finish, the queue is written, the database closed.
+
+        Args:
+            grace_s: How long calls in progress may take; ``drain_s`` of the settings when None.
+        """
+        await self._health.enter_graceful_shutdown()
+        if self._reaper is not None:
+            self._reaper.cancel()
+        self._waits.drain()
+        await self._server.stop(self._settings.drain_s if grace_s is None else grace_s)
+        await self._attempts.close()
+        await self._bridge.close()
+        await self._waits.close()
+        self.database.close()
+
+    def _build(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=[EdgeInterceptor()],
+            options=_options(self._settings),
+            maximum_concurrent_rpcs=self._settings.max_concurrent_rpcs,
+        )
+        registration = RegistrationHandlers(self._services, self._bridge, self._attempts)
+        add_RegistrationServiceServicer_to_server(registration, server)
+        add_MetadataServiceServicer_to_server(MetadataHandlers(self._services, self._bridge), server)
+        add_CatalogServiceServicer_to_server(CatalogHandlers(self._services, self._bridge), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._settings.reflection:
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, server)
+        return server
+
+    async def _look(self, attempts: Sequence[int]) -> Mapping[int, AttemptCounts]:
+        return await self._bridge.look(self._services.progress.counts, attempts)
+
+    async def _reap(self) -> None:
+        """Ends attempts whose writers are gone, for as long as the server lives."""
+        period_s = self._settings.reap_interval_s
+        while True:
+            await asyncio.sleep(period_s)
+            try:
+                expired = await self._bridge.write_own("reap", self._services.sessions.expire_leases, period_s=period_s)
+            except Exception as error:  # noqa: BLE001 - the database may be away; the next round tries again
+                _log.warning("cannot look for ended leases", error=str(error))
+            else:
+                if expired:
+                    _log.info("expired attempts whose lease had ended", count=expired)
+
+
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", -1),
+        # Two servers on one port would each get half the calls.
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(settings.keepalive_permit_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_time_ms", _SERVER_PING_MS),
+        ("grpc.keepalive_timeout_ms", _SERVER_PING_TIMEOUT_MS),
+        ("grpc.max_connection_age_ms", _ms(settings.max_connection_age_s)),
+        ("grpc.max_connection_age_grace_ms", _ms(settings.max_connection_age_grace_s)),
+    ]
+    if not settings.compression:
+        # A bit for each algorithm; the lowest is "identity".
+        options.append(("grpc.compression_enabled_algorithms_bitset", 1))
+    return options
+
+
+def _ms(value_s: float) -> int:
+    return min(2**31 - 1, round(value_s * 1000))
+
+
+@asynccontextmanager
+async def serving(settings: Settings, *, failpoints: Failpoints | None = None) -> AsyncIterator[Server]:
+    """Runs a server on this event loop until the block ends: ``server.address`` says where."""
+    await asyncio.to_thread(prepare_database, settings)
+    server = Server(settings, failpoints=failpoints)
+    try:
+        await server.start()
+        yield server
+    finally:
+        await server.stop()
+
+
+async def serve(settings: Settings, ready: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal cuts what is in progress.
+
+    Args:
+        settings: What to serve and how; the database is prepared already.
+        ready: Called with the address once the server answers.
+
+    Raises:
+        UnavailableError: The address cannot be bound.
+    """
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    server = Server(settings)
+    try:
+        ready(await server.start())
+        await signals.get()
+        _log.info("draining", grace_s=settings.drain_s)
+    finally:
+        drain = loop.create_task(server.stop())
+        again = loop.create_task(signals.get())
+        await asyncio.wait([drain, again], return_when=asyncio.FIRST_COMPLETED)
+        if not drain.done():
+            _log.warning("second signal: calls in progress are cut")
+            await server.stop(0)
+        again.cancel()
+        await drain
+
+
+@contextmanager
+def running_server(settings: Settings, *, failpoints: Failpoints | None = None) -> Iterator[Server]:
+    """Runs a server in a thread of its own until the block ends; for tests and tools that are synchronous.
+
+    ``server.address`` says where, with the port that was found when the settings ask for port 0.
+    """
+    started: Future[tuple[Server, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def run() -> None:
+        async with serving(settings, failpoints=failpoints) as server:
+            ended = asyncio.Event()
+            started.set_result((server, asyncio.get_running_loop(), ended))
+            await ended.wait()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="shardbook-server") as pool:
+        done = pool.submit(lambda: asyncio.run(run()))
+        either: list[Future[Any]] = [started, done]
+        wait(either, return_when=FIRST_COMPLETED)
+        if done.done():
+            done.result()
+        server, loop, ended = started.result()
+        try:
+            yield server
+        finally:
+            # A loop that has ended by itself says why in ``done``.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(ended.set)
+            done.result()

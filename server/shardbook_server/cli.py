@@ -1,0 +1,147 @@
+"""The ``shardbook-server`` command: serve, and look after the database.
+
+Exit codes: 0 done, 1 refused or failed with a message, 2 a command line that does not parse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardbook.errors import ShardbookError
+from shardbook_server.settings import Settings, load_settings
+
+app = typer.Typer(
+    name="shardbook-server",
+    help="The Shardbook metadata service.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+database = typer.Typer(name="db", help="Look after the database's schema.", no_args_is_help=True)
+app.add_typer(database)
+
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.", metavar="FILE")]
+DatabaseUrl = Annotated[
+    str | None, typer.Option("--database-url", help="Where the data is, such as sqlite:////absolute/path.")
+]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shardbook-server {version('shardbook')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The Shardbook metadata service."""
+
+
+@app.command()
+def serve(
+    listen: Annotated[str | None, typer.Option(help="Address: host:port, [ipv6]:port or unix:/path.")] = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+    reflection: Annotated[
+        bool | None, typer.Option("--reflection/--no-reflection", help="Serve gRPC reflection, for grpcurl.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. Needs no options: data lies in one place below your home, which is printed."""
+    with _reported():
+        settings = load_settings(
+            {"listen": listen, "database_url": database_url, "reflection": reflection, "log_level": log_level},
+            config=config,
+        )
+        # What serving needs is heavy; `--help` and `--version` answer without it.
+        from shardbook_server import app as server
+        from shardbook_server.logs import configure_logging
+
+        configure_logging(settings)
+        server.prepare_database(settings)
+        asyncio.run(server.serve(settings, lambda address: _announce(settings, address)))
+
+
+def _announce(settings: Settings, address: str) -> None:
+    """Says where the data is, where the server answers, and the line for the shells of its users."""
+    typer.echo(f"data      {_shown(settings.database_url)}")
+    typer.echo(f"address   {address}")
+    typer.echo(f"export SHARDBOOK_SERVER={_reachable(address)}")
+    # Output to a file or a pipe is buffered, and somebody waits for these lines.
+    typer.get_text_stream("stdout").flush()
+
+
+def _shown(url: str) -> str:
+    """Returns a database's path, or its URL without the password."""
+    if url.startswith("sqlite:///"):
+        return str(Path(url.removeprefix("sqlite:///")).absolute())
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
+def _reachable(address: str) -> str:
+    """Returns an address that a client on this machine can use for one that means every interface."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else address  # noqa: S104 - compared, not bound
+
+
+@database.command()
+def upgrade(database_url: DatabaseUrl = None, config: Config = None) -> None:
+    """Create the schema, or bring it to the revision of this release."""
+    with _reported():
+        settings = load_settings({"database_url": database_url}, config=config)
+        from shardbook_server.storage import migrate
+
+        revision = migrate.upgrade(settings.database_url)
+        typer.echo(f"{_shown(settings.database_url)}: schema is at {revision}")
+
+
+@database.command()
+def current(database_url: DatabaseUrl = None, config: Config = None) -> None:
+    """Print the revision of the schema."""
+    with _reported():
+        settings = load_settings({"database_url": database_url}, config=config)
+        from shardbook_server.storage import migrate
+
+        typer.echo(migrate.current(settings.database_url))
+
+
+@database.command()
+def check(database_url: DatabaseUrl = None, config: Config = None) -> None:
+    """Exit 1 unless this release can serve the schema; say which command helps."""
+    with _reported():
+        settings = load_settings({"database_url": database_url}, config=config)
+        from shardbook_server.storage import migrate
+
+        revision = migrate.check(settings.database_url)
+        typer.echo(f"{_shown(settings.database_url)}: schema is at {revision}, which this release serves")
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Prints a refusal as one line and exits 1; a bug keeps its traceback."""
+    try:
+        yield
+    except ShardbookError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    main()

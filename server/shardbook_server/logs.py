@@ -1,0 +1,39 @@
+"""Log lines: JSON for machines, colours for a terminal; the standard library's loggers go the same way."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+from shardbook_server.settings import Settings
+
+
+def configure_logging(settings: Settings) -> None:
+    """Sets up structlog and ``logging`` for this process; lines go to standard error."""
+    as_json = settings.log_json if settings.log_json is not None else not sys.stderr.isatty()
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    final: list[structlog.typing.Processor] = (
+        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        if as_json
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    )
+    structlog.configure(
+        processors=[*shared, *final],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[*_BARE, *final]))
+    # Alembic and gRPC tell their own story at INFO; what matters of it comes as warnings.
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
+
+
+_BARE: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
