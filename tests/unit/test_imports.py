@@ -86,6 +86,12 @@ def test_command_line_starts_without_torch() -> None:
     assert set() == _loaded_by("import shardbook.cli") & {"torch", "sqlalchemy", "alembic", "shardbook_server"}
 
 
+@pytest.mark.parametrize("module", ["shardbook.dcp", "shardbook.cli", "shardbook_server.cli"])
+def test_imports_warn_of_nothing(module: str) -> None:
+    """Rule: nobody's `-W error` is broken by an import of ours, whatever it loads."""
+    assert "" == _run(f"import warnings; warnings.simplefilter('error'); import {module}")
+
+
 @pytest.mark.parametrize("package", ["shardbook", "shardbook.core.assembly"])
 def test_own_modules_import_quickly(package: str) -> None:
     """Rule: beyond its dependencies, an import costs at most half a second of CPU time (measured: some 50 ms)."""
