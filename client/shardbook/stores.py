@@ -99,6 +99,13 @@ class Stores:
             )
         return root if relative in ("", ".") else f"{root.rstrip('/')}/{relative}"
 
+    def here(self, location: str) -> str | None:
+        """Returns the path or URL that a location means on this machine; None when its store is not configured."""
+        try:
+            return self.path_of(location)
+        except InvalidArgumentError:
+            return None
+
 
 def normalized(path: str | os.PathLike[str]) -> str:
     """Returns an absolute path, or a URL without credentials; without trailing slash."""

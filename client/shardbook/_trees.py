@@ -1,0 +1,143 @@
+"""Directory trees that ``shardbook sync`` walks: this machine's filesystem, or whatever fsspec opens."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from shardbook.core.directory import ROOT, is_prefix
+from shardbook.errors import InvalidArgumentError, NotFoundError
+from shardbook.stores import normalized
+
+
+class Tree(Protocol):
+    """Small files below a directory. Paths are absolute, or URLs; ``names`` and ``read`` treat absence as empty."""
+
+    def checkpoints(self) -> Iterator[str]:
+        """Yields the directories, this one included, in which Shardbook left files, in alphabetical order."""
+        ...
+
+    def names(self, path: str) -> list[str]:
+        """Returns the names in a directory, sorted; none when it is not there."""
+        ...
+
+    def read(self, path: str, limit_bytes: int | None = None) -> bytes | None:
+        """Returns a file's content, or its first bytes; None when it is not there."""
+        ...
+
+    def write(self, path: str, content: bytes) -> None:
+        """Writes a file durably and as a whole, in place of an older one; its directory is there."""
+        ...
+
+
+def open_tree(path: str | os.PathLike[str]) -> Tree:
+    """Returns the tree at a path or URL.
+
+    Raises:
+        NotFoundError: There is no such directory.
+        InvalidArgumentError: A URL, and fsspec or the package behind its scheme is not installed.
+    """
+    plain = os.fspath(path)
+    if "://" in plain and not plain.startswith("file://"):
+        return _FsspecTree(plain)
+    root = Path(normalized(plain))
+    if not root.is_dir():
+        raise NotFoundError(f"{root} is not a directory", reason="NO_DIRECTORY", field="directory")
+    return _LocalTree(root)
+
+
+class _LocalTree:
+    """A directory of this machine, network mounts included. Links to directories are not followed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def checkpoints(self) -> Iterator[str]:
+        for folder, below, _ in os.walk(self._root):
+            if ROOT in below:
+                yield folder
+            # Data directories hold a file or more a rank, and nothing to find.
+            below[:] = sorted(name for name in below if name != ROOT and not is_prefix(name))
+
+    def names(self, path: str) -> list[str]:
+        try:
+            return sorted(entry.name for entry in os.scandir(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def read(self, path: str, limit_bytes: int | None = None) -> bytes | None:
+        try:
+            with Path(path).open("rb") as file:
+                return file.read(-1 if limit_bytes is None else limit_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, path: str, content: bytes) -> None:
+        target = Path(path)
+        temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class _FsspecTree:
+    """A directory behind a URL. A file is one PUT, so that it is never seen half-written."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import fsspec
+        except ImportError as error:
+            raise InvalidArgumentError(
+                f"{normalized(url)} needs fsspec: pip install fsspec, and the package of its scheme",
+                reason="MISSING_PACKAGE",
+                field="directory",
+            ) from error
+        self._strip = fsspec.core.strip_protocol
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"{normalized(url)} cannot be opened: {error}", reason="MISSING_PACKAGE", field="directory"
+            ) from error
+        # Other machines write here too: nothing may be answered from memory.
+        self._fs.invalidate_cache()
+
+    def checkpoints(self) -> Iterator[str]:
+        marker = f"/{ROOT}"
+        for folder, _, _ in self._fs.walk(self._root):
+            if str(folder).endswith(marker):
+                yield str(self._fs.unstrip_protocol(str(folder).removesuffix(marker)))
+
+    def names(self, path: str) -> list[str]:
+        try:
+            listed = self._fs.ls(self._inside(path), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in listed)
+
+    def read(self, path: str, limit_bytes: int | None = None) -> bytes | None:
+        try:
+            content: bytes = self._fs.cat_file(self._inside(path), start=None, end=limit_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return content
+
+    def write(self, path: str, content: bytes) -> None:
+        self._fs.pipe_file(self._inside(path), content)
+
+    def _inside(self, path: str) -> str:
+        return str(self._strip(path))

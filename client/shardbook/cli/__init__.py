@@ -1,0 +1,27 @@
+"""The ``shardbook`` command: one module per noun, ``output`` for tables and JSON. Needs the extra ``cli``.
+
+Imports of typer and rich stay behind ``main``, so that a machine without them is told which extra to install.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Runs the command and exits: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied."""
+    # gRPC's own log lines (a closed connection, say) are no part of an answer.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        sys.stderr.write(
+            f"error: the shardbook command needs {error.name}, which the extra [cli] brings: "
+            "pip install 'shardbook[cli]'\n"
+        )
+        raise SystemExit(2) from None
+    from shardbook.cli.app import run
+
+    run()

@@ -1,0 +1,57 @@
+"""Puts the commands together. No command's own code stands here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from shardbook._version import __version__
+from shardbook.cli import checkpoints, failures, runs, sync, tensors
+
+_EPILOG = """\b
+Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
+A REF is project/run@1500, @1500.s3 (of session 3), @latest, or project/run:part@...
+SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
+
+app = typer.Typer(
+    name="shardbook",
+    help="Find, describe and recover the checkpoints that a Shardbook server knows.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"shardbook {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Finds, describes and recovers checkpoints."""
+
+
+app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
+app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
+app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
+app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
+app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
+
+
+def run() -> None:
+    """Runs the command line of this process and exits."""
+    try:
+        app(prog_name="shardbook")
+    except failures.HANDLED as error:
+        sys.exit(failures.report(error))

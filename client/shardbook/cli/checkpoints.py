@@ -1,0 +1,126 @@
+"""``shardbook ls`` and ``shardbook show``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardbook.catalog import Checkpoint, CheckpointState
+from shardbook.cli import output
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.core.names import RunName
+
+LS_EXAMPLES = """\b
+Examples:
+  shardbook ls llm/8b-v3
+  shardbook ls llm/8b-v3 --all --limit 10
+  shardbook ls llm/8b-v3 --json | jq -r '.checkpoints[].ref'"""
+SHOW_EXAMPLES = """\b
+Examples:
+  shardbook show llm/8b-v3@latest
+  shardbook show llm/8b-v3@1500.s3 --json | jq -r .checkpoint.location"""
+_COLUMNS = (
+    ("STEP", True),
+    ("STATE", False),
+    ("REF", False),
+    ("WORLD", True),
+    ("TENSORS", True),
+    ("CHUNKS", True),
+    ("SIZE", True),
+    ("CREATED", False),
+    ("SESSION", True),
+)
+
+
+def list_checkpoints(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="project/run, or project/run:part for one part.")],
+    show_all: Annotated[
+        bool, typer.Option("--all", "-a", help="Open, failed, expired and superseded attempts too.")
+    ] = False,
+    limit: Limit = 50,
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """List the checkpoints of a run, newest first."""
+    name, _, part = run.partition(":")
+    client, _ = client_of(server, timeout_s)
+    found = client.list_checkpoints(
+        RunName.parse(name), part=part or None, show_all=show_all, page_size=page_size(limit)
+    )
+    checkpoints, more = take(found, limit)
+    if as_json:
+        output.print_json({"checkpoints": [checkpoint.to_json() for checkpoint in checkpoints], "more": more})
+        return
+    output.print_table(_COLUMNS, map(_row, checkpoints))
+    if not checkpoints and not show_all:
+        output.print_line(f"no committed checkpoints: `shardbook ls {run} --all` shows every attempt")
+    if more:
+        output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all")
+
+
+def show_checkpoint(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Show everything about one checkpoint."""
+    client, config = client_of(server, timeout_s)
+    checkpoint = client.get_checkpoint(ref)
+    if as_json:
+        output.print_json({"checkpoint": checkpoint.to_json()})
+        return
+    facts = _facts(checkpoint)
+    here = config.stores.here(checkpoint.location)
+    if here is not None and here != checkpoint.location:
+        facts.insert(3, ("path here", here))
+    output.print_facts(facts)
+
+
+def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
+    proved = checkpoint.state is CheckpointState.COMMITTED
+    return (
+        str(checkpoint.step),
+        state_of(checkpoint),
+        checkpoint.ref,
+        output.count(checkpoint.world_size),
+        output.count(checkpoint.tensor_count) if proved else "-",
+        output.count(checkpoint.chunk_count) if proved else "-",
+        output.size(checkpoint.size_bytes) if proved else "-",
+        output.time(checkpoint.create_time),
+        str(checkpoint.session),
+    )
+
+
+def state_of(checkpoint: Checkpoint) -> str:
+    """Returns the state in the words of a listing; a commit that a later session replaced is ``superseded``."""
+    if checkpoint.state is CheckpointState.COMMITTED and not checkpoint.live:
+        return "superseded"
+    return checkpoint.state.value.lower()
+
+
+def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    facts = [
+        ("ref", checkpoint.ref),
+        ("state", state_of(checkpoint) + (", recorded after the fact" if checkpoint.recovered else "")),
+        ("location", output.or_dash(checkpoint.location)),
+        ("data directory", output.or_dash(checkpoint.prefix)),
+        ("step", str(checkpoint.step)),
+        ("part", checkpoint.part),
+        ("session", f"{checkpoint.session}, attempt {checkpoint.attempt}, incarnation {checkpoint.incarnation}"),
+        ("world size", output.count(checkpoint.world_size)),
+        ("tensors", output.count(checkpoint.tensor_count)),
+        ("chunks", output.count(checkpoint.chunk_count)),
+        ("bytes entries", output.count(checkpoint.bytes_entry_count)),
+        ("size", f"{output.size(checkpoint.size_bytes)} ({output.count(checkpoint.size_bytes)} bytes)"),
+        ("created", output.time(checkpoint.create_time)),
+        ("committed", output.time(checkpoint.commit_time)),
+        ("structure", output.or_dash(checkpoint.structure_digest)),
+        ("name", checkpoint.name),
+    ]
+    if checkpoint.failure:
+        facts.append(("failure", checkpoint.failure))
+    facts += [("warning", warning) for warning in checkpoint.warnings]
+    return facts

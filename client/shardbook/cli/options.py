@@ -1,0 +1,62 @@
+"""Options that several commands share, and the client that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Annotated, TypeVar
+
+import typer
+
+from shardbook.client import Client
+from shardbook.config import ClientConfig
+from shardbook.errors import InvalidArgumentError
+
+_T = TypeVar("_T")
+
+#: Deadline of one call, seconds: a person waits.
+DEFAULT_TIMEOUT_S = 5.0
+
+Server = Annotated[
+    str | None,
+    typer.Option("--server", metavar="HOST:PORT", help="Address of the server. [default: SHARDBOOK_SERVER]"),
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.01, help="Longest time that one call may take.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (docs/cli.md) instead of a table.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=0, metavar="N", help="Rows at most; 0 for all.")]
+
+
+def client_of(server: str | None, timeout_s: float) -> tuple[Client, ClientConfig]:
+    """Returns a client of the server that options or settings name, and the settings.
+
+    Raises:
+        InvalidArgumentError: Neither names one, or a setting is wrong.
+    """
+    config = ClientConfig.from_env()
+    address = server or config.server
+    if address is None:
+        raise InvalidArgumentError(
+            "no Shardbook server is named: pass --server HOST:PORT or set SHARDBOOK_SERVER; "
+            "`shardbook-server serve` starts one and prints the line to export",
+            reason="NO_SERVER",
+            field="server",
+        )
+    return Client(address, token=config.token, timeout_s=timeout_s), config
+
+
+def page_size(limit: int) -> int:
+    """Returns rows to ask for in one call: what is shown and one more, which says whether more exist."""
+    from shardbook.core.limits import MAX_PAGE_SIZE
+
+    return min(limit + 1, MAX_PAGE_SIZE) if limit else MAX_PAGE_SIZE
+
+
+def take(rows: Iterable[_T], limit: int) -> tuple[list[_T], bool]:
+    """Returns the first ``limit`` rows (all for 0), and whether there are more."""
+    if not limit:
+        return list(rows), False
+    source: Iterator[_T] = iter(rows)
+    taken = list(islice(source, limit))
+    return taken, next(source, None) is not None

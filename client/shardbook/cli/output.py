@@ -1,0 +1,94 @@
+"""Tables for people, JSON for programs. Everything goes to stdout; errors are in ``failures``.
+
+With ``--json`` a command prints one object. Its keys are only ever added, see ``docs/cli.md``. Names may hold any
+character, also ones that move a cursor or are no valid Unicode: JSON escapes them, tables show them escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+#: Width of tables that no terminal shows: wide enough that nothing is cut or wrapped on its way into a pipe.
+_PIPE_WIDTH: Final = 4096
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_DASH: Final = "-"
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Prints one JSON object, ASCII only: readable for every parser in every locale."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
+
+
+def print_table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows under a header.
+
+    Args:
+        columns: Header and True for numbers, which stand right.
+        rows: Cells as text; shown as they are, never as markup.
+    """
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for header, number in columns:
+        table.add_column(header, justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in rows:
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    _console().print(table)
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Prints names and values, one a line."""
+    table = Table(box=None, pad_edge=False, show_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, Text(plain(value)))
+    _console().print(table)
+
+
+def print_line(text: str) -> None:
+    """Prints one line for people."""
+    _console().print(Text(plain(text)), soft_wrap=True)
+
+
+def _console() -> Console:
+    # Rich honours NO_COLOR and knows terminals; off a terminal it would wrap at 80 columns.
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def plain(text: str) -> str:
+    """Returns ``text`` on one line, with everything escaped that would not print."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
+
+
+def size(size_bytes: int) -> str:
+    """Returns a size in binary units: ``1.4 GiB``."""
+    value = float(size_bytes)
+    for unit in _UNITS:
+        if value < 1023.95 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    return f"{size_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def count(number: int) -> str:
+    """Returns a count with thousands apart: ``2,812,800``."""
+    return f"{number:,}"
+
+
+def time(stamp: datetime | None) -> str:
+    """Returns a time in UTC to the second: ``2026-11-23 09:30:00Z``; a dash for none."""
+    return _DASH if stamp is None else stamp.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def or_dash(text: str) -> str:
+    """Returns ``text``, a dash when it is empty."""
+    return text or _DASH

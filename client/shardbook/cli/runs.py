@@ -1,0 +1,60 @@
+"""``shardbook runs``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardbook.catalog import Run, RunPart
+from shardbook.cli import output
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.core.names import DEFAULT_PART
+
+EXAMPLES = """\b
+Examples:
+  shardbook runs
+  shardbook runs llm --json | jq -r '.runs[].ref'"""
+_COLUMNS = (
+    ("RUN", False),
+    ("LATEST", True),
+    ("CHECKPOINTS", True),
+    ("WRITING", False),
+    ("SESSION", True),
+    ("HOST", False),
+    ("USER", False),
+    ("LAST SEEN", False),
+)
+
+
+def list_runs(
+    project: Annotated[str | None, typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.")] = None,
+    limit: Limit = 50,
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """List runs: where each stands, and who writes it."""
+    client, _ = client_of(server, timeout_s)
+    runs, more = take(client.list_runs(project, page_size=page_size(limit)), limit)
+    if as_json:
+        output.print_json({"runs": [run.to_json() for run in runs], "more": more})
+        return
+    output.print_table(_COLUMNS, (_row(run, part) for run in runs for part in run.parts))
+    if not runs:
+        output.print_line("no runs yet: `shardbook.dcp.init(run='project/run')` starts one")
+    if more:
+        output.print_line(f"only the first {limit} runs: --limit 0 shows all")
+
+
+def _row(run: Run, part: RunPart) -> tuple[str, ...]:
+    return (
+        run.ref if part.part == DEFAULT_PART else f"{run.ref}:{part.part}",
+        "-" if part.latest_step is None else str(part.latest_step),
+        output.count(part.checkpoint_count),
+        "yes" if part.writing else "no",
+        str(part.session),
+        output.or_dash(part.host),
+        output.or_dash(part.user),
+        output.time(part.last_seen_time),
+    )

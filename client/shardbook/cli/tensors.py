@@ -1,0 +1,46 @@
+"""``shardbook tensors``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardbook.catalog import TensorInfo
+from shardbook.cli import output
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+
+EXAMPLES = """\b
+Examples:
+  shardbook tensors llm/8b-v3@latest
+  shardbook tensors llm/8b-v3@1500 --prefix model.layers.0. --limit 0"""
+_COLUMNS = (("NAME", False), ("DTYPE", False), ("SHAPE", False), ("CHUNKS", True), ("SIZE", True))
+
+
+def list_tensors(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
+    prefix: Annotated[str, typer.Option("--prefix", "-p", help="Only entries whose name starts with this.")] = "",
+    limit: Limit = 50,
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """List what a committed checkpoint holds, in state-dict order."""
+    client, _ = client_of(server, timeout_s)
+    tensors, more = take(client.list_tensors(ref, prefix, page_size=page_size(limit)), limit)
+    if as_json:
+        output.print_json({"tensors": [tensor.to_json() for tensor in tensors], "more": more})
+        return
+    output.print_table(_COLUMNS, map(_row, tensors))
+    if more:
+        output.print_line(f"only the first {limit} entries: --limit 0 shows all, --prefix narrows them down")
+
+
+def _row(tensor: TensorInfo) -> tuple[str, ...]:
+    return (
+        tensor.fqn,
+        tensor.dtype if tensor.is_tensor else "(object)",
+        "[" + ", ".join(map(str, tensor.shape)) + "]" if tensor.is_tensor else "-",
+        output.count(tensor.chunk_count),
+        output.size(tensor.size_bytes),
+    )

@@ -1,0 +1,161 @@
+"""Sends a whole attempt, as a manifest has it, by RecordCheckpoint: in parts, with the blobs that the server lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from shardbook.client import Client
+from shardbook.core.extents import decode_segment
+from shardbook.core.limits import MAX_BLOB_BYTES, MAX_RECORD_REGISTRATIONS
+from shardbook.core.manifest import AttemptIdentity, Manifest, StoredBlob
+from shardbook.core.names import RunName
+from shardbook.core.structure import BlobKind, reference_of
+from shardbook.errors import CorruptManifestError, InternalError, InvalidArgumentError
+from shardbook.v1 import registration_pb2 as pb
+from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, Blob, BlobRef
+from shardbook.v1.types_pb2 import BlobKind as BlobKindNumber
+from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
+
+#: Most bytes of a part: its registrations and every blob they need, so that one more call always completes it.
+_PART_BYTES: Final = 12 << 20
+#: The last call assembles the checkpoint when its structure is new, seconds.
+_ASSEMBLY_S: Final = 600.0
+#: Rounds of "send me these" for one part.
+_MAX_ROUNDS: Final = 16
+
+_Address = tuple[int, bytes]
+
+
+def attempt_key(identity: AttemptIdentity) -> AttemptKey:
+    """Returns the key of an attempt as calls carry it."""
+    return AttemptKey(
+        run=str(RunName.parse(identity.run)),
+        part=identity.part,
+        step=identity.step,
+        session=identity.session,
+        incarnation=identity.incarnation,
+        attempt=identity.attempt,
+        world_size=identity.world_size,
+    )
+
+
+def record_attempt(client: Client, manifest: Manifest, location: str, *, recovered: bool) -> CheckpointMessage:
+    """Records an attempt and returns the committed checkpoint. Idempotent: what is known is not sent again.
+
+    Args:
+        client: The server.
+        manifest: The attempt.
+        location: Of its directory, see ``Stores.location_of``.
+        recovered: True for what was saved while the service was away, the one way past the fence.
+
+    Raises:
+        CorruptManifestError: The manifest contradicts itself.
+        ShardbookError: What the server answered, or that it did not.
+    """
+    attempt = _Attempt(manifest)
+    request = pb.RecordCheckpointRequest(
+        key=attempt_key(manifest.identity),
+        location=AttemptLocation(location=location, prefix=manifest.identity.prefix),
+        registration_count=len(attempt.registrations),
+        recovered=recovered,
+        metadata_header=manifest.metadata_header,
+    )
+    if manifest.identity.write_time_s > 0:
+        request.write_time.FromNanoseconds(int(manifest.identity.write_time_s * 1e9))
+    parts = list(attempt.parts())
+    answer = pb.RecordCheckpointResponse()
+    for number, part in enumerate(parts, 1):
+        del request.registrations[:]
+        request.registrations.extend(part)
+        request.complete = number == len(parts)
+        answer = _send(client, request, attempt)
+    return answer.checkpoint
+
+
+def _send(client: Client, request: pb.RecordCheckpointRequest, attempt: _Attempt) -> pb.RecordCheckpointResponse:
+    """Makes one call, and again with the blobs that the server asks for until it has them."""
+    deadline_s = _ASSEMBLY_S if request.complete else None
+    del request.blobs[:]
+    for _ in range(_MAX_ROUNDS):
+        answer = client.record(request, deadline_s=deadline_s)
+        if not answer.unknown:
+            return answer
+        del request.blobs[:]
+        request.blobs.extend(attempt.blobs(answer.unknown))
+    raise InternalError("the server asks for the same blobs again and again", reason="BLOBS_NOT_ACCEPTED")
+
+
+class _Attempt:
+    """A manifest's registrations and blobs as calls carry them."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._blobs: dict[_Address, StoredBlob] = {(blob.kind, blob.digest): blob for blob in manifest.blobs}
+        self._needs: dict[bytes, tuple[_Address, ...]] = {}
+        try:
+            pairs = [pair for segment in manifest.segments for pair in decode_segment(segment)]
+        except InvalidArgumentError as error:
+            raise CorruptManifestError(f"a manifest's extents are damaged: {error}") from error
+        if len(pairs) != len(manifest.structure_digests) or not pairs:
+            raise CorruptManifestError(
+                f"a manifest has extents of {len(pairs)} ranks and structures of {len(manifest.structure_digests)}"
+            )
+        self.registrations = [
+            pb.ShardRegistration(rank=rank, structure_digest=digest, extents=extents, volatile_properties=volatile)
+            for rank, (digest, (extents, volatile)) in enumerate(zip(manifest.structure_digests, pairs, strict=True))
+        ]
+
+    def parts(self) -> Iterator[list[pb.ShardRegistration]]:
+        """Yields the registrations in parts that one call can carry together with all they need."""
+        part: list[pb.ShardRegistration] = []
+        needed: set[_Address] = set()
+        size_bytes = 0
+        for registration in self.registrations:
+            new = set(self._needed_by(registration.structure_digest)) - needed
+            added = registration.ByteSize() + sum(len(self._blobs[address].payload) for address in new)
+            if part and (len(part) >= MAX_RECORD_REGISTRATIONS or size_bytes + added > _PART_BYTES):
+                yield part
+                part, needed, size_bytes = [], set(), 0
+                new = set(self._needed_by(registration.structure_digest))
+                added = registration.ByteSize() + sum(len(self._blobs[address].payload) for address in new)
+            part.append(registration)
+            needed |= new
+            size_bytes += added
+        yield part
+
+    def blobs(self, unknown: Sequence[BlobRef]) -> list[Blob]:
+        """Returns the blobs asked for, tables first; as many as fit one call.
+
+        Raises:
+            CorruptManifestError: The manifest lacks one.
+        """
+        chosen: list[Blob] = []
+        size_bytes = 0
+        for kind, digest in sorted({(int(ref.kind), ref.digest) for ref in unknown}):
+            blob = self._blob((kind, digest))
+            size_bytes += len(blob.payload)
+            if chosen and size_bytes > max(MAX_BLOB_BYTES, _PART_BYTES):
+                break
+            chosen.append(Blob(kind=BlobKindNumber.Name(kind), payload=blob.payload))
+        return chosen
+
+    def _needed_by(self, structure: bytes) -> tuple[_Address, ...]:
+        """Addresses of a structure, its plan and its table."""
+        if structure not in self._needs:
+            chain: list[_Address] = []
+            reference: tuple[BlobKind, bytes] | None = (BlobKind.STRUCTURE, structure)
+            while reference is not None:
+                chain.append(reference)
+                try:
+                    reference = reference_of(reference[0], self._blob(reference).payload)
+                except InvalidArgumentError as error:
+                    raise CorruptManifestError(f"a blob of a manifest is damaged: {error}") from error
+            self._needs[structure] = tuple(chain)
+        return self._needs[structure]
+
+    def _blob(self, address: _Address) -> StoredBlob:
+        blob = self._blobs.get(address)
+        if blob is None:
+            kind = BlobKind(address[0]).name.lower()
+            raise CorruptManifestError(f"a manifest lacks its {kind} {address[1].hex()[:12]}")
+        return blob

@@ -1,0 +1,234 @@
+"""Brings the catalogue level with what checkpoint directories hold. Needs neither torch nor the job that saved.
+
+Every save leaves a registration record a rank, or the manifest they were folded into. What the catalogue lacks of it
+is recorded as history: a numbered session's attempt keeps its number, and nothing that was committed since is touched.
+Running it again changes nothing; running it while a job saves is safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from shardbook._attempts import FoundAttempt, find_attempts
+from shardbook._trees import Tree, open_tree
+from shardbook.catalog import Checkpoint, CheckpointState
+from shardbook.client import Client
+from shardbook.core.limits import MAX_NAMED_RANKS
+from shardbook.core.manifest import AttemptIdentity, Manifest
+from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
+from shardbook.errors import (
+    DeadlineExceededError,
+    NotFoundError,
+    PermissionDeniedError,
+    ShardbookError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from shardbook.recording import record_attempt
+from shardbook.stores import Stores, normalized
+
+_LOG = logging.getLogger(__name__)
+
+
+class SyncOutcome(StrEnum):
+    """What became of one attempt."""
+
+    #: The catalogue lacked it and has it now.
+    RECORDED = "recorded"
+    #: The catalogue has it.
+    PRESENT = "present"
+    #: Ranks left no record: nothing to record, the save did not finish.
+    INCOMPLETE = "incomplete"
+    #: A later session's checkpoint of the step is committed; this one would change nothing.
+    SUPERSEDED = "superseded"
+    #: It cannot be recorded; ``reason`` says why.
+    REFUSED = "refused"
+
+
+#: Errors after which no further attempt needs to be tried.
+_STOPS = (UnavailableError, DeadlineExceededError, UnauthenticatedError, PermissionDeniedError)
+#: Outcomes that leave nothing to do.
+_SETTLED = frozenset({SyncOutcome.RECORDED, SyncOutcome.PRESENT, SyncOutcome.SUPERSEDED})
+
+
+@dataclass(frozen=True)
+class SyncedAttempt:
+    """One attempt that was found in a directory, and what became of it.
+
+    Attributes:
+        directory: Path or URL of the checkpoint directory.
+        prefix: Directory of the attempt's data files in it.
+        outcome: What became of it.
+        ref: Short form of the checkpoint; None when the files do not say which it is.
+        run: ``project/run``; None like ``ref``.
+        part: Part of the run; None like ``ref``.
+        step: Training step; None like ``ref``.
+        session: Session that wrote it, 0 when it was offline; None like ``ref``.
+        attempt: Attempt within the session; None like ``ref``.
+        missing_ranks: Ranks that left no record, the first 50.
+        missing_count: How many did.
+        reason: UPPER_SNAKE reason of a refusal; empty otherwise.
+        message: Why, for people; empty when all is well.
+    """
+
+    directory: str
+    prefix: str
+    outcome: SyncOutcome
+    ref: str | None = None
+    run: str | None = None
+    part: str | None = None
+    step: int | None = None
+    session: int | None = None
+    attempt: int | None = None
+    missing_ranks: tuple[int, ...] = ()
+    missing_count: int = 0
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """True when nothing is left to do about it."""
+        return self.outcome in _SETTLED
+
+    @property
+    def save(self) -> tuple[str | None, str | None, int | None]:
+        """The save that it is an attempt of: run, part, step."""
+        return self.run, self.part, self.step
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every attribute under its own name."""
+        return {**vars(self), "outcome": self.outcome.value, "missing_ranks": list(self.missing_ranks)}
+
+
+def sync_directories(
+    client: Client, directories: Iterable[str | os.PathLike[str]], *, stores: Stores | None = None
+) -> Iterator[SyncedAttempt]:
+    """Records what the catalogue lacks of all checkpoint directories at and below the ones given.
+
+    Args:
+        client: The server.
+        directories: Paths, or URLs where fsspec is installed.
+        stores: Named roots, for locations; none when None.
+
+    Yields:
+        One result an attempt, as it is done.
+
+    Raises:
+        NotFoundError: A directory is not there.
+        UnavailableError: The server is away; what was yielded is recorded, the rest comes with the next run.
+        UnauthenticatedError, PermissionDeniedError: The token does not do.
+        DeadlineExceededError: The server fell silent.
+    """
+    for directory in directories:
+        tree = open_tree(directory)
+        for checkpoint in tree.checkpoints():
+            yield from sync_directory(client, checkpoint, stores=stores, tree=tree)
+
+
+def sync_directory(
+    client: Client, directory: str | os.PathLike[str], *, stores: Stores | None = None, tree: Tree | None = None
+) -> list[SyncedAttempt]:
+    """Records what the catalogue lacks of one checkpoint directory; raises as ``sync_directories`` does."""
+    tree = open_tree(directory) if tree is None else tree
+    path = normalized(directory)
+    location = (stores or Stores()).location_of(path)
+    return [_Sync(client, found, location).run() for found in find_attempts(tree, path)]
+
+
+def unsettled(results: Iterable[SyncedAttempt]) -> list[SyncedAttempt]:
+    """Returns the attempts that something is left to do about: those of saves that no other attempt settled."""
+    listed = list(results)
+    settled = {result.save for result in listed if result.is_settled}
+    return [result for result in listed if not result.is_settled and result.save not in settled]
+
+
+class _Sync:
+    """Work on one attempt."""
+
+    def __init__(self, client: Client, found: FoundAttempt, location: str) -> None:
+        self._client = client
+        self._found = found
+        self._location = location
+
+    def run(self) -> SyncedAttempt:
+        """Does the work."""
+        found = self._found
+        if found.identity is None:
+            return self._result(SyncOutcome.REFUSED, reason="CORRUPT_MANIFEST", message="its files are damaged")
+        missing = found.missing_ranks
+        if missing:
+            return self._result(
+                SyncOutcome.INCOMPLETE,
+                missing_ranks=tuple(missing[:MAX_NAMED_RANKS]),
+                missing_count=len(missing),
+                message=f"{len(missing)} of {found.identity.world_size} ranks left no record",
+            )
+        try:
+            return self._complete(found.identity)
+        except OSError as error:
+            return self._result(SyncOutcome.REFUSED, reason="UNREADABLE", message=str(error))
+        except ShardbookError as error:
+            # The bare class stands for statuses without one of their own, such as UNIMPLEMENTED from an older server.
+            if isinstance(error, _STOPS) or type(error) is ShardbookError:
+                raise
+            outcome = SyncOutcome.SUPERSEDED if error.reason == "STEP_SUPERSEDED" else SyncOutcome.REFUSED
+            return self._result(outcome, reason=error.reason, message=error.message)
+
+    def _complete(self, identity: AttemptIdentity) -> SyncedAttempt:
+        """Records a complete attempt, unless it is there, and leaves its manifest, unless that is there."""
+        known = self._known(identity)
+        manifest: Manifest | None = None
+        note = ""
+        if self._found.manifest_path is None:
+            manifest = self._found.read()
+            note = self._publish(manifest)
+        if known is not None and known.state in (CheckpointState.COMMITTED, CheckpointState.DELETED):
+            deleted = "it was deleted from the catalogue" if known.state is CheckpointState.DELETED else ""
+            return self._result(SyncOutcome.PRESENT, message=deleted or note)
+        manifest = manifest or self._found.read()
+        record_attempt(self._client, manifest, self._location, recovered=True)
+        return self._result(SyncOutcome.RECORDED, message=note)
+
+    def _known(self, identity: AttemptIdentity) -> Checkpoint | None:
+        """Returns what the catalogue has under the attempt's name; None when it has nothing, or another's."""
+        try:
+            known = self._client.get_checkpoint(_name(identity))
+        except NotFoundError:
+            return None
+        # A number alone is no identity: after a restore the catalogue may have handed it out again.
+        return known if known.incarnation == identity.incarnation.hex() else None
+
+    def _publish(self, manifest: Manifest) -> str:
+        """Leaves the manifest; a directory that cannot be written keeps its records, which say the same."""
+        try:
+            self._found.publish(manifest)
+        except OSError as error:
+            _LOG.warning("manifest of %s was not written: %s", self._found.directory, error)
+            return f"its manifest was not written: {error}"
+        return ""
+
+    def _result(self, outcome: SyncOutcome, **facts: Any) -> SyncedAttempt:
+        identity = self._found.identity
+        named: dict[str, Any] = {}
+        if identity is not None:
+            named = {
+                "ref": _name(identity).ref,
+                "run": identity.run,
+                "part": identity.part,
+                "step": identity.step,
+                "session": identity.session,
+                "attempt": identity.attempt,
+            }
+        return SyncedAttempt(self._found.directory, self._found.prefix, outcome, **named, **facts)
+
+
+def _name(identity: AttemptIdentity) -> CheckpointName:
+    part = PartName(RunName.parse(identity.run), identity.part)
+    return CheckpointName(
+        part, CheckpointId.full(identity.step, identity.session, identity.attempt, identity.incarnation)
+    )
