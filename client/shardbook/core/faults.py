@@ -76,10 +76,10 @@ def describe_unlike(chunks: Chunks, entry: int, unlike: BoolArray) -> str:
     others = items[unlike[items]]
     ranks = chunks.world.ranks_with(chunks.structures_of(others))
     declared = chunks.declared
-    return (
-        f"{name_ranks(chunks.owners_of(items[:1]))} holds {declared.describe(int(chunks.winner_row[entry]))}, "
-        f"but {declared.describe(int(chunks.row[others[0]]))} is with {name_ranks(ranks)}"
-    )
+    first = declared.describe(int(chunks.winner_row[entry]))
+    other = declared.describe(int(chunks.row[others[0]]))
+    verb = "has" if len(ranks) == 1 else "have"
+    return f"{name_ranks(chunks.owners_of(items[:1]))} has {first}, but {name_ranks(ranks)} {verb} {other}"
 
 
 def describe_geometry(
