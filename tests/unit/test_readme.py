@@ -7,6 +7,8 @@ import importlib
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,14 @@ import pytest
 import typer
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/SETTINGS.md", "docs/decisions/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/ARCHITECTURE.md",
+    "docs/SETTINGS.md",
+    "docs/cli.md",
+    "docs/decisions/README.md",
+)
 
 
 def _blocks(page: str, language: str) -> Iterator[str]:
@@ -99,6 +108,13 @@ def _dcp_calls(code: str) -> list[tuple[str, ast.Call]]:
     ]
 
 
+def test_generated_pages_are_what_the_code_says() -> None:
+    """Rule: every setting, command, option and JSON key is documented, from the code itself."""
+    command = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ("", 0) == (done.stderr, done.returncode)
+
+
 @pytest.mark.parametrize("program", ["shardbook", "shardbook-server"])
 def test_every_command_shown_exists_with_its_options(program: str) -> None:
     """Rule: a command in a page parses: subcommand, options and number of arguments."""
@@ -110,7 +126,7 @@ def test_every_command_shown_exists_with_its_options(program: str) -> None:
 
 def _parse(program: str, words: list[str]) -> None:
     """Parses a command line as the program would, without running it; raises what click raises."""
-    module = importlib.import_module("shardbook.cli" if program == "shardbook" else "shardbook_server.cli")
+    module = importlib.import_module("shardbook.cli.app" if program == "shardbook" else "shardbook_server.cli")
     command = typer.main.get_command(module.app)
     rest = list(words)
     parent = None
