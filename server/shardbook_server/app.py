@@ -49,6 +49,8 @@ _SQLITE_WRITERS: Final = 1
 #: The server asks an idle connection for a sign of life after this long, so that dead clients do not pile up.
 _SERVER_PING_MS: Final = 120_000
 _SERVER_PING_TIMEOUT_MS: Final = 20_000
+#: Signals closer than this are one.
+_SAME_SIGNAL_S: Final = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -146,6 +148,10 @@ class Server:
         await self._waits.close()
         self.database.close()
 
+    async def cut(self) -> None:
+        """Ends the calls in progress of a server that is being stopped."""
+        await self._server.stop(0)
+
     def _build(self) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor()],
@@ -215,7 +221,7 @@ async def serving(settings: Settings, *, failpoints: Failpoints | None = None) -
 
 
 async def serve(settings: Settings, ready: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal cuts what is in progress.
+    """Serves until SIGTERM or SIGINT, then drains; another signal after a second cuts what is in progress.
 
     Args:
         settings: What to serve and how; the database is prepared already.
@@ -234,14 +240,19 @@ async def serve(settings: Settings, ready: Callable[[str], None]) -> None:
         await signals.get()
         _log.info("draining", grace_s=settings.drain_s)
     finally:
-        drain = loop.create_task(server.stop())
-        again = loop.create_task(signals.get())
-        await asyncio.wait([drain, again], return_when=asyncio.FIRST_COMPLETED)
-        if not drain.done():
-            _log.warning("second signal: calls in progress are cut")
-            await server.stop(0)
-        again.cancel()
-        await drain
+        impatient = loop.create_task(_cut_on_second_signal(server, signals))
+        await server.stop()
+        impatient.cancel()
+
+
+async def _cut_on_second_signal(server: Server, signals: asyncio.Queue[int]) -> None:
+    # One Ctrl-C often arrives twice: from the terminal, and from a parent that passes it on.
+    await asyncio.sleep(_SAME_SIGNAL_S)
+    while not signals.empty():
+        signals.get_nowait()
+    await signals.get()
+    _log.warning("second signal: calls in progress are cut")
+    await server.cut()
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     listen: str = Field(
-        DEFAULT_LISTEN,
+        default=DEFAULT_LISTEN,
         description="Address to serve gRPC on: host:port (port 0 takes a free one), [ipv6]:port or unix:/path. "
         "The default is reachable from this machine only.",
     )
@@ -60,59 +60,67 @@ class Settings(BaseModel):
         description="Where the data is: sqlite:////absolute/path, or a Postgres URL. The default is the embedded "
         "database, $XDG_DATA_HOME/shardbook/shardbook.db (~/.local/share/shardbook/shardbook.db).",
     )
-    worker_threads: _Threads = Field(8, description="Threads that run short service calls.")
+    worker_threads: _Threads = Field(default=8, description="Threads that run short service calls.")
     heavy_threads: _Threads = Field(
-        2,
+        default=2,
         description="Threads that commit, assemble and decide plans, which can take seconds. A database connection "
         "is kept for each of these and of the worker threads.",
     )
-    max_message_bytes: _Bytes = Field(16 << 20, description="Largest request; a larger one is RESOURCE_EXHAUSTED.")
+    max_message_bytes: _Bytes = Field(
+        default=16 << 20, description="Largest request; a larger one is RESOURCE_EXHAUSTED."
+    )
     max_concurrent_rpcs: _Count = Field(
-        40_000,
+        default=40_000,
         description="Calls in progress, waiting ones included, before further ones are RESOURCE_EXHAUSTED; "
         "a guard for memory, above waiter_limit and call_queue_limit.",
     )
     call_queue_limit: _Count = Field(
-        2_048, description="Calls that may queue for a worker thread before further ones are RESOURCE_EXHAUSTED."
+        default=2_048,
+        description="Calls that may queue for a worker thread before further ones are RESOURCE_EXHAUSTED.",
     )
     waiter_limit: _Count = Field(
-        32_768, description="Calls that may wait for a checkpoint or a lease; a limit apart from the other calls."
+        default=32_768,
+        description="Calls that may wait for a checkpoint or a lease; a limit apart from the other calls.",
     )
     poll_interval_s: _Seconds = Field(
-        0.1, description="Time between looks at the checkpoints that calls of this process wait for."
+        default=0.1, description="Time between looks at the checkpoints that calls of this process wait for."
     )
-    batch_max_count: _Count = Field(512, description="Most plans or registrations in one transaction.")
-    batch_max_bytes: _Bytes = Field(32 << 20, description="Most bytes of plans or registrations in one transaction.")
+    batch_max_count: _Count = Field(default=512, description="Most plans or registrations in one transaction.")
+    batch_max_bytes: _Bytes = Field(
+        default=32 << 20, description="Most bytes of plans or registrations in one transaction."
+    )
     batch_queue_count: _Count = Field(
-        16_384, description="Plans or registrations that may queue before further ones are RESOURCE_EXHAUSTED."
+        default=16_384, description="Plans or registrations that may queue before further ones are RESOURCE_EXHAUSTED."
     )
     batch_queue_bytes: _Bytes = Field(
-        128 << 20, description="Bytes of plans or registrations that may queue, with the same answer beyond."
+        default=128 << 20, description="Bytes of plans or registrations that may queue, with the same answer beyond."
     )
-    lease_ttl_s: _Seconds = Field(60.0, description="A session without a sign of life for this long counts as gone.")
-    reap_interval_s: _Seconds = Field(10.0, description="Time between looks for leases that have ended.")
+    lease_ttl_s: _Seconds = Field(
+        default=60.0, description="A session without a sign of life for this long counts as gone."
+    )
+    reap_interval_s: _Seconds = Field(default=10.0, description="Time between looks for leases that have ended.")
     drain_s: _Seconds = Field(
-        10.0, description="On SIGTERM, how long calls in progress may take to finish before they are cut."
+        default=10.0, description="On SIGTERM, how long calls in progress may take to finish before they are cut."
     )
-    reflection: bool = Field(False, description="Serve gRPC reflection, for grpcurl and similar tools.")
+    reflection: bool = Field(default=False, description="Serve gRPC reflection, for grpcurl and similar tools.")
     compression: bool = Field(
-        False,
+        default=False,
         description="Accept gzip and deflate messages. Off by default: payloads are compressed already, and gRPC "
         "inflates a message before its size is checked.",
     )
-    keepalive_permit_s: _Seconds = Field(30.0, description="Clients may ping as often as this.")
+    keepalive_permit_s: _Seconds = Field(default=30.0, description="Clients may ping as often as this.")
     max_connection_age_s: _Seconds = Field(
-        3600.0, description="A connection is asked to reconnect after this long, so that replicas share the load."
+        default=3600.0,
+        description="A connection is asked to reconnect after this long, so that replicas share the load.",
     )
     max_connection_age_grace_s: _Seconds = Field(
-        60.0, description="How long calls may go on over a connection that was asked to reconnect."
+        default=60.0, description="How long calls may go on over a connection that was asked to reconnect."
     )
-    stream_message_bytes: _Bytes = Field(1 << 20, description="Size that messages of a streamed reply aim at.")
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
-        "info", description="Least severe log lines that are written: debug, info, warning or error."
+        default="info", description="Least severe log lines that are written: debug, info, warning or error."
     )
     log_json: bool | None = Field(
-        None, description="Write log lines as JSON; unset means JSON unless standard error is a terminal."
+        default=None, description="Write log lines as JSON; unset means JSON unless standard error is a terminal."
     )
 
     @pydantic.field_validator("listen")
