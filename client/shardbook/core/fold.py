@@ -42,11 +42,18 @@ class FoldedAttempt:
         manifest: What is stored of it.
         structure: Its entries and chunks.
         located: Where they lie.
+        written_bytes: What the ranks wrote, duplicates included; None when only the manifest is at hand.
     """
 
     manifest: Manifest
     structure: CheckpointStructure
     located: Located
+    written_bytes: int | None = None
+
+    @property
+    def unique_bytes(self) -> int:
+        """Bytes that the checkpoint's extents cover, each chunk once."""
+        return int(self.located.length.sum())
 
 
 def missing_ranks(records: Iterable[RegistrationRecord]) -> list[int]:
@@ -74,8 +81,9 @@ def fold(records: Sequence[RegistrationRecord]) -> FoldedAttempt:
     rank_index = np.fromiter((distinct[digest] for digest in digests), np.int64, len(digests))
     decoded = [structures.structure(digest) for digest in distinct]
     infos = [structure_info(structure) for structure in decoded]
-    for record, number in zip(by_rank, rank_index.tolist(), strict=True):
-        _check_registration(record, infos[number])
+    written_bytes = sum(
+        _check_registration(record, infos[number]) for record, number in zip(by_rank, rank_index.tolist(), strict=True)
+    )
     checkpoint = assemble(decoded, rank_index)
     registrations = [(record.extents, record.volatile) for record in by_rank]
     manifest = Manifest(
@@ -90,7 +98,7 @@ def fold(records: Sequence[RegistrationRecord]) -> FoldedAttempt:
         structure_digests=tuple(digests),
         blobs=structures.used(distinct),
     )
-    return FoldedAttempt(manifest, checkpoint, locate(checkpoint, registrations))
+    return FoldedAttempt(manifest, checkpoint, locate(checkpoint, registrations), written_bytes)
 
 
 def unfold(manifest: Manifest) -> FoldedAttempt:
@@ -131,10 +139,11 @@ def _proved(decoded: _T, found: bytes, digest: bytes) -> _T:
     return decoded
 
 
-def _check_registration(record: RegistrationRecord, info: StructureInfo) -> None:
+def _check_registration(record: RegistrationRecord, info: StructureInfo) -> int:
+    """Returns the bytes that a rank wrote."""
     try:
-        check_extents(decode_extents(record.extents), info)
         decode_volatile(record.volatile, info.entry_count)
+        return check_extents(decode_extents(record.extents), info)
     except InvalidArgumentError as exc:
         raise CorruptManifestError(f"the record of rank {record.rank} is damaged: {exc}") from exc
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -30,6 +32,19 @@ def group_timeout_s(process_group: dist.ProcessGroup | None) -> float:
     return _USUAL_GROUP_TIMEOUT_S
 
 
+@contextlib.contextmanager
+def silent_overwrite(storage_writer: Any) -> Iterator[None]:
+    """Keeps a writer that may overwrite from warning that it will: an attempt's own directory overwrites nothing."""
+    if getattr(storage_writer, "overwrite", False) and hasattr(storage_writer, "_metadata_exists"):
+        storage_writer._metadata_exists = lambda: False  # noqa: SLF001 - shadows the method for this call
+        try:
+            yield
+        finally:
+            del storage_writer._metadata_exists  # noqa: SLF001
+    else:
+        yield
+
+
 def storage_writer_for(storage_writer: StorageWriter | None, checkpoint_id: Any) -> Any:
     """Returns the writer, reset to ``checkpoint_id``; without one, the writer that DCP takes for the id."""
     return _storage_setup(storage_writer, checkpoint_id, reader=False)
@@ -47,6 +62,7 @@ __all__ = [
     "StoragePrefix",
     "group_timeout_s",
     "set_element",
+    "silent_overwrite",
     "storage_reader_for",
     "storage_writer_for",
 ]

@@ -10,11 +10,13 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from shardbook.core import directory as names
+from shardbook.core import limits
 from shardbook.core.container import read_index, read_section
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks, unfold
 from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
@@ -22,6 +24,9 @@ from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import CorruptManifestError, InvalidGeometryError, ShardbookError
 
 _LOG = logging.getLogger(__name__)
+
+#: Makes torch's metadata of a folded attempt.
+MakeMetadata = Callable[[FoldedAttempt], Metadata]
 
 #: Enough of a manifest's beginning to hold its index and the identity.
 _HEAD_BYTES: Final = 1 << 16
@@ -58,26 +63,49 @@ def read_records(files: CheckpointFiles, prefix: str, world_size: int) -> list[R
     return [RegistrationRecord.from_bytes(content) for content in contents if content is not None]
 
 
-def await_records(files: CheckpointFiles, prefix: str, world_size: int, timeout_s: float) -> dict[int, str]:
-    """Waits until every rank has left its record, or one has left word that it gave up, or the time is over.
+@dataclass(frozen=True)
+class Absence:
+    """Ranks without a record.
 
-    Returns:
-        Why each rank is missing; empty when every record is there.
+    Attributes:
+        failed: Ranks that left word why they gave up.
+        missing: Ranks that left nothing.
     """
+
+    failed: Mapping[int, str]
+    missing: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """True when every rank has left its record."""
+        return not self.failed and not self.missing
+
+    def __str__(self) -> str:
+        told = [f"rank {rank} failed: {reason}" for rank, reason in self.failed.items()]
+        if self.missing:
+            shown = ", ".join(map(str, self.missing[: limits.MAX_NAMED_RANKS]))
+            told.append(f"{len(self.missing)} ranks left no record: {shown}")
+        return "; ".join(told)
+
+
+def await_records(files: CheckpointFiles, prefix: str, world_size: int, timeout_s: float) -> Absence:
+    """Waits until every rank has left its record, or one has left word that it gave up, or the time is over."""
     end_s = time.monotonic() + timeout_s
     pause_s = _FIRST_PAUSE_S
     missing = set(range(world_size))
     while True:
         there = set(files.names(names.attempt_path(prefix)))
         if there:
-            missing = {rank for rank in missing if f"rank-{rank}.record" not in there}
+            missing = {rank for rank in missing if names.record_path("", rank).rpartition("/")[2] not in there}
         else:  # a filesystem that cannot list
             missing = {rank for rank in missing if not files.exists(names.record_path(prefix, rank))}
-        failed = {rank: _failure(files, prefix, rank) for rank in missing if f"rank-{rank}.failed" in there}
-        if failed or not missing:
-            return failed
-        if time.monotonic() + pause_s > end_s:
-            return dict.fromkeys(sorted(missing), "it left no record")
+        failed = {
+            rank: _failure(files, prefix, rank)
+            for rank in sorted(missing)
+            if names.failure_path("", rank).rpartition("/")[2] in there
+        }
+        if failed or not missing or time.monotonic() + pause_s > end_s:
+            return Absence(failed, tuple(sorted(missing - failed.keys())))
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -87,7 +115,9 @@ def _failure(files: CheckpointFiles, prefix: str, rank: int) -> str:
     return content.decode("utf-8", "replace")
 
 
-def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[], Metadata] | None) -> tuple[str, ...]:
+def publish(
+    files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[FoldedAttempt], Metadata] | None
+) -> tuple[str, ...]:
     """Makes a folded attempt what the directory means: manifest, ``.metadata``, and no records any more.
 
     An older attempt, such as that of a straggler, gets its own manifest, but does not replace a newer one.
@@ -108,17 +138,17 @@ def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[]
     if newest is None or is_newer(identity, newest):
         files.write(names.MANIFEST, content)
         if metadata is not None:
-            problems.extend(_export(files, metadata))
+            problems.extend(_export(files, folded, metadata))
     else:
         problems.append(f"{names.MANIFEST} belongs to a newer attempt, {newest.prefix}, and was left alone")
     files.remove(names.record_path(identity.prefix, rank) for rank in range(identity.world_size))
     return tuple(problems)
 
 
-def _export(files: CheckpointFiles, metadata: Callable[[], Metadata]) -> list[str]:
+def _export(files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[FoldedAttempt], Metadata]) -> list[str]:
     """Writes DCP's own file; its loss costs plain DCP the checkpoint, not Shardbook, so it fails no save."""
     try:
-        files.write(names.DCP_METADATA, pickle.dumps(metadata()))
+        files.write(names.DCP_METADATA, pickle.dumps(metadata(folded)))
     except (OSError, RuntimeError, pickle.PicklingError, ShardbookError) as error:
         _LOG.exception("%s was not written: plain DCP cannot load this checkpoint", names.DCP_METADATA)
         return [f"{names.DCP_METADATA} was not written: {error}"]

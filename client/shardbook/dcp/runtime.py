@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -17,19 +16,14 @@ from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
 from shardbook.core.names import DEFAULT_PART
 from shardbook.dcp._torch import group_timeout_s
+from shardbook.dcp.lease import LeaseKeeper
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
 from shardbook.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ShardbookError
-from shardbook.v1 import registration_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
 
 #: Longest that ``on_live="wait"`` waits unless told otherwise, seconds.
 DEFAULT_LIVE_WAIT_S: Final = 600.0
-#: A lease is renewed this many times before it would end.
-_RENEWALS_PER_LEASE: Final = 4
-_LEAST_RENEWAL_S: Final = 0.5
-#: What releasing a lease at exit may take, seconds.
-_RELEASE_S: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,8 @@ class Runtime:
         self.breaker = config.breaker()
         #: Saves that the service does not know yet: path of the directory by (part, step).
         self.unregistered: dict[tuple[str, int], str] = {}
+        #: Names of entries that were looked at for what `load` will refuse.
+        self.checked_entries: set[str] = set()
         self._lock = threading.Lock()
         self._numbers = {session.part: session.number} if session.number else {}
         self._counts = _Counts()
@@ -92,7 +88,7 @@ class Runtime:
             if session.mode is Mode.ONLINE and session.server is not None
             else None
         )
-        self._keeper: _LeaseKeeper | None = None
+        self._keeper: LeaseKeeper | None = None
         self._pid = os.getpid()
 
     def member(self, process_group: dist.ProcessGroup | None, *, no_dist: bool) -> Member:
@@ -112,7 +108,7 @@ class Runtime:
                 )
             return Member(0, 1)
         member = self.alone
-        if _is_distributed():
+        if is_distributed():
             rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
             if rank < 0:
                 raise InvalidArgumentError("this process is not in the process group", field="process_group")
@@ -170,12 +166,12 @@ class Runtime:
     def start_keeping(self) -> None:
         """Renews the leases of the session's parts in the background; on the coordinator only."""
         if self._client is not None and self.joined.is_coordinator and self._keeper is None:
-            self._keeper = _LeaseKeeper(self._client, self.session, self._known_numbers)
+            self._keeper = LeaseKeeper(self._client, self.session, self._known_numbers)
             self._keep(self.session.lease_ttl_s)
 
     def _keep(self, lease_ttl_s: float) -> None:
         if self._keeper is not None and lease_ttl_s > 0:
-            self._keeper.renew_every(max(_LEAST_RENEWAL_S, lease_ttl_s / _RENEWALS_PER_LEASE))
+            self._keeper.keep(lease_ttl_s)
 
     def _known_numbers(self) -> dict[str, int]:
         with self._lock:
@@ -186,51 +182,6 @@ class Runtime:
         if self._keeper is not None and os.getpid() == self._pid:
             self._keeper.close()
             self._keeper = None
-
-
-class _LeaseKeeper:
-    """A daemon thread that renews leases until it is closed, which ends them."""
-
-    def __init__(self, client: Client, session: Session, numbers: Callable[[], dict[str, int]]) -> None:
-        self._client = client
-        self._session = session
-        self._numbers = numbers
-        self._period_s = 0.0
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def renew_every(self, period_s: float) -> None:
-        """Sets the period, seconds, and starts the thread with the first one."""
-        self._period_s = period_s if self._thread is None else min(period_s, self._period_s)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="shardbook-lease", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._period_s):
-            self._send(release=False, deadline_s=self._period_s)
-
-    def _send(self, *, release: bool, deadline_s: float) -> None:
-        for part, number in self._numbers().items():
-            request = pb.KeepAliveRequest(
-                run=str(self._session.run_name),
-                part=part,
-                session=number,
-                incarnation=self._session.incarnation,
-                release=release,
-            )
-            try:
-                self._client.keep_alive(request, deadline_s=deadline_s)
-            except ShardbookError as error:
-                # Saves notice what matters (a fenced session, an outage); a lease alone is nothing to raise for.
-                _LOG.debug("lease of %s:%s was not renewed: %s", self._session.run, part, error)
-
-    def close(self) -> None:
-        """Stops renewing and ends the leases."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(_RELEASE_S)
-        self._send(release=True, deadline_s=_RELEASE_S)
 
 
 _current: Runtime | None = None
@@ -290,7 +241,7 @@ def init(
         if run is None:
             raise InvalidArgumentError("name the run: init(run='project/run')", field="run")
         mine = new_session(run, config, part=part, resumed_from=resumed_from, on_live=on_live, job_id=job_id)
-        limit_s = min(live_wait_s, group_timeout_s(process_group) / 2) if _is_distributed() else live_wait_s
+        limit_s = min(live_wait_s, group_timeout_s(process_group) / 2) if is_distributed() else live_wait_s
         session = _started(mine, config, process_group, limit_s)
     elif run is not None and Session(run, incarnation=session.incarnation).run != session.run:
         raise InvalidArgumentError(f"the session belongs to {session.run}, not to {run}", field="session")
@@ -347,7 +298,8 @@ def _config(server: str | None, mode: str | None, session: Session | None) -> Cl
     return ClientConfig.from_env(environ)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Returns True when there is a default process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -355,7 +307,7 @@ def _place(
     process_group: dist.ProcessGroup | None, session: Session | None, rank: int | None, world_size: int | None
 ) -> tuple[Member, bool]:
     """Place of this process without a process group, and whether other ranks hold the session too."""
-    if _is_distributed():
+    if is_distributed():
         if rank is not None or world_size is not None:
             raise InvalidArgumentError("rank and world_size are for processes without a process group", field="rank")
         if dist.get_rank(process_group) < 0:
@@ -383,7 +335,7 @@ def _number(given: int | None, variable: str, default: int) -> int:
 
 
 def _member_or(alone: Member, process_group: dist.ProcessGroup | None) -> Member:
-    if not _is_distributed():
+    if not is_distributed():
         return alone
     return Member(dist.get_rank(process_group), dist.get_world_size(process_group))
 
@@ -394,12 +346,12 @@ def _started(
     """Starts the session on rank 0 and broadcasts it, or the failure: no rank is left waiting for the broadcast."""
     told: list[Any] = [InternalError("rank 0 could not start the session; its traceback says why")]
     try:
-        if not _is_distributed() or dist.get_rank(process_group) == 0:
+        if not is_distributed() or dist.get_rank(process_group) == 0:
             told[0] = _asked(session, config, live_wait_s)
     except ShardbookError as error:
         told[0] = error
     finally:
-        if _is_distributed() and dist.get_world_size(process_group) > 1:
+        if is_distributed() and dist.get_world_size(process_group) > 1:
             source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
             dist.broadcast_object_list(told, src=source, group=process_group)
     if isinstance(told[0], ShardbookError):

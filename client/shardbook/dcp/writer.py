@@ -110,7 +110,7 @@ class CheckpointFiles:
         except BaseException:
             self.remove([temporary])
             raise
-        self._sync_directory(path.rpartition("/")[0])
+        self.sync_directory(path.rpartition("/")[0])
 
     def exists(self, path: str) -> bool:
         """Returns True when a file or directory is there."""
@@ -163,7 +163,7 @@ class CheckpointFiles:
         if forget is not None:
             forget()
 
-    def _sync_directory(self, path: str) -> None:
+    def sync_directory(self, path: str) -> None:
         """Makes a rename durable; object stores have nothing to sync."""
         if not isinstance(self.fs, FileSystem):
             return

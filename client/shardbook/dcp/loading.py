@@ -1,0 +1,203 @@
+"""``load``: from a ref or a path, at any world size, without collectives.
+
+Each rank asks for the metadata itself, plans for its own boxes and reads its own bytes; nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner as TorchLoadPlanner
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.checkpoint.storage import StorageReader
+
+from shardbook.catalog import StoredMetadata
+from shardbook.client import Client
+from shardbook.config import ClientConfig
+from shardbook.core.blocks import decode_blocks
+from shardbook.core.extents import decode_segment
+from shardbook.core.fold import FoldedAttempt
+from shardbook.core.head import decode_head, decode_metadata_header
+from shardbook.core.locate import locate
+from shardbook.core.names import CheckpointName, is_ref
+from shardbook.dcp._torch import storage_reader_for
+from shardbook.dcp.directory import incomplete_attempts, read_attempt
+from shardbook.dcp.metadata import CheckpointColumns, default_header
+from shardbook.dcp.planner import LoadPlanner
+from shardbook.dcp.runtime import current_config, is_distributed
+from shardbook.dcp.writer import CheckpointFiles
+from shardbook.errors import InvalidArgumentError, NotFoundError
+
+#: What fetching the metadata of a whole checkpoint may take, seconds.
+_METADATA_S: Final = 300.0
+
+
+def load(
+    state_dict: dict[str, Any],
+    ref_or_path: str | os.PathLike[str] | CheckpointName | None = None,
+    *,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    storage_reader: StorageReader | None = None,
+    planner: TorchLoadPlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
+    weights_only: bool = True,
+) -> None:
+    """Loads a checkpoint into a state dict in place, as ``torch.distributed.checkpoint.load`` does.
+
+    No rank waits for another one, so ranks may load different keys, and a single process may load what many saved.
+    Neither ``init`` nor a process group is needed.
+
+    Args:
+        state_dict: Tensors to fill; other values are replaced.
+        ref_or_path: ``project/run@1500``, ``@latest``, ...; or a directory or URL, also of a plain DCP checkpoint.
+        checkpoint_id: The same, under DCP's name for it.
+        storage_reader: Reads the bytes; by default the one that fits the checkpoint's location.
+        planner: By default ``shardbook.dcp.LoadPlanner``.
+        process_group: Tells this process its rank, for planners that ask; nothing is sent over it.
+        no_dist: Load as rank 0 of 1.
+        weights_only: False unpickles entries that are not plain data, which can run any code in them: only for
+            checkpoints that you trust as you trust your own programs. Planners of your own decide themselves.
+
+    Raises:
+        NotFoundError: There is no such checkpoint.
+        FailedPreconditionError: An entry is not plain data (reason ``UNSAFE_ENTRY``).
+        ShardbookError: The service could not be asked; loading by path needs no service.
+        RuntimeError, ValueError: As DCP's planner raises them for keys and sizes that do not fit.
+    """
+    if ref_or_path is not None and checkpoint_id is not None:
+        raise InvalidArgumentError("pass the checkpoint once, not as checkpoint_id too", field="checkpoint_id")
+    target = checkpoint_id if ref_or_path is None else ref_or_path
+    if target is None and storage_reader is None:
+        raise InvalidArgumentError("pass a ref, a path or a storage_reader", field="checkpoint_id")
+    name = _name_of(target)
+    if name is not None:
+        columns = columns_of(name)
+        reader = storage_reader_for(None, columns.location) if storage_reader is None else storage_reader
+        metadata = columns.to_torch()
+    else:
+        reader = storage_reader_for(storage_reader, target)
+        metadata = directory_metadata(reader)
+    if planner is None:
+        planner = LoadPlanner(weights_only=weights_only)
+    rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
+    _load_into(state_dict, reader, metadata, planner, rank)
+
+
+def _name_of(target: str | os.PathLike[str] | CheckpointName | None) -> CheckpointName | None:
+    """The checkpoint of the catalogue that ``target`` names; None for a path. What exists as a path is a path."""
+    if isinstance(target, CheckpointName):
+        return target
+    if not isinstance(target, str) or target.startswith("/") or "://" in target:
+        return None
+    if is_ref(target) and not Path(target).exists():
+        return CheckpointName.parse(target)
+    if target.startswith("projects/") and "/checkpoints/" in target:
+        return CheckpointName.parse(target)
+    return None
+
+
+def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
+    """Fetches a committed checkpoint's metadata as columns.
+
+    Args:
+        name: The checkpoint.
+        config: Settings; those of ``init``, else of the environment, when None.
+
+    Raises:
+        NotFoundError: There is no such committed checkpoint.
+        InvalidArgumentError: No server is configured, or the checkpoint's store is not.
+    """
+    config = current_config() if config is None else config
+    client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
+    return _columns(client.get_metadata(name, deadline_s=_METADATA_S), config)
+
+
+def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
+    head = decode_head(stored.head)
+    body = decode_blocks(stored.blocks, head.rank_files)
+    structure = dataclasses.replace(body, key_paths=head.key_paths, warnings=head.warnings)
+    registrations = [pair for _, payload in sorted(stored.segments) for pair in decode_segment(payload)]
+    place = stored.checkpoint.location
+    path = config.stores.path_of(place.location)
+    header = stored.metadata_header
+    return CheckpointColumns(
+        structure=structure,
+        located=locate(structure, registrations),
+        prefix=place.prefix,
+        location=path,
+        header=decode_metadata_header(header) if header else default_header(path, place.prefix),
+    )
+
+
+def directory_metadata(reader: Any) -> Metadata:
+    """Returns the metadata of the directory that ``reader`` reads: Shardbook's own, else what the reader finds.
+
+    Raises:
+        NotFoundError: Neither is there, or an attempt that is not complete.
+        CorruptManifestError: What Shardbook left is damaged.
+    """
+    files = CheckpointFiles.of(reader) if hasattr(reader, "fs") and hasattr(reader, "path") else None
+    folded = None if files is None else read_attempt(files)
+    if files is not None and folded is not None:
+        return _folded_columns(folded, os.fspath(files.root)).to_torch()
+    try:
+        metadata: Metadata = reader.read_metadata()
+    except FileNotFoundError as error:
+        raise _nothing_there(files, error) from error
+    return metadata
+
+
+def _folded_columns(folded: FoldedAttempt, path: str) -> CheckpointColumns:
+    manifest = folded.manifest
+    header = manifest.metadata_header
+    return CheckpointColumns(
+        structure=folded.structure,
+        located=folded.located,
+        prefix=manifest.identity.prefix,
+        location=path,
+        header=decode_metadata_header(header) if header else default_header(path, manifest.identity.prefix),
+    )
+
+
+def _nothing_there(files: CheckpointFiles | None, error: FileNotFoundError) -> NotFoundError:
+    begun = {} if files is None else incomplete_attempts(files)
+    if begun:
+        told = ", ".join(f"{prefix} ({count} ranks)" for prefix, count in begun.items())
+        return NotFoundError(f"no whole checkpoint there: attempts without all of their ranks: {told}")
+    return NotFoundError(f"no checkpoint there: {error}")
+
+
+def _load_into(
+    state_dict: dict[str, Any],
+    reader: Any,
+    metadata: Metadata,
+    planner: TorchLoadPlanner,
+    rank: int,
+) -> None:
+    """DCP's load with this rank's plan alone; sorted keys and stateful objects as in DCP."""
+    is_coordinator = rank == 0
+    keys = sorted(state_dict)
+    values = {key: state_dict[key] for key in keys}
+    plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in values.items()}
+    if metadata.storage_meta is not None:
+        metadata.storage_meta.load_id = getattr(reader, "load_id", None)
+    planner.set_up_planner(plain, metadata, is_coordinator)
+    if "kwargs" in inspect.signature(reader.set_up_storage_reader).parameters:
+        reader.set_up_storage_reader(metadata, is_coordinator, rank=rank, use_collectives=False)
+    else:
+        reader.set_up_storage_reader(metadata, is_coordinator)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    plan = reader.prepare_global_plan(planner.create_global_plan([plan]))[0]
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+    for key, value in values.items():
+        if isinstance(value, Stateful):
+            value.load_state_dict(plain[key])
+    # A planner may add keys (DCP's for an empty state dict does) and puts loaded values in the place of others.
+    state_dict.update({key: value for key, value in plain.items() if not isinstance(values.get(key), Stateful)})

@@ -1,0 +1,285 @@
+"""One rank's save, phase by phase: plan, write, register, finish. No collective, no barrier, no store.
+
+Only what the service says about this very save (a failed or missing rank, a later session, wrong geometry) is an
+error; whatever else goes wrong with it, the save goes on without it, and the directory alone is enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from shardbook.breaker import SaveBudget
+from shardbook.core import directory as names
+from shardbook.core.columns import BoolArray, Int64Array
+from shardbook.core.manifest import RegistrationRecord
+from shardbook.dcp._torch import StoragePrefix, silent_overwrite
+from shardbook.dcp.directory import write_failure, write_record
+from shardbook.dcp.finishing import Finisher, Outcome, explain, is_verdict
+from shardbook.dcp.items import PlannedItems, kept_items, plan_columns, structure_columns
+from shardbook.dcp.planner import set_up_planner, warn_of_unsafe_entries
+from shardbook.dcp.prepared import PreparedSave
+from shardbook.dcp.results import SaveResult, SaveState, SaveStats
+from shardbook.dcp.submission import EncodedPlan, Submitter, make_record
+from shardbook.dcp.writer import CheckpointFiles
+from shardbook.errors import (
+    FailedPreconditionError,
+    SessionFencedError,
+    ShardbookError,
+    UnregisteredError,
+)
+
+_LOG = logging.getLogger(__name__)
+
+#: What telling the service about a failure may take, seconds.
+_REPORT_S: Final = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Written:
+    """What was given to the storage writer and what it reported."""
+
+    items: PlannedItems
+    encoded: EncodedPlan
+    kept: Int64Array
+    final: SavePlan
+    results: list[WriteResult]
+
+
+class RankSave:
+    """One rank's save. Used once, by one thread.
+
+    Args:
+        prepared: The save; its attempt is counted.
+    """
+
+    def __init__(self, prepared: PreparedSave) -> None:
+        self._prepared = prepared
+        self._runtime = prepared.runtime
+        self._attempt = prepared.attempt
+        self._writer = prepared.writer
+        self._planner = prepared.planner
+        if prepared.checkpoint_id is not None:
+            self._writer.reset(prepared.checkpoint_id)
+        self._files = CheckpointFiles.of(self._writer)
+        self._budget = self._runtime.breaker.start_save()
+        self._submitter: Submitter | None = None
+        #: Why the service does not know of this save; empty while it does.
+        self._unregistered = ""
+        #: The session was found fenced before the data was written; raised once the data is on storage.
+        self._fenced: SessionFencedError | None = None
+
+    def run(self, state_dict: dict[str, Any]) -> SaveResult:
+        """Saves a plain state dict; see ``shardbook.dcp.save`` for results and errors."""
+        began_s = time.monotonic()
+        self._submitter = self._connect(self._budget)
+        with self._reporting("plan"):
+            local = self._local_plan(state_dict)
+            items = plan_columns(local.items, local.planner_data)
+            encoded = EncodedPlan.of(items.plan)
+            dropped = self._decision(encoded)
+        planned_s = time.monotonic()
+        with self._reporting("write"):
+            written = self._write(local, items, encoded, dropped)
+            record = self._record(written)
+        written_s = time.monotonic()
+        with self._reporting("register"):
+            write_record(self._files, record)
+        if self._fenced is not None:
+            raise self._fenced
+        self._register(record)
+        outcome = self._finish(record)
+        stats = SaveStats(
+            planned_count=items.plan.item_count,
+            written_count=len(written.final.items),
+            written_bytes=sum(result.size_in_bytes for result in written.results),
+            sent_bytes=0 if self._submitter is None else self._submitter.sent_bytes,
+            plan_s=planned_s - began_s,
+            write_s=written_s - planned_s,
+            finish_s=time.monotonic() - written_s,
+        )
+        return self._result(outcome, stats)
+
+    def give_up(self, phase: str, error: BaseException) -> None:
+        """Says that this rank's save ended before it began, so that nobody waits for it."""
+        self._submitter = self._connect(self._budget)
+        self._report(phase, f"{type(error).__name__}: {error}")
+
+    def _connect(self, budget: SaveBudget) -> Submitter | None:
+        """The way to the service, with the number of the session; None when there is none now."""
+        client = self._runtime.client(budget)
+        if client is None:
+            self._unregistered = f"mode {self._runtime.session.mode}"
+            return None
+        try:
+            return Submitter(client, self._attempt, self._runtime.session_number(self._attempt.part, client))
+        except ShardbookError as error:
+            self._go_without(error)
+            return None
+
+    def _go_without(self, error: ShardbookError) -> None:
+        """Notes that the save goes on without the service, at least for this call."""
+        if not self._unregistered:
+            _LOG.warning("the save of step %d goes on without the service: %s", self._attempt.step, error)
+        self._unregistered = f"{error.reason}: {error}"
+
+    @contextmanager
+    def _reporting(self, phase: str) -> Iterator[None]:
+        """Says on behalf of the other ranks' patience that this rank cannot finish, then lets the error pass."""
+        try:
+            yield
+        except BaseException as error:
+            if not is_verdict(error):
+                self._report(phase, f"{type(error).__name__}: {error}")
+            raise
+
+    def _report(self, phase: str, reason: str) -> None:
+        told = False
+        try:
+            if self._submitter is not None:
+                self._submitter.report(phase, reason, _REPORT_S)
+                told = True
+        except ShardbookError as error:
+            _LOG.warning("the service could not be told that rank %d failed: %s", self._attempt.member.rank, error)
+        try:
+            if not told:
+                write_failure(self._files, self._attempt.prefix, self._attempt.member.rank, f"{phase}: {reason}")
+        except OSError as error:  # the disk that made the rank fail, as a rule
+            _LOG.warning("rank %d could not leave word that it failed: %s", self._attempt.member.rank, error)
+
+    def _local_plan(self, state_dict: dict[str, Any]) -> SavePlan:
+        member = self._attempt.member
+        set_up_planner(self._planner, state_dict, self._writer.storage_meta(), is_coordinator=member.is_coordinator)
+        self._writer.set_up_storage_writer(member.is_coordinator, rank=member.rank, use_collectives=True)
+        with silent_overwrite(self._writer):
+            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+    def _decision(self, encoded: EncodedPlan) -> BoolArray | None:
+        """Which items other ranks write; None when nobody decided: then this rank writes them all, never fewer."""
+        if self._attempt.member.world_size == 1 or self._submitter is None:
+            return None
+        try:
+            dropped = self._submitter.plan(
+                encoded,
+                to_lowest_rank=bool(self._planner.dedup_save_to_lowest_rank),
+                timeout_s=self._runtime.config.plan_wait_s,
+            )
+        except SessionFencedError as error:
+            self._fenced = error
+            return None
+        except ShardbookError as error:
+            if is_verdict(error):
+                raise explain(self._submitter, error) from error
+            self._go_without(error)
+            return None
+        if dropped is None:
+            _LOG.warning(
+                "not every rank planned step %d within %.0f s: this rank writes its whole plan, duplicates included",
+                self._attempt.step,
+                self._runtime.config.plan_wait_s,
+            )
+        return dropped
+
+    def _write(self, local: SavePlan, items: PlannedItems, encoded: EncodedPlan, dropped: BoolArray | None) -> _Written:
+        member, prefix = self._attempt.member, self._attempt.prefix
+        kept = np.arange(len(local.items)) if dropped is None else np.flatnonzero(~dropped)
+        plan = dataclasses.replace(
+            local,
+            items=[local.items[row] for row in kept.tolist()],
+            storage_data=StoragePrefix(f"{prefix}/__{member.rank}_"),
+        )
+        final = self._planner.finish_plan(plan)
+        found = kept_items(local.items, final.items)
+        if found is None:  # the planner gave the writer items that it had not planned: they are a plan of their own
+            items = plan_columns(final.items, final.planner_data)
+            encoded = EncodedPlan.of(items.plan)
+            found = np.arange(len(final.items), dtype=np.int64)
+        else:
+            final = dataclasses.replace(final, items=[local.items[row] for row in found.tolist()])
+        self._refuse_another_ones_files()
+        results: list[WriteResult] = []
+        if final.items:  # a rank without items writes no file
+            self._files.make_directory(prefix)
+            warn_of_unsafe_entries(self._planner, final.items, self._runtime.checked_entries)
+            future = self._writer.write_data(final, self._planner)
+            future.wait()
+            results = list(future.value())
+            self._files.sync_directory(prefix)
+        return _Written(items, encoded, found.astype(np.int64), final, results)
+
+    def _refuse_another_ones_files(self) -> None:
+        """A session that was carried over a restart would count its attempts anew and overwrite its own files."""
+        member, prefix = self._attempt.member, self._attempt.prefix
+        for path in (f"{prefix}/__{member.rank}_0.distcp", names.record_path(prefix, member.rank)):
+            if self._files.exists(path):
+                raise FailedPreconditionError(
+                    f"{path} is there already: this session was used before a restart. A restarted job calls "
+                    "shardbook.dcp.init for a session of its own",
+                    reason="ATTEMPT_EXISTS",
+                )
+
+    def _record(self, written: _Written) -> RegistrationRecord:
+        structure, extents = structure_columns(
+            written.items.plan,
+            written.kept,
+            written.final.items,
+            written.results,
+            rank=self._attempt.member.rank,
+            prefix=self._attempt.prefix,
+        )
+        return make_record(
+            self._attempt,
+            0 if self._submitter is None else self._submitter.session,
+            written.encoded,
+            structure,
+            extents,
+            (written.items.requires_grad, written.items.pin_memory),
+        )
+
+    def _register(self, record: RegistrationRecord) -> None:
+        if self._submitter is None:
+            return
+        try:
+            self._submitter.register(record)
+            self._unregistered = ""  # what went wrong before cost some duplicates, no more
+        except ShardbookError as error:
+            if is_verdict(error):
+                raise explain(self._submitter, error) from error
+            self._go_without(error)
+
+    def _finish(self, record: RegistrationRecord) -> Outcome:
+        options = self._prepared.options
+        finisher = Finisher(self._runtime, self._attempt, self._files, self._submitter, timeout_s=options.timeout_s)
+        if self._attempt.member.is_coordinator:
+            export = self._writer.storage_meta if options.export_metadata else None
+            return finisher.coordinate(record, export, self._unregistered)
+        return finisher.follow(self._unregistered, until_committed=options.wait == "committed")
+
+    def _result(self, outcome: Outcome, stats: SaveStats) -> SaveResult:
+        attempt, checkpoint = self._attempt, outcome.checkpoint
+        if outcome.state is SaveState.UNREGISTERED and self._prepared.options.strict:
+            raise UnregisteredError(
+                f"step {attempt.step} is in {attempt.path}, but not in the catalogue ({outcome.reason}): run "
+                f"`shardbook sync {attempt.path}` once the server is back",
+                metadata={"path": attempt.path},
+            )
+        return SaveResult(
+            state=outcome.state,
+            ref=attempt.path if checkpoint is None else checkpoint.ref,
+            reason=outcome.reason,
+            path=attempt.path,
+            step=attempt.step,
+            name="" if checkpoint is None else checkpoint.name,
+            attempt=attempt.number,
+            prefix=attempt.prefix,
+            stats=stats,
+        )
