@@ -1,0 +1,34 @@
+"""A server for each test module, and stubs to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from shardbook_server.app import Server, running_server
+from tests.behaviour.rpc.api import Api, api_of, settings_in
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server in this process on a database of its own; no connection may be left checked out."""
+    with running_server(settings_in(tmp_path_factory.mktemp("server"))) as server:
+        yield server
+        assert 0 == server.database.checked_out()
+
+
+@pytest.fixture(scope="module")
+def api(server: Server) -> Iterator[Api]:
+    """Stubs to the module's server."""
+    with api_of(server.address) as api:
+        yield api
+
+
+@pytest.fixture
+def run() -> str:
+    """A run that no other test writes."""
+    return f"projects/test/runs/run-{next(_numbers)}"
