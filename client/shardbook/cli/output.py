@@ -7,6 +7,7 @@ character, also ones that move a cursor or are no valid Unicode: JSON escapes th
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -58,8 +59,11 @@ def print_line(text: str) -> None:
 
 
 def _console() -> Console:
-    # Rich honours NO_COLOR and knows terminals; off a terminal it would wrap at 80 columns.
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=_PIPE_WIDTH)
+    if not sys.stdout.isatty():
+        # Off a terminal rich would wrap at 80 columns.
+        return Console(highlight=False, width=_PIPE_WIDTH)
+    # Rich takes NO_COLOR to mean colours only; who sets it wants no escape sequences at all.
+    return Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def plain(text: str) -> str:

@@ -1,0 +1,1 @@
+"""The `shardbook` command, run as people run it."""
