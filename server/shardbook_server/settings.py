@@ -60,7 +60,7 @@ class Settings(BaseModel):
         description="Where the data is: sqlite:////absolute/path, or a Postgres URL. The default is the embedded "
         "database, $XDG_DATA_HOME/shardbook/shardbook.db (~/.local/share/shardbook/shardbook.db).",
     )
-    worker_threads: _Threads = Field(default=8, description="Threads that run short service calls.")
+    worker_threads: _Threads = Field(default=4, description="Threads that run short service calls.")
     heavy_threads: _Threads = Field(
         default=2,
         description="Threads that commit, assemble and decide plans, which can take seconds. A database connection "

@@ -16,7 +16,7 @@ from shardbook_server.rpc.batcher import Batcher, BatchLimits
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.limits import LEASE_LOOK_S, UPLOADS_AT_ONCE, ByteBudget
 from shardbook_server.rpc.waits import Waits
-from shardbook_server.service.blobs import CheckedBlobs
+from shardbook_server.service.blobs import NO_BLOBS, CheckedBlobs
 from shardbook_server.service.plans import PlanEntry
 from shardbook_server.service.registration import RegistrationEntry
 from shardbook_server.service.services import Services
@@ -149,15 +149,18 @@ class Attempts:
             RanksMissingError: Ranks are missing, still after the wait.
         """
         end_s = time.monotonic() + wait_s
+        closed = False
         while True:
             try:
                 checkpoint = await self._bridge.heavy("commit", key, self._services.commits.commit, key)
             except RanksMissingError:
                 left_s = end_s - time.monotonic()
-                if left_s <= 0:
+                # An expired attempt can still be committed, but nobody may be there to complete it.
+                if closed or left_s <= 0:
                     raise
                 view = await self._bridge.read(self._services.progress.progress, key)
-                await self._waits.until(view.checkpoint_id, is_registered, left_s)
+                counts = await self._waits.until(view.checkpoint_id, is_registered, left_s)
+                closed = counts is not None and is_closed(counts)
             else:
                 self._waits.changed([checkpoint.checkpoint_id])
                 return checkpoint
@@ -182,7 +185,7 @@ class Attempts:
 
     async def _check(self, key: AttemptKey, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
         if not uploads:
-            return CheckedBlobs()
+            return NO_BLOBS
         with self._upload_bytes.hold(sum(len(upload.payload) for upload in uploads)):
             async with self._uploads:
                 project = key.part_name.run.project

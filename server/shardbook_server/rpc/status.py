@@ -19,12 +19,12 @@ from shardbook.errors import DOMAIN, FieldViolation, ShardbookError
 #: Most bytes of the whole status; base64 makes 5,464 characters of it.
 MAX_STATUS_BYTES: Final = 4096
 #: Most bytes of the status once ErrorInfo is in it, so that field paths still find room.
-_MAX_INFO_BYTES: Final = 2560
+_MAX_INFO_BYTES: Final = 3584
 #: Most characters of the percent-encoded message.
 _MAX_MESSAGE_CHARS: Final = 1536
 _MAX_FIELD_BYTES: Final = 256
 _MAX_DESCRIPTION_BYTES: Final = 512
-_MAX_VALUE_BYTES: Final = 1024
+_MAX_VALUE_BYTES: Final = 2048
 
 
 def status_code(error: ShardbookError) -> grpc.StatusCode:
