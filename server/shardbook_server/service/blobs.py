@@ -1,40 +1,278 @@
-"""Content-addressed blobs as they come in: decoded, checked, their digests computed anew."""
+"""Content-addressed blobs: checked as they come in, stored with the write that names them, decoded for use."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
+from shardbook.core.columns import unframe
+from shardbook.core.digest import digest_of
+from shardbook.core.extents import StructureInfo, structure_info
+from shardbook.core.structure import (
+    BlobKind,
+    RankPlan,
+    RankStructure,
+    decode_plan,
+    decode_structure,
+    reference_of,
+)
+from shardbook.core.table import TensorTable, decode_table
+from shardbook.errors import InternalError, InvalidArgumentError
+from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
-from shardbook_server.storage.database import Database
+from shardbook_server.storage import blobs as blob_rows
+from shardbook_server.storage import runs as run_rows
+from shardbook_server.storage.blobs import BlobRow, NewBlob
+from shardbook_server.storage.database import Connection, Database
+
+Decoded = TensorTable | RankPlan | RankStructure
+
+#: Blobs whose row ids are kept in memory: the digests of every rank of many runs.
+_ID_CACHE_COUNT: Final = 1 << 18
+_NO_INFO: Final = StructureInfo(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class CheckedBlob:
+    """An upload that was verified; made by ``BlobService.check`` only.
+
+    Attributes:
+        ref: Kind and digest, computed anew.
+        reference: What it refers to; None for a table.
+        payload: As sent.
+        info: Counts of a structure.
+        decoded: What it holds; None when it is known to be stored already.
+    """
+
+    ref: BlobRef
+    reference: BlobRef | None
+    payload: bytes
+    info: StructureInfo
+    decoded: Decoded | None
 
 
 @dataclass(frozen=True)
 class CheckedBlobs:
-    """Uploads of one call that were verified, made by ``BlobService.check`` only.
+    """Uploads of one call.
 
     Attributes:
-        refs: What may be stored.
+        blobs: Those that may be stored.
         lacking: What a sender has to send besides: references that are neither here nor stored, and the uploads
             that refer to them (they could not be checked, so they have to come again).
     """
 
-    refs: tuple[BlobRef, ...] = ()
+    blobs: tuple[CheckedBlob, ...] = ()
     lacking: tuple[BlobRef, ...] = ()
 
 
-class BlobService:
-    """Checks and stores blobs, and keeps decoded ones in a bounded cache. Thread-safe."""
+#: For calls without uploads.
+NO_BLOBS: Final = CheckedBlobs()
 
-    def __init__(self, database: Database, *, cache_bytes: int) -> None: ...
+
+class BlobService:
+    """Checks, stores and decodes blobs. Thread-safe.
+
+    What it caches is in the database: uploads enter the caches when the transaction that stored them has committed
+    (``remember``). Caches are apart by project: a digest learned elsewhere opens nothing.
+    """
+
+    def __init__(self, database: Database, *, cache_bytes: int) -> None:
+        """Starts with empty caches; decoded blobs take up to ``cache_bytes``."""
+        self._database = database
+        self._decoded: BoundedCache[tuple[str, BlobRef], Decoded] = BoundedCache(cache_bytes)
+        self._rows: BoundedCache[tuple[str, BlobRef], BlobRow] = BoundedCache(_ID_CACHE_COUNT)
 
     def check(self, project: str, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
-        """Decodes uploads, proves that they are canonical, computes their digests. CPU work, at most one short read.
+        """Decodes uploads, proves that they are canonical, computes their digests. CPU work, and short reads.
 
-        Done outside the writers' batches. A call without uploads needs no check: give ``CheckedBlobs()``.
+        Done outside the writers' batches. A call without uploads needs no check: ``NO_BLOBS``.
 
         Raises:
             InvalidArgumentError: A payload is damaged, not canonical or beyond a limit; the field is
                 ``blobs[i].payload``.
         """
-        raise NotImplementedError
+        checked: dict[BlobRef, CheckedBlob] = {}
+        lacking: dict[BlobRef, None] = {}
+        for at in sorted(range(len(uploads)), key=lambda at: uploads[at].kind):
+            upload = uploads[at]
+            try:
+                ref = BlobRef(upload.kind, digest_of(unframe(upload.payload)))
+                below = reference_of(upload.kind, upload.payload)
+                reference = None if below is None else BlobRef(*below)
+                if reference is not None and reference not in checked and not self._stored(project, reference):
+                    lacking |= {reference: None, ref: None}
+                elif ref not in checked:
+                    checked[ref] = self._check(project, upload, ref, reference, checked)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(
+                    error.message, reason=error.reason, field=f"blobs[{at}].payload", metadata=error.metadata
+                ) from error
+        return CheckedBlobs(tuple(checked.values()), tuple(lacking))
+
+    def _check(
+        self,
+        project: str,
+        upload: BlobUpload,
+        ref: BlobRef,
+        reference: BlobRef | None,
+        beside: Mapping[BlobRef, CheckedBlob],
+    ) -> CheckedBlob:
+        row = self._rows.get((project, ref))
+        if row is not None:
+            # The same content has been verified before; the digest proves that it is the same.
+            info = StructureInfo(row.entry_count, row.item_count, row.variable_count, row.fixed_bytes)
+            return CheckedBlob(ref, reference, upload.payload, info, None)
+        held = {one.ref: one.decoded for one in beside.values() if one.decoded is not None}
+        decoded = self._decode(project, upload.kind, upload.payload, held)
+        info = structure_info(decoded) if isinstance(decoded, RankStructure) else _NO_INFO
+        return CheckedBlob(ref, reference, upload.payload, info, decoded)
+
+    def _decode(self, project: str, kind: BlobKind, payload: bytes, beside: Mapping[BlobRef, Decoded]) -> Decoded:
+        def table(digest: bytes) -> TensorTable:
+            held = beside.get(BlobRef(BlobKind.TABLE, digest))
+            return held if isinstance(held, TensorTable) else self.tables(project, [digest])[0]
+
+        def plan(digest: bytes) -> RankPlan:
+            held = beside.get(BlobRef(BlobKind.PLAN, digest))
+            return held if isinstance(held, RankPlan) else self.plans(project, [digest])[0]
+
+        if kind is BlobKind.TABLE:
+            return decode_table(payload)[0]
+        if kind is BlobKind.PLAN:
+            return decode_plan(payload, table)[0]
+        return decode_structure(payload, plan)[0]
+
+    def _stored(self, project: str, ref: BlobRef) -> bool:
+        if self._rows.get((project, ref)) is not None:
+            return True
+        with self._database.read() as connection:
+            project_id = run_rows.find_project(connection, project)
+            found = {} if project_id is None else self.find(connection, project, project_id, [ref])
+        self.remember(project, found.values())
+        return ref in found
+
+    def find(
+        self, connection: Connection, project: str, project_id: int, refs: Iterable[BlobRef]
+    ) -> dict[BlobRef, BlobRow]:
+        """Returns the rows of blobs that are stored; what they refer to is then stored as well."""
+        found: dict[BlobRef, BlobRow] = {}
+        absent: dict[BlobRef, None] = {}
+        for ref in refs:
+            row = self._rows.get((project, ref))
+            if row is None:
+                absent[ref] = None
+            else:
+                found[ref] = row
+        if absent:
+            rows = blob_rows.find_blobs(connection, project_id, [(ref.kind, ref.digest) for ref in absent])
+            found |= {BlobRef(kind, digest): row for (kind, digest), row in rows.items()}
+        return found
+
+    def store(
+        self, connection: Connection, project: str, project_id: int, checked: Iterable[CheckedBlob], now_us: int
+    ) -> None:
+        """Stores uploads that are not there yet, within the caller's transaction."""
+        news = {blob.ref: blob for blob in checked if self._rows.get((project, blob.ref)) is None}
+        blob_rows.insert_blobs(
+            connection,
+            project_id,
+            [
+                NewBlob(
+                    blob.ref.kind,
+                    blob.ref.digest,
+                    None if blob.reference is None else blob.reference.digest,
+                    blob.payload,
+                    blob.info.entry_count,
+                    blob.info.item_count,
+                    blob.info.variable_count,
+                    blob.info.fixed_bytes,
+                )
+                for blob in news.values()
+            ],
+            now_us,
+        )
+
+    def remember(self, project: str, rows: Iterable[BlobRow], checked: Iterable[CheckedBlob] = ()) -> None:
+        """Keeps in memory what a transaction that has committed read or stored."""
+        for row in rows:
+            self._rows.put((project, BlobRef(row.kind, row.digest)), row)
+        for blob in sorted(checked, key=lambda blob: blob.ref.kind):
+            if blob.decoded is not None and self._decoded.get((project, blob.ref)) is None:
+                shared = self._share(project, blob.reference, blob.decoded)
+                self._decoded.put((project, blob.ref), shared, _weight(shared))
+
+    def _share(self, project: str, reference: BlobRef | None, decoded: Decoded) -> Decoded:
+        """Points a blob at the cached object it refers to: ranks upload the same table, each its own copy."""
+        held = None if reference is None else self._decoded.get((project, reference))
+        if isinstance(decoded, RankPlan) and isinstance(held, TensorTable) and held is not decoded.table:
+            return replace(decoded, table=held)
+        if isinstance(decoded, RankStructure) and isinstance(held, RankPlan) and held is not decoded.plan:
+            return replace(decoded, plan=held)
+        return decoded
+
+    def tables(self, project: str, digests: Sequence[bytes]) -> list[TensorTable]:
+        """Returns stored tables, decoded."""
+        found = self._load(project, BlobKind.TABLE, digests)
+        return [table for digest in digests if isinstance(table := found[digest], TensorTable)]
+
+    def plans(self, project: str, digests: Sequence[bytes]) -> list[RankPlan]:
+        """Returns stored plans, decoded."""
+        found = self._load(project, BlobKind.PLAN, digests)
+        return [plan for digest in digests if isinstance(plan := found[digest], RankPlan)]
+
+    def structures(self, project: str, digests: Sequence[bytes]) -> list[RankStructure]:
+        """Returns stored structures, decoded."""
+        found = self._load(project, BlobKind.STRUCTURE, digests)
+        return [structure for digest in digests if isinstance(structure := found[digest], RankStructure)]
+
+    def _load(self, project: str, kind: BlobKind, digests: Sequence[bytes]) -> dict[bytes, Decoded]:
+        loaded: dict[bytes, Decoded] = {}
+        absent = []
+        for digest in dict.fromkeys(digests):
+            held = self._decoded.get((project, BlobRef(kind, digest)))
+            if held is None:
+                absent.append(digest)
+            else:
+                loaded[digest] = held
+        if not absent:
+            return loaded
+        payloads: dict[bytes, bytes] = {}
+        with self._database.read() as connection:
+            project_id = run_rows.find_project(connection, project)
+            if project_id is not None:
+                payloads = blob_rows.read_payloads(connection, project_id, kind, absent)
+        for digest in absent:
+            if digest not in payloads:
+                raise InternalError(f"the {kind.name.lower()} {digest.hex()[:12]} is not stored any more")
+        beside = self._load_references(project, kind, payloads.values())
+        for digest, payload in payloads.items():
+            decoded = self._decode(project, kind, payload, beside)
+            self._decoded.put((project, BlobRef(kind, digest)), decoded, _weight(decoded))
+            loaded[digest] = decoded
+        return loaded
+
+    def _load_references(self, project: str, kind: BlobKind, payloads: Iterable[bytes]) -> dict[BlobRef, Decoded]:
+        """Loads what blobs of one kind refer to in one go, rather than one by one while they are decoded."""
+        if kind is BlobKind.TABLE:
+            return {}
+        below = BlobKind(kind - 1)
+        references = {reference[1] for payload in payloads if (reference := reference_of(kind, payload)) is not None}
+        found = self._load(project, below, sorted(references))
+        return {BlobRef(below, digest): decoded for digest, decoded in found.items()}
+
+
+def unknown_refs(wanted: BlobRef, checked: CheckedBlobs) -> tuple[BlobRef, ...]:
+    """Returns what to ask a sender for when ``wanted`` is not stored: that, and what its uploads lacked."""
+    return tuple(sorted({wanted, *checked.lacking}))
+
+
+def _weight(decoded: Decoded) -> int:
+    """Bytes that a decoded blob takes, about, without what it refers to."""
+    if isinstance(decoded, TensorTable):
+        paths = 0 if decoded.key_paths is None else sum(len(path) + 2 for _, path in decoded.key_paths)
+        return decoded.shapes.nbytes + sum(map(len, decoded.fqns)) + 100 * decoded.entry_count + 64 * paths
+    if isinstance(decoded, RankPlan):
+        return decoded.entry.nbytes + decoded.offsets.nbytes + decoded.sizes.nbytes + 500
+    columns = decoded.kept.nbytes + decoded.order.nbytes + decoded.lengths.nbytes + decoded.file_items.nbytes
+    return columns + 200 * len(decoded.files) + 500

@@ -10,6 +10,8 @@ from shardbook.errors import InvalidArgumentError
 
 #: Largest attempt number: what the wire's int32 holds.
 MAX_ATTEMPT = 2**31 - 1
+#: Largest session number that an attempt may be recorded with.
+MAX_RECORDED_SESSION = 2**62
 #: End of the year 9999, microseconds since the epoch: the last moment that a timestamp can say.
 LATEST_TIME_US = 253_402_300_799_999_999
 

@@ -1,88 +1,79 @@
-"""Pages of listings: sizes, and tokens that say where the next page begins.
-
-A token is signed with a key of the database, so that any replica takes it and nobody can make one up; it is bound
-to the listing and its arguments, so that a token of one listing is not taken for another's.
-"""
+"""Pages: their sizes, and the signed tokens that say where the next one begins."""
 
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import hmac
 import json
-from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+import threading
+from collections.abc import Sequence
+from typing import Final
 
 from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
-from shardbook_server.service.views import Page
+from shardbook_server.storage import events as event_rows
+from shardbook_server.storage.database import Database
 
-Row = TypeVar("Row")
-Item = TypeVar("Item")
-#: Where a page ends: the sort key of its last row.
-Position = tuple[int | str, ...]
-
+#: What a token remembers: where the page before ended.
+Position = Sequence[str | int]
 _MAC_BYTES: Final = 16
+_MAX_TOKEN_CHARS: Final = 2048
 
 
-def check_page_size(page_size: int) -> int:
-    """Returns the rows of a page: the default for 0, at most the limit.
-
-    Raises:
-        InvalidArgumentError: It is negative.
-    """
+def page_count(page_size: int) -> int:
+    """Returns the items of a page; raises InvalidArgumentError for a negative size. A large one is cut to the limit."""
     if page_size < 0:
-        raise InvalidArgumentError(f"page_size is {page_size}", field="page_size")
+        raise InvalidArgumentError("a page size is not negative", field="page_size")
     return min(page_size or limits.DEFAULT_PAGE_SIZE, limits.MAX_PAGE_SIZE)
 
 
-def write_token(key: bytes, listing: Sequence[str], position: Position) -> str:
-    """Returns the token of the page behind ``position`` of a listing, named with its arguments."""
-    content = json.dumps([list(listing), list(position)], separators=(",", ":")).encode()
-    return base64.urlsafe_b64encode(_mac(key, content) + content).decode()
+class Tokens:
+    """Makes and reads page tokens. Thread-safe.
 
-
-def read_token(key: bytes, listing: Sequence[str], token: str) -> Position | None:
-    """Returns where the page of ``token`` begins; None for the first.
-
-    Raises:
-        InvalidArgumentError: The token was not made here, or for another listing.
+    Signed with a key that the database holds, so that every replica reads the others' tokens and nobody makes one up.
+    A token is good for the listing it came from: the same call with the same parent and filters.
     """
-    if not token:
-        return None
-    try:
-        signed = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True)
-    except ValueError:
-        raise _invalid() from None
-    mac, content = signed[:_MAC_BYTES], signed[_MAC_BYTES:]
-    if not hmac.compare_digest(mac, _mac(key, content)):
-        raise _invalid()
-    made_for, position = json.loads(content)
-    if made_for != list(listing):
-        raise _invalid("it belongs to another listing")
-    return tuple(position)
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._key: bytes | None = None
+        self._lock = threading.Lock()
 
-def page_of(
-    key: bytes,
-    listing: Sequence[str],
-    rows: Sequence[Row],
-    size: int,
-    *,
-    position: Callable[[Row], Position],
-    item: Callable[[Row], Item],
-) -> Page[Item]:
-    """Returns a page of the first ``size`` of ``rows``, which are one more than that where another page follows."""
-    shown = rows[:size]
-    token = write_token(key, listing, position(shown[-1])) if len(rows) > size else ""
-    return Page(tuple(item(row) for row in shown), token)
+    def make(self, listing: Sequence[str], position: Position) -> str:
+        """Returns the token that continues ``listing`` behind ``position``."""
+        body = json.dumps(list(position), separators=(",", ":")).encode()
+        return base64.urlsafe_b64encode(self._sign(listing, body) + body).decode().rstrip("=")
 
+    def read(self, listing: Sequence[str], token: str) -> list[str | int] | None:
+        """Returns the position in a token; None for the empty one.
 
-def _mac(key: bytes, content: bytes) -> bytes:
-    return hmac.new(key, content, hashlib.sha256).digest()[:_MAC_BYTES]
+        Raises:
+            InvalidArgumentError: It was not made here for this listing.
+        """
+        if not token:
+            return None
+        try:
+            if len(token) > _MAX_TOKEN_CHARS:
+                raise ValueError("too long")
+            content = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+            mac, body = content[:_MAC_BYTES], content[_MAC_BYTES:]
+            if not hmac.compare_digest(mac, self._sign(listing, body)):
+                raise ValueError("another listing, or forged")
+            position: list[str | int] = json.loads(body)
+        except (ValueError, binascii.Error) as error:
+            raise InvalidArgumentError(
+                "the page token is not one that this listing gave; start again without one",
+                reason="INVALID_PAGE_TOKEN",
+                field="page_token",
+            ) from error
+        return position
 
-
-def _invalid(why: str = "it is damaged") -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"page_token is not valid, {why}: ask for the first page", reason="INVALID_PAGE_TOKEN", field="page_token"
-    )
+    def _sign(self, listing: Sequence[str], body: bytes) -> bytes:
+        with self._lock:
+            if self._key is None:
+                with self._database.read() as connection:
+                    self._key = event_rows.read_token_key(connection)
+        scope = json.dumps(list(listing)).encode()
+        return hmac.new(self._key, scope + b"\0" + body, hashlib.sha256).digest()[:_MAC_BYTES]

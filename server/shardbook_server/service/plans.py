@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
-from shardbook.errors import ShardbookError
-from shardbook_server.service.blobs import BlobService, CheckedBlobs
-from shardbook_server.service.types import PlanSubmission
-from shardbook_server.service.views import PlanAnswer
-from shardbook_server.storage.database import Database
+import numpy as np
+
+from shardbook.core.digest import ordered_digest
+from shardbook.core.planning import ALGORITHM_VERSION, decide
+from shardbook.core.structure import BlobKind
+from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
+from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts
+from shardbook_server.service.batches import Want, WantedBlobs
+from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
+from shardbook_server.service.checks import check_rank
+from shardbook_server.service.lru import BoundedCache
+from shardbook_server.service.types import BlobRef, PlanSubmission
+from shardbook_server.service.verdicts import other_content
+from shardbook_server.service.views import CheckpointState, PlanAnswer, PlanState
+from shardbook_server.storage import blobs as blob_rows
+from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import plans as plan_rows
+from shardbook_server.storage import runs as run_rows
+from shardbook_server.storage.database import Connection, Database
+from shardbook_server.storage.plans import PlanRow
+
+#: Bytes of decisions kept in memory, and attempts whose decision is remembered.
+_DECISION_BYTES: Final = 64 << 20
+_ATTEMPT_COUNT: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -17,19 +38,49 @@ class PlanEntry:
     """One PlanSave call in a batch: the submission and its uploads, checked."""
 
     submission: PlanSubmission
-    blobs: CheckedBlobs = CheckedBlobs()
+    blobs: CheckedBlobs = NO_BLOBS
+
+    @property
+    def ask(self) -> Ask:
+        """The attempt it is about."""
+        return self.submission.key, self.submission.location
+
+    @property
+    def project(self) -> str:
+        """The project it is in."""
+        return self.submission.key.part_name.run.project
+
+    @property
+    def wanted(self) -> BlobRef:
+        """The plan that has to be stored."""
+        return BlobRef(BlobKind.PLAN, self.submission.plan_digest)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What every rank of one set of plans drops, as bits."""
+
+    drops: tuple[bytes, ...]
 
 
 class PlanService:
     """Takes plans and decides what is dropped. Thread-safe."""
 
-    def __init__(self, database: Database, blobs: BlobService, *, lease_ttl_s: float) -> None: ...
+    def __init__(self, database: Database, blobs: BlobService, *, lease_ttl_s: float) -> None:
+        """Starts with no decision in memory; each is made anew from the stored plans when it is asked for."""
+        self._database = database
+        self._blobs = blobs
+        self._lease_ttl_s = lease_ttl_s
+        self._decisions: BoundedCache[tuple[str, bytes], _Decision] = BoundedCache(_DECISION_BYTES)
+        self._by_attempt: BoundedCache[int, tuple[str, bytes]] = BoundedCache(_ATTEMPT_COUNT)
+        self._deciding = threading.Lock()
 
     def plan_batch(self, entries: Sequence[PlanEntry]) -> list[PlanAnswer | ShardbookError]:
         """Submits plans in one transaction; one verdict an entry, in order.
 
         Answers DECIDED only when the decision is at hand; else WAITING, also when every rank is in (then call
-        ``decide``). Submitting the same plan again is the way to ask again.
+        ``decide``). Submitting the same plan again is the way to ask again. Uploads are stored also when others are
+        still lacking.
 
         Verdicts: SessionUnknownError, SessionFencedError, CheckpointClosedError, AlreadyExistsError (the rank
         planned otherwise before), InvalidArgumentError (location, prefix or world size differ from the first call's).
@@ -37,7 +88,78 @@ class PlanService:
         Raises:
             ShardbookError: The whole batch failed (the database cannot be written); nothing was stored.
         """
-        raise NotImplementedError
+        runs = {entry.submission.key.part_name.run for entry in entries}
+        with self._database.write(runs, exclusive=False) as connection:
+            now_us = self._database.now_us(connection)
+            attempts = open_attempts(connection, {entry.ask: None for entry in entries}, now_us, self._lease_ttl_s)
+            fine = {at: found for at, entry in enumerate(entries) if isinstance(found := attempts[entry.ask], Attempt)}
+            known = self._wanted(connection, entries, fine, now_us)
+            stored = self._insert(connection, entries, fine, known)
+            counts = plan_rows.count_plans(connection, sorted({attempt.checkpoint.id for attempt in fine.values()}))
+        known.remember()
+        return [self._answer(entry, attempts[entry.ask], stored.get(at), counts) for at, entry in enumerate(entries)]
+
+    def _wanted(
+        self, connection: Connection, entries: Sequence[PlanEntry], fine: Mapping[int, Attempt], now_us: int
+    ) -> WantedBlobs:
+        """Stores the uploads of entries whose session is current, and finds the plans they name."""
+        wants = [
+            Want(entries[at].project, attempt.part.project_id, (entries[at].wanted,), entries[at].blobs)
+            for at, attempt in fine.items()
+        ]
+        return WantedBlobs(self._blobs, connection, wants, now_us)
+
+    def _insert(
+        self,
+        connection: Connection,
+        entries: Sequence[PlanEntry],
+        fine: Mapping[int, Attempt],
+        known: WantedBlobs,
+    ) -> dict[int, PlanRow | ShardbookError]:
+        """Adds the plans of entries whose attempt is open and whose plan is known; returns rows or errors by entry."""
+        outcome: dict[int, PlanRow | ShardbookError] = {}
+        rows: dict[tuple[int, int], PlanRow] = {}
+        for at, attempt in fine.items():
+            submission = entries[at].submission
+            blob = known.row(entries[at].project, entries[at].wanted)
+            if attempt.state is not CheckpointState.OPEN:
+                outcome[at] = closed_error(attempt.checkpoint)
+            elif blob is not None:
+                lowest = int(submission.save_to_lowest_rank)
+                row = PlanRow(attempt.checkpoint.id, submission.rank, blob.id, lowest, submission.host)
+                outcome[at] = row
+                rows.setdefault((row.checkpoint_id, row.rank), row)
+        added = plan_rows.insert_plans(connection, list(rows.values()))
+        rows |= plan_rows.find_plans(connection, [key for key in rows if key not in added])
+        for at, mine in outcome.items():
+            if isinstance(mine, PlanRow):
+                held = rows[mine.checkpoint_id, mine.rank]
+                if (held.plan_id, held.lowest_rank) != (mine.plan_id, mine.lowest_rank):
+                    outcome[at] = other_content("planned", mine.rank, "plan_digest")
+        return outcome
+
+    def _answer(
+        self,
+        entry: PlanEntry,
+        attempt: Attempt | ShardbookError,
+        stored: PlanRow | ShardbookError | None,
+        counts: Mapping[int, int],
+    ) -> PlanAnswer | ShardbookError:
+        if isinstance(attempt, ShardbookError):
+            return attempt
+        if isinstance(stored, ShardbookError):
+            return stored
+        if stored is None:
+            return PlanAnswer(PlanState.STRUCTURE_UNKNOWN, unknown_refs(entry.wanted, entry.blobs))
+        checkpoint_id = attempt.checkpoint.id
+        decision = self._held(checkpoint_id)
+        if decision is not None:
+            return PlanAnswer(PlanState.DECIDED, drop=decision.drops[stored.rank], checkpoint_id=checkpoint_id)
+        return PlanAnswer(PlanState.WAITING, planned_count=counts.get(checkpoint_id, 0), checkpoint_id=checkpoint_id)
+
+    def _held(self, checkpoint_id: int) -> _Decision | None:
+        key = self._by_attempt.get(checkpoint_id)
+        return None if key is None else self._decisions.get(key)
 
     def decide(self, checkpoint_id: int, rank: int) -> PlanAnswer:
         """Returns DECIDED for one rank once every rank of the attempt is in, else WAITING.
@@ -46,7 +168,51 @@ class PlanService:
         afterwards.
 
         Raises:
+            NotFoundError: There is no such attempt.
             CheckpointClosedError: The attempt is closed.
             InvalidArgumentError: The ranks disagree on ``save_to_lowest_rank``.
         """
-        raise NotImplementedError
+        decision = self._held(checkpoint_id)
+        if decision is None:
+            # Deciding is CPU work under the interpreter's lock: two at a time would take twice as long each.
+            with self._deciding:
+                decided = self._held(checkpoint_id) or self._decide(checkpoint_id)
+            if isinstance(decided, int):
+                return PlanAnswer(PlanState.WAITING, planned_count=decided, checkpoint_id=checkpoint_id)
+            decision = decided
+        check_rank(rank, len(decision.drops), "rank")
+        return PlanAnswer(PlanState.DECIDED, drop=decision.drops[rank], checkpoint_id=checkpoint_id)
+
+    def _decide(self, checkpoint_id: int) -> _Decision | int:
+        """Decides for a whole attempt; returns how many ranks are in when that is not all of them."""
+        with self._database.read() as connection:
+            checkpoint = checkpoint_rows.find_by_ids(connection, [checkpoint_id]).get(checkpoint_id)
+            if checkpoint is None:
+                raise NotFoundError("there is no such attempt")
+            rows = plan_rows.read_plans(connection, checkpoint_id)
+            project = run_rows.part_by_id(connection, checkpoint.part_id).name.run.project
+            blobs = blob_rows.find_by_ids(connection, sorted({row.plan_id for row in rows}))
+        if not checkpoint.staged:
+            raise closed_error(checkpoint)
+        if len(rows) < checkpoint.world_size:
+            return len(rows)
+        options = {row.lowest_rank for row in rows}
+        if len(options) > 1:
+            raise InvalidArgumentError(
+                "some ranks ask for save_to_lowest_rank and some do not", field="save_to_lowest_rank"
+            )
+        lowest_rank = bool(options.pop())
+        digests = [blobs[row.plan_id].digest for row in rows]
+        key = project, ordered_digest(f"decision/{ALGORITHM_VERSION}/{int(lowest_rank)}", digests)
+        decision = self._decisions.get(key)
+        if decision is None:
+            decision = self._compute(project, digests, lowest_rank=lowest_rank)
+            self._decisions.put(key, decision, sum(map(len, decision.drops)) + 64 * len(decision.drops))
+        self._by_attempt.put(checkpoint_id, key)
+        return decision
+
+    def _compute(self, project: str, digests: Sequence[bytes], *, lowest_rank: bool) -> _Decision:
+        distinct = {digest: at for at, digest in enumerate(dict.fromkeys(digests))}
+        index = np.fromiter((distinct[digest] for digest in digests), np.int64, len(digests))
+        drops = decide(self._blobs.plans(project, list(distinct)), index, save_to_lowest_rank=lowest_rank)
+        return _Decision(tuple(np.packbits(drop).tobytes() if drop.any() else b"" for drop in drops))

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from shardbook_server.service.types import SessionKey, SessionStart
-from shardbook_server.service.views import LeaseInfo, SessionInfo
-from shardbook_server.storage.database import Database
+from datetime import UTC, datetime
+from typing import Final
+
+from shardbook.core.names import CheckpointName
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError, RunBusyError, ShardbookError
+from shardbook_server.service import closing, present
+from shardbook_server.service.attempts import find_current, renew
+from shardbook_server.service.types import OnLive, SessionKey, SessionStart
+from shardbook_server.service.views import CheckpointState, LeaseInfo, SessionInfo
+from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import events as event_rows
+from shardbook_server.storage import runs as run_rows
+from shardbook_server.storage import sessions as session_rows
+from shardbook_server.storage.database import Connection, Database
+from shardbook_server.storage.events import Event, EventKind
+from shardbook_server.storage.runs import PartRow
+from shardbook_server.storage.sessions import LeaseRow, SessionRow
+
+#: Leases dealt with in one call of the reaper; the rest waits for the next.
+_REAP_COUNT: Final = 1000
+#: Attempts that are being recorded afterwards have no lease; after this long their sync is taken to have died.
+_RECORD_TTL_US: Final = 86_400_000_000
 
 
 class SessionService:
     """Starts sessions, keeps their leases, ends what outlived them. Thread-safe."""
 
-    def __init__(self, database: Database, *, lease_ttl_s: float) -> None: ...
+    def __init__(self, database: Database, *, lease_ttl_s: float) -> None:
+        """Keeps no state of its own."""
+        self._database = database
+        self._lease_ttl_s = lease_ttl_s
+        self._lease_ttl_us = round(lease_ttl_s * 1e6)
 
     def start(self, request: SessionStart) -> SessionInfo:
         """Starts a session, or returns the one that this incarnation already holds.
+
+        Starting one supersedes the session before: what that left open can not be committed any more.
 
         Raises:
             RunBusyError: Another job's lease is alive and ``on_live`` is not TAKEOVER; ``metadata`` has host, user,
@@ -21,14 +46,49 @@ class SessionService:
             NotFoundError, FailedPreconditionError, InvalidArgumentError: ``resumed_from`` does not name a committed
                 checkpoint of this (run, part).
         """
-        raise NotImplementedError
+        with self._database.write([request.part_name.run]) as connection:
+            now_us = self._database.now_us(connection)
+            part = run_rows.ensure_part(connection, request.part_name, now_us)
+            held = session_rows.find_session(connection, part.id, incarnation=request.incarnation)
+            if held is None:
+                busy = _busy(request, session_rows.current_lease(connection, part.id), now_us)
+                if busy is not None:
+                    raise busy
+                part = self._take(connection, part, request, now_us)
+            elif held.number == part.session:
+                renew(connection, [part], now_us, self._lease_ttl_s)
+            number = part.session if held is None else held.number
+            latest = "" if part.latest_id is None else present.checkpoint_info(connection, part.latest_id).name
+        return SessionInfo(number, self._lease_ttl_s, number == part.session, latest)
+
+    def _take(self, connection: Connection, part: PartRow, request: SessionStart, now_us: int) -> PartRow:
+        number = part.last_session + 1
+        session = SessionRow(part.id, number, request.incarnation, request.job_id, request.host, request.user, now_us)
+        session_rows.insert_session(connection, session)
+        run_rows.set_session(connection, part.id, number)
+        session_rows.start_lease(connection, part.id, number, now_us, now_us + self._lease_ttl_us)
+        staged, open_ids = checkpoint_rows.expire_superseded(connection, part.id)
+        closing.empty_staging(connection, staged)
+        events = [Event(EventKind.EXPIRED, part.id, checkpoint_id) for checkpoint_id in open_ids]
+        if request.resumed_from:
+            resumed = _resumed(connection, request)
+            if resumed != part.latest_id:
+                run_rows.set_latest(connection, part.id, resumed)
+                events.append(Event(EventKind.LATEST_MOVED, part.id, resumed))
+        event_rows.append(connection, events, now_us)
+        return run_rows.part_by_id(connection, part.id)
 
     def lease_remaining_s(self, request: SessionStart) -> float:
         """Returns how long ``start`` would still be refused with RUN_BUSY, seconds; 0 when it would not.
 
-        One indexed read, for whoever waits: ask again until it is 0, then ``start``.
+        A few indexed reads, for whoever waits: ask again until it is 0, then ``start``.
         """
-        raise NotImplementedError
+        with self._database.read() as connection:
+            part = run_rows.find_parts(connection, [request.part_name]).get(request.part_name)
+            if part is None or part.incarnation == request.incarnation:
+                return 0.0
+            busy = _busy(request, session_rows.current_lease(connection, part.id), self._database.now_us(connection))
+        return 0.0 if busy is None else busy.retry_delay_s or 0.0
 
     def keep_alive(self, key: SessionKey, *, release: bool = False) -> LeaseInfo:
         """Renews a lease, or ends it.
@@ -37,7 +97,17 @@ class SessionService:
             SessionUnknownError: No session has this number and incarnation.
             SessionFencedError: A later session holds the (run, part).
         """
-        raise NotImplementedError
+        with self._database.write([key.part_name.run], exclusive=False) as connection:
+            now_us = self._database.now_us(connection)
+            part = find_current(connection, [key])[key]
+            if isinstance(part, ShardbookError):
+                raise part
+            if release:
+                session_rows.end_lease(connection, part.id, now_us)
+            else:
+                renew(connection, [part], now_us, self._lease_ttl_s)
+            lease = session_rows.find_lease(connection, part.id)
+        return LeaseInfo(now_us if lease is None else lease.expire_time_us)
 
     def expire_leases(self, *, period_s: float) -> int:
         """Ends open attempts whose writers' lease has ended; returns how many. Called every ``period_s`` seconds.
@@ -45,4 +115,64 @@ class SessionService:
         When the last call is much longer ago than ``period_s``, the service or its database was away: live leases
         are extended by the gap first, and nothing is ended in that call.
         """
-        raise NotImplementedError
+        period_us = round(period_s * 1e6)
+        with self._database.write() as connection:
+            now_us = self._database.now_us(connection)
+            last_us = event_rows.read_reap_time(connection)
+            event_rows.write_reap_time(connection, now_us)
+            gap_us = now_us - last_us - period_us
+            if last_us and gap_us > max(period_us, self._lease_ttl_us // 4):
+                session_rows.extend_leases(connection, last_us, gap_us)
+                return 0
+            ended = session_rows.ended_leases(connection, now_us, _REAP_COUNT)
+            forgotten = checkpoint_rows.find_stale_records(connection, now_us - _RECORD_TTL_US, _REAP_COUNT)
+            parts = {*ended, *(part_id for _, part_id in forgotten)}
+            names = {part_id: run_rows.part_by_id(connection, part_id).name for part_id in parts}
+        count = 0
+        for part_id in ended:
+            with self._database.write([names[part_id].run]) as connection:
+                now_us = self._database.now_us(connection)
+                # The lease may have been renewed since it was read.
+                if session_rows.mark_ended(connection, part_id, now_us):
+                    expired = checkpoint_rows.expire_open(connection, part_id)
+                    count += len(expired)
+                    event_rows.append(connection, [Event(EventKind.EXPIRED, part_id, one) for one in expired], now_us)
+        for checkpoint_id, part_id in forgotten:
+            # Its sync never came back; one that does may begin anew.
+            with self._database.write([names[part_id].run]) as connection:
+                if checkpoint_rows.expire_record(connection, checkpoint_id):
+                    closing.empty_staging(connection, [checkpoint_id])
+                    count += 1
+        return count
+
+
+def _busy(request: SessionStart, held: tuple[SessionRow, LeaseRow] | None, now_us: int) -> RunBusyError | None:
+    """Returns the refusal when another job's lease is alive."""
+    if held is None or request.on_live is OnLive.TAKEOVER:
+        return None
+    session, lease = held
+    same_job = request.job_id and request.job_id == session.job_id
+    if lease.expire_time_us <= now_us or lease.session != session.number or same_job:
+        return None
+    seen = datetime.fromtimestamp(lease.seen_time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return RunBusyError(
+        f"{request.part_name.ref} is being written by {session.user or 'someone'} on {session.host or 'some host'}, "
+        f"last seen {seen}; wait for it, stop it, or take the run over with on_live=TAKEOVER",
+        metadata={"host": session.host, "user": session.user, "job_id": session.job_id, "last_seen": seen},
+        retry_delay_s=(lease.expire_time_us - now_us) / 1e6,
+    )
+
+
+def _resumed(connection: Connection, request: SessionStart) -> int:
+    name = CheckpointName.parse(request.resumed_from, "resumed_from")
+    if name.part != request.part_name:
+        raise InvalidArgumentError(f"{name.ref} is not a checkpoint of {request.part_name.ref}", field="resumed_from")
+    checkpoint_id = present.resolve(connection, name)
+    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    if row.state != CheckpointState.COMMITTED:
+        raise FailedPreconditionError(
+            f"{name.ref} is {CheckpointState(row.state).name}, not COMMITTED",
+            reason="NOT_COMMITTED",
+            field="resumed_from",
+        )
+    return checkpoint_id

@@ -331,6 +331,8 @@ class RecordRequest:
             checks.check_rank(registration.rank, self.registration_count, f"registrations[{at}].rank")
         if len({registration.rank for registration in self.registrations}) != len(self.registrations):
             raise InvalidArgumentError("a rank is registered twice in one call", field="registrations")
+        # Session numbers go on from the highest one recorded, and must not run out.
+        checks.check_int(self.key.session, "key.session", largest=checks.MAX_RECORDED_SESSION)
         if self.key.session == 0 and not self.recovered:
             raise InvalidArgumentError("session 0 is for recovered attempts", field="key.session")
         if self.write_time_us is not None:

@@ -1,0 +1,124 @@
+"""A complete set of registrations made ready to be committed: assembled when its structure is new, and packed.
+
+Outside any transaction that matters: complete, insert-only registrations cannot change under it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from shardbook.core import limits
+from shardbook.core.assembly import assemble
+from shardbook.core.blocks import encode_blocks
+from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.columns import Int64Array, encode_name
+from shardbook.core.digest import ordered_digest
+from shardbook.core.extents import encode_segment
+from shardbook.core.head import encode_head
+from shardbook.core.table import printable
+from shardbook_server.service.blobs import BlobService
+from shardbook_server.service.closing import Folded
+from shardbook_server.storage import blobs as blob_rows
+from shardbook_server.storage import structures as structure_rows
+from shardbook_server.storage.database import Database
+from shardbook_server.storage.registrations import RegistrationRow
+from shardbook_server.storage.runs import PartRow
+from shardbook_server.storage.structures import NewStructure, NewTensor
+
+#: Part of a structure's address: raise the number when assembly gives another result for the same ranks.
+_STRUCTURE_DOMAIN = "checkpoint-structure/1"
+
+
+class Folder:
+    """Folds registrations. Thread-safe; one assembly at a time, others wait and then find it done."""
+
+    def __init__(self, database: Database, blobs: BlobService) -> None:
+        """Keeps no state of its own."""
+        self._database = database
+        self._blobs = blobs
+        self._assembling = threading.Lock()
+
+    def fold(self, part: PartRow, rows: Sequence[RegistrationRow]) -> Folded:
+        """Returns what ``commit_attempt`` needs; stores the checkpoint structure when it is new.
+
+        Args:
+            part: Where the attempt belongs.
+            rows: One registration a rank, in rank order, none missing.
+
+        Raises:
+            InvalidGeometryError: The chunks do not make whole tensors.
+            InvalidArgumentError: The assembled structure is beyond a limit.
+        """
+        blob_ids = np.fromiter((row.structure_id for row in rows), np.int64, len(rows))
+        distinct, index = np.unique(blob_ids, return_inverse=True)
+        with self._database.read() as connection:
+            blobs = blob_rows.find_by_ids(connection, distinct.tolist())
+        digests = [blobs[blob_id].digest for blob_id in distinct.tolist()]
+        digest = ordered_digest(_STRUCTURE_DOMAIN, [digests[at] for at in index.tolist()])
+        structure_id = self._find(part, digest)
+        if structure_id is None:
+            with self._assembling:
+                structure_id = self._find(part, digest) or self._assemble(part, digest, blob_ids, digests, index)
+        return Folded(
+            structure_id,
+            tuple(
+                (
+                    first,
+                    encode_segment([(row.extents, row.volatile) for row in rows[first : first + limits.SEGMENT_RANKS]]),
+                )
+                for first in range(0, len(rows), limits.SEGMENT_RANKS)
+            ),
+            sum(row.size_bytes for row in rows),
+            any(row.explicit for row in rows),
+        )
+
+    def _find(self, part: PartRow, digest: bytes) -> int | None:
+        with self._database.read() as connection:
+            return structure_rows.find_structure(connection, part.project_id, digest)
+
+    def _assemble(
+        self, part: PartRow, digest: bytes, blob_ids: Int64Array, digests: Sequence[bytes], index: Int64Array
+    ) -> int:
+        structures = self._blobs.structures(part.name.run.project, digests)
+        assembled = assemble(structures, index.astype(np.int64))
+        new = NewStructure(
+            digest=digest,
+            tensor_count=assembled.tensor_count,
+            chunk_count=assembled.chunk_count,
+            bytes_entry_count=assembled.bytes_entry_count,
+            warnings=json.dumps(list(assembled.warnings)),
+            rank_structure_ids=blob_ids,
+            head=encode_head(assembled),
+            tensors=_tensors(assembled),
+        )
+        # Content-addressed and of no effect until a commit names it, so it needs no lock of the run.
+        with self._database.write() as connection:
+            now_us = self._database.now_us(connection)
+            blob_rows.touch(connection, sorted(set(blob_ids.tolist())), now_us)
+            return structure_rows.insert_structure(connection, part.project_id, new, now_us)
+
+
+def _tensors(structure: CheckpointStructure) -> list[NewTensor]:
+    sums = np.concatenate([[0], np.cumsum(structure.length)]).astype(np.int64)
+    bounds = structure.firsts
+    fixed = (sums[bounds[1:]] - sums[bounds[:-1]]).tolist()
+    kinds, dtypes = structure.kinds.tolist(), structure.dtypes.tolist()
+    counts, ndims, shapes = structure.chunk_counts.tolist(), structure.ndims.tolist(), structure.shapes.tolist()
+    return [
+        NewTensor(
+            digest=block.digest,
+            kind=kinds[row],
+            dtype=dtypes[row],
+            shape=json.dumps(shapes[row][: ndims[row]], separators=(",", ":")),
+            chunk_count=counts[row],
+            fixed_bytes=fixed[row],
+            fqn=encode_name(structure.fqns[row]),
+            fqn_text=printable(structure.fqns[row]),
+            payload=block.payload,
+        )
+        for row, block in enumerate(encode_blocks(structure))
+    ]

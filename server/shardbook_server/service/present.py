@@ -1,0 +1,115 @@
+"""Rows made answers, and names made rows."""
+
+from __future__ import annotations
+
+import json
+
+from shardbook.core.names import LATEST, CheckpointId, CheckpointName, PartName, RunName
+from shardbook.errors import FailedPreconditionError, NotFoundError
+from shardbook_server.service.types import AttemptLocation
+from shardbook_server.service.views import CheckpointInfo, CheckpointState
+from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import runs as run_rows
+from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
+from shardbook_server.storage.database import Connection
+
+
+def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
+    """Returns a checkpoint as it is answered; raises NotFoundError."""
+    listed = checkpoint_rows.find_listed(connection, [checkpoint_id]).get(checkpoint_id)
+    if listed is None:
+        raise NotFoundError("there is no such checkpoint")
+    return checkpoint_of(listed)
+
+
+def checkpoint_of(listed: ListedCheckpoint) -> CheckpointInfo:
+    """Returns a checkpoint as it is answered."""
+    row = listed.row
+    part = PartName(RunName(listed.project, listed.run), listed.part)
+    full = CheckpointId.full(row.step, row.session, row.attempt, row.incarnation)
+    # The short form names the step alone while that means this attempt.
+    short = CheckpointId(step=row.step) if row.live else full
+    return CheckpointInfo(
+        checkpoint_id=row.id,
+        name=str(CheckpointName(part, full)),
+        ref=CheckpointName(part, short).ref,
+        step=row.step,
+        session=row.session,
+        attempt=row.attempt,
+        incarnation=row.incarnation,
+        world_size=row.world_size,
+        state=CheckpointState(row.state),
+        live=row.live,
+        location=AttemptLocation(row.location, row.prefix),
+        tensor_count=listed.tensor_count,
+        chunk_count=listed.chunk_count,
+        bytes_entry_count=listed.bytes_entry_count,
+        size_bytes=row.size_bytes,
+        create_time_us=row.create_time_us,
+        commit_time_us=row.commit_time_us,
+        warnings=tuple(json.loads(listed.warnings)),
+        failure=row.failure,
+        structure_digest=listed.structure_digest,
+        recovered=row.recovered,
+    )
+
+
+def resolve(connection: Connection, name: CheckpointName) -> int:
+    """Returns the checkpoint that a name means.
+
+    ``latest`` is what the server keeps; a step alone is the live one; a step and session the newest committed
+    attempt of it; a full id one attempt, whatever became of it.
+
+    Raises:
+        NotFoundError: It means none.
+    """
+    part = run_rows.find_parts(connection, [name.part]).get(name.part)
+    if part is None:
+        raise NotFoundError(f"{name.part.ref} does not exist: nothing was ever saved to it")
+    found = _resolve(connection, part, name.id)
+    if found is None:
+        hint = f"; `shardbook ls {name.part.ref}` lists what there is"
+        raise NotFoundError(f"{name.ref} does not exist{hint}", metadata={"name": str(name)})
+    return found
+
+
+def resolve_committed(connection: Connection, name: CheckpointName) -> CheckpointRow:
+    """Returns the committed checkpoint that a name means.
+
+    Raises:
+        NotFoundError: It means none.
+        FailedPreconditionError: It means one that is not committed; reason ``NOT_COMMITTED``.
+    """
+    checkpoint_id = resolve(connection, name)
+    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    if row.state != CheckpointState.COMMITTED:
+        state = CheckpointState(row.state).name
+        raise FailedPreconditionError(f"{name.ref} is {state}, not COMMITTED", reason="NOT_COMMITTED")
+    return row
+
+
+def committed_by_id(connection: Connection, checkpoint_id: int) -> CheckpointRow:
+    """Returns a checkpoint that was committed when another answer named it; raises NotFoundError when it is gone."""
+    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id]).get(checkpoint_id)
+    if row is None or row.state != CheckpointState.COMMITTED:
+        raise NotFoundError("the checkpoint does not exist any more")
+    return row
+
+
+def _resolve(connection: Connection, part: run_rows.PartRow, name: CheckpointId) -> int | None:
+    if name.alias is not None:
+        return part.latest_id if name.alias == LATEST else None
+    if name.step is None:
+        return None
+    if name.session is None:
+        live = checkpoint_rows.find_live(connection, part.id, name.step)
+        return None if live is None else live.id
+    return checkpoint_rows.newest_attempt(
+        connection,
+        part.id,
+        name.step,
+        session=name.session,
+        attempt=name.attempt,
+        incarnation_prefix=name.incarnation,
+        committed_only=name.attempt is None,
+    )

@@ -1,0 +1,88 @@
+"""The catalogue's events, its cursor, and what else belongs to the database as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from sqlalchemy import Connection, insert, select, update
+
+from shardbook_server.storage.tables import catalog, events
+
+
+class EventKind(IntEnum):
+    """What happened to a checkpoint; numbers are stored."""
+
+    COMMITTED = 1
+    FAILED = 2
+    EXPIRED = 3
+    SUPERSEDED = 4
+    LATEST_MOVED = 5
+
+
+@dataclass(frozen=True)
+class Event:
+    """One fact of a checkpoint's life."""
+
+    kind: EventKind
+    part_id: int
+    checkpoint_id: int
+
+
+@dataclass(frozen=True)
+class StoredEvent:
+    """An event with its place and time."""
+
+    cursor: int
+    time_us: int
+    event: Event
+
+
+def append(connection: Connection, news: Sequence[Event], now_us: int) -> None:
+    """Adds events. Call it last in a transaction: it takes the row that every other such transaction wants.
+
+    The one counter row is what makes cursors appear in order: a sequence would hand out a number that becomes
+    visible after a later one, and whoever polls would miss it.
+    """
+    if not news:
+        return
+    bump = update(catalog).values(cursor=catalog.c.cursor + len(news)).returning(catalog.c.cursor)
+    last = connection.execute(bump).scalar_one()
+    rows = [
+        {
+            "cursor": last - len(news) + 1 + at,
+            "time_us": now_us,
+            "kind": int(new.kind),
+            "part_id": new.part_id,
+            "checkpoint_id": new.checkpoint_id,
+        }
+        for at, new in enumerate(news)
+    ]
+    connection.execute(insert(events), rows)
+
+
+def read_after(connection: Connection, cursor: int, limit: int) -> list[StoredEvent]:
+    """Returns events behind ``cursor``, in order."""
+    statement = select(events).where(events.c.cursor > cursor).order_by(events.c.cursor).limit(limit)
+    return [
+        StoredEvent(number, time_us, Event(EventKind(kind), part_id, checkpoint_id))
+        for number, time_us, kind, part_id, checkpoint_id in connection.execute(statement)
+    ]
+
+
+def read_token_key(connection: Connection) -> bytes:
+    """Returns the key that page tokens are signed with."""
+    key: bytes = connection.execute(select(catalog.c.token_key)).scalar_one()
+    return key
+
+
+def read_reap_time(connection: Connection) -> int:
+    """Returns when the reaper last ran; 0 before its first time."""
+    time_us: int = connection.execute(select(catalog.c.reap_time_us)).scalar_one()
+    return time_us
+
+
+def write_reap_time(connection: Connection, now_us: int) -> None:
+    """Remembers that the reaper runs."""
+    connection.execute(update(catalog).values(reap_time_us=now_us))
