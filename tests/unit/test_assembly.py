@@ -221,7 +221,7 @@ def test_a_rank_index_that_names_no_structure_is_refused() -> None:
 # ---------------------------------------------------------------- against brute force
 
 
-@settings(max_examples=200)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.data())
 def test_what_counts_and_what_is_refused_is_as_brute_force_says(data: st.DataObject) -> None:
     """Chunks of several tensors spread over ranks, some with several of them: duplicates, empties, faults and all."""

@@ -30,7 +30,7 @@ def _judge(*cuts: Cut) -> Verdict:
     return judge(*arrays(cuts))
 
 
-@settings(max_examples=400)
+@settings(max_examples=6 * settings().max_examples)
 @given(st.lists(cuts(), max_size=4))
 def test_verdicts_are_those_of_painting_every_cell(drawn: list[Cut]) -> None:
     """Bounds chunk by chunk; overlap and volume of every tensor whose chunks are within it; all tensors at once."""
@@ -66,7 +66,7 @@ def test_every_tiling_is_valid(
     assert _judge(Cut(*cut)).is_valid
 
 
-@settings(max_examples=300)
+@settings(max_examples=4 * settings().max_examples)
 @given(st.lists(cuts(), min_size=1, max_size=4))
 def test_a_grid_proof_never_claims_what_is_not_so(drawn: list[Cut]) -> None:
     """A proof may fail to see that chunks are disjoint or tile their tensor, but never says so wrongly."""
@@ -92,7 +92,7 @@ def test_proofs_settle_what_sharding_makes() -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 3, 1 << 23])
-@settings(max_examples=150)
+@settings(max_examples=4 * settings().max_examples)
 @given(data=st.data())
 def test_dividing_and_blocks_do_not_change_the_answer(budget: int, data: st.DataObject) -> None:
     """The sweep finds the same with hardly any pairs allowed at a time as with all of them."""

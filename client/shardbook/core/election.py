@@ -73,7 +73,9 @@ def elect(election: Election, lowest: Int64Array) -> Int64Array:
         pending = np.flatnonzero(contested & (size_class == size))
         slack = _SLACK
         while len(pending):
-            pending = _place(holders, pending, loads, bounds * (1.0 + slack), writer)
+            # No bound is of use that is smaller than the item itself: some rank has to write it.
+            heaviest = float(election.weights[pending].max())
+            pending = _place(holders, pending, loads, np.maximum(bounds, heaviest) * (1.0 + slack), writer)
             slack *= 2.0
     return writer
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from shardbook.core.columns import BoolArray, Int64Array, encode_name
 from shardbook.core.dtype import ITEMSIZES
@@ -92,77 +93,49 @@ class _Items:
 
 
 def _group(plans: Sequence[RankPlan]) -> _Items:
-    tables, table_of = distinct_tables([plan.table for plan in plans])
-    declared = declare(tables)
-    counts = np.array([plan.item_count for plan in plans], dtype=np.int64)
-    plan = np.repeat(np.arange(len(plans)), counts)
-    row = np.concatenate([plan.entry for plan in plans]) + np.repeat(declared.bases[table_of], counts)
-    columns = _key_columns(plans, declared, row)
-    hashes = _hash_items(declared, columns)
-
-    order = np.argsort(hashes, kind="stable")
-    same = _equal_neighbours(columns, order)
-    if (hashes[order][1:] == hashes[order][:-1]).sum() != same.sum():
-        # Two keys share a hash, and may lie mixed with each other: sort by the keys themselves.
-        order = np.lexsort(columns.T)
-        same = _equal_neighbours(columns, order)
-    is_first = np.append(True, ~same)[: len(order)]
-    key = np.empty_like(order)
-    key[order] = np.cumsum(is_first) - 1
-    repeated = np.append(False, same & (plan[order][1:] == plan[order][:-1]))[: len(order)]
-    again = np.zeros(len(order), dtype=np.bool_)
-    again[order[repeated]] = True
-    holders = order[~repeated]
-    key_count = int(is_first.sum())
-    first = order[is_first]
+    boxes = _Boxes.of(plans)
+    hashes = boxes.hashes()
+    count = len(hashes)
+    # Most items are named by one plan alone: a sort of bare hashes sets them apart, and only the rest is compared.
+    ordered = np.sort(hashes)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    is_single = ~np.isin(hashes, repeated)
+    singles, rest = np.flatnonzero(is_single), np.flatnonzero(~is_single)
+    order, same = _sort_equal(boxes.columns(rest), hashes[rest])
+    order = rest[order]
+    is_first = np.ones(len(order), dtype=np.bool_)
+    is_first[1:] = ~same
+    again = np.zeros(count, dtype=np.bool_)
+    # A stable sort: of equal items those of one plan are neighbours.
+    again[order[1:][same & (boxes.plan[order[1:]] == boxes.plan[order[:-1]])]] = True
+    key = np.empty(count, dtype=np.int64)
+    key[singles] = np.arange(len(singles))
+    key[order] = len(singles) - 1 + np.cumsum(is_first)
+    holders = np.concatenate([singles, order[~again[order]]])
+    first = np.concatenate([singles, order[is_first]])
     return _Items(
-        plan=plan,
+        plan=boxes.plan,
         key=key,
         again=again,
         holders=holders,
-        firsts=firsts_of(np.bincount(key[holders], minlength=key_count)),
+        firsts=firsts_of(np.bincount(key[holders], minlength=len(first))),
         hashes=hashes[first],
-        weights=_weigh(declared, row[first], columns[first]),
+        weights=boxes.weights(first),
     )
 
 
-def _key_columns(plans: Sequence[RankPlan], declared: Declared, row: Int64Array) -> Int64Array:
-    """Returns (N, 3 + 2 D): entry, kind, ndim, offsets, sizes; of items that are no shards nothing but entry, kind."""
-    width = declared.shapes.shape[1]
-    columns = np.zeros((len(row), 3 + 2 * width), dtype=np.int64)
-    columns[:, 3 + width :] = 1
-    first = 0
-    for plan in plans:
-        end, own = first + plan.item_count, plan.sizes.shape[1]
-        columns[first:end, 3 : 3 + own] = plan.offsets
-        columns[first:end, 3 + width : 3 + width + own] = plan.sizes
-        first = end
-    columns[:, 0] = declared.entry[row]
-    columns[:, 1] = declared.kinds[row]
-    columns[:, 2] = declared.ndims[row]
-    columns[declared.kinds[row] != EntryKind.SHARD, 2:] = 0
-    return columns
+def _sort_equal(columns: Int64Array, hashes: UInt64Array) -> tuple[Int64Array, BoolArray]:
+    """Returns a stable order of rows that brings equal ones together, and (N - 1,) where neighbours are equal."""
+    order = np.argsort(hashes, kind="stable").astype(np.int64, copy=False)
+    same = _equal_neighbours(columns, order)
+    if (_equal_neighbours(hashes[:, None], order) != same).any():
+        # Two keys share a hash, and may lie mixed with each other: sort by the keys themselves.
+        order = np.lexsort(columns.T).astype(np.int64, copy=False)
+        same = _equal_neighbours(columns, order)
+    return order, same
 
 
-def _hash_items(declared: Declared, columns: Int64Array) -> UInt64Array:
-    """Returns (N,) hashes of the fqn, kind and own dimensions of each item, of nothing else that ranks hold."""
-    names = np.array([_hash_name(fqn) for fqn in declared.fqns], dtype=np.uint64)
-    out = mix(names[columns[:, 0]] ^ columns[:, 1].astype(np.uint64))
-    ndims = columns[:, 2]
-    width = declared.shapes.shape[1]
-    for dim in range(int(ndims.max(initial=0))):
-        own = ndims > dim
-        out[own] = mix(out[own] ^ columns[own, 3 + dim].view(np.uint64))
-        out[own] = mix(out[own] ^ columns[own, 3 + width + dim].view(np.uint64))
-    return out
-
-
-def _hash_name(fqn: str) -> int:
-    return int.from_bytes(hashlib.blake2b(encode_name(fqn), digest_size=8).digest(), "little")
-
-
-def _equal_neighbours(columns: Int64Array, order: Int64Array) -> BoolArray:
-    """Returns (N - 1,) whether each row of ``columns``, taken in ``order``, equals the next."""
+def _equal_neighbours(columns: npt.NDArray[np.integer], order: Int64Array) -> BoolArray:
     same = np.ones(max(len(order) - 1, 0), dtype=np.bool_)
     for column in columns.T:
         ordered = column[order]
@@ -170,11 +143,72 @@ def _equal_neighbours(columns: Int64Array, order: Int64Array) -> BoolArray:
     return same
 
 
-def _weigh(declared: Declared, row: Int64Array, columns: Int64Array) -> Int64Array:
-    """Returns (K,) bytes of the items, at least 1; 1 for bytes entries, whose length is not known before the write."""
-    kinds = declared.kinds[row]
-    sizes = np.where((kinds == EntryKind.SHARD)[:, None], columns[:, 3 + declared.shapes.shape[1] :], 1)
-    sizes = np.where((kinds == EntryKind.TENSOR)[:, None], declared.shapes[row], sizes)
-    weights = sizes.astype(np.float64).prod(axis=1) * ITEMSIZES[declared.dtypes[row]]
-    clipped: Int64Array = np.clip(weights, 1, MAX_WEIGHT_BYTES).astype(np.int64)
-    return clipped
+@dataclass(frozen=True, eq=False)
+class _Boxes:
+    """The items of all plans, plan by plan.
+
+    Attributes:
+        declared: What their tables declare.
+        plan: (N,) plan of each item.
+        row: (N,) declared row of each item.
+        offsets: (N, D) elements, padded with 0.
+        sizes: (N, D) elements, padded with 1.
+    """
+
+    declared: Declared
+    plan: Int64Array
+    row: Int64Array
+    offsets: Int64Array
+    sizes: Int64Array
+
+    @classmethod
+    def of(cls, plans: Sequence[RankPlan]) -> _Boxes:
+        tables, table_of = distinct_tables([plan.table for plan in plans])
+        declared = declare(tables)
+        counts = np.array([plan.item_count for plan in plans], dtype=np.int64)
+        firsts = firsts_of(counts).tolist()
+        offsets = np.zeros((firsts[-1], declared.shapes.shape[1]), dtype=np.int64)
+        sizes = np.ones_like(offsets)
+        for plan, first, end in zip(plans, firsts, firsts[1:], strict=False):
+            offsets[first:end, : plan.offsets.shape[1]] = plan.offsets
+            sizes[first:end, : plan.sizes.shape[1]] = plan.sizes
+        row = np.concatenate([plan.entry for plan in plans])
+        row += np.repeat(declared.bases[table_of], counts)
+        return cls(declared, np.repeat(np.arange(len(plans)), counts), row, offsets, sizes)
+
+    def columns(self, items: Int64Array) -> Int64Array:
+        """Returns what makes ``items`` the same: entry and kind, and of shards ndim, offsets and sizes."""
+        row = self.row[items]
+        specs = np.stack([self.declared.entry[row], self.declared.kinds[row], self.declared.ndims[row]], axis=1)
+        columns = np.concatenate([specs, self.offsets[items], self.sizes[items]], axis=1, dtype=np.int64)
+        columns[specs[:, 1] != EntryKind.SHARD, 2:] = 0
+        return columns
+
+    def hashes(self) -> UInt64Array:
+        """Returns (N,) hashes of each item's name, kind and own dimensions, of nothing else that ranks hold."""
+        names = np.array([_hash_name(fqn) for fqn in self.declared.fqns], dtype=np.uint64)
+        of_row = mix(names[self.declared.entry] ^ self.declared.kinds.astype(np.uint64))
+        out = of_row[self.row]
+        dims_of_row = np.where(self.declared.kinds == EntryKind.SHARD, self.declared.ndims, 0)
+        dims = dims_of_row[self.row]
+        for dim in range(int(dims_of_row.max(initial=0))):
+            # Not of padded dimensions: how many there are is up to what other ranks hold.
+            own = slice(None) if (dims_of_row > dim).all() else np.flatnonzero(dims > dim)
+            part = mix(out[own] ^ self.offsets[own, dim].view(np.uint64))
+            out[own] = mix(part ^ self.sizes[own, dim].view(np.uint64))
+        return out
+
+    def weights(self, items: Int64Array) -> Int64Array:
+        """Returns the bytes of ``items``, at least 1; 1 for bytes entries, unknown before they are written."""
+        row = self.row[items]
+        kinds = self.declared.kinds[row]
+        weights = ITEMSIZES[self.declared.dtypes[row]].astype(np.float64)
+        for dim in range(self.sizes.shape[1]):
+            size = self.sizes[items, dim]
+            weights *= np.where(kinds == EntryKind.TENSOR, self.declared.shapes[row, dim], size)
+        clipped: Int64Array = np.clip(weights, 1, MAX_WEIGHT_BYTES).astype(np.int64)
+        return clipped
+
+
+def _hash_name(fqn: str) -> int:
+    return int.from_bytes(hashlib.blake2b(encode_name(fqn), digest_size=8).digest(), "little")
