@@ -115,7 +115,7 @@ def read_payloads(
     for some in slices(digests):
         where = (rank_structures.c.project_id == project_id, rank_structures.c.kind == int(kind))
         statement = select(*columns).where(*where, rank_structures.c.digest.in_(some))
-        found.update(connection.execute(statement).tuples().all())
+        found.update(connection.execute(statement).all())
     return found
 
 

@@ -39,7 +39,10 @@ def insert_plans(connection: Connection, rows: Sequence[PlanRow]) -> set[tuple[i
         return set()
     statement = insert_ignore(connection, plan_submissions)
     returning = statement.returning(plan_submissions.c.checkpoint_id, plan_submissions.c.rank)
-    return set(connection.execute(returning, [asdict(row) for row in sorted(rows)]).tuples())
+    return {
+        (checkpoint_id, rank)
+        for checkpoint_id, rank in connection.execute(returning, [asdict(row) for row in sorted(rows)])
+    }
 
 
 def count_plans(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, int]:
@@ -48,7 +51,7 @@ def count_plans(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[i
     column = plan_submissions.c.checkpoint_id
     for some in slices(checkpoint_ids):
         statement = select(column, func.count()).where(column.in_(some)).group_by(column)
-        counts.update(connection.execute(statement).tuples().all())
+        counts.update(connection.execute(statement).all())
     return counts
 
 
@@ -62,7 +65,7 @@ def read_hosts(connection: Connection, checkpoint_id: int, ranks: Sequence[int])
     """Returns the hosts of ranks that planned."""
     where = (plan_submissions.c.checkpoint_id == checkpoint_id, plan_submissions.c.rank.in_(ranks))
     rows = connection.execute(select(plan_submissions.c.rank, plan_submissions.c.host).where(*where))
-    return dict(rows.tuples().all())
+    return dict(rows.all())
 
 
 def delete_plans(connection: Connection, checkpoint_ids: Sequence[int]) -> None:

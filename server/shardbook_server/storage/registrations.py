@@ -47,7 +47,9 @@ def insert_registrations(connection: Connection, rows: Sequence[RegistrationRow]
     ordered = sorted(rows, key=lambda row: (row.checkpoint_id, row.rank))
     statement = insert_ignore(connection, registrations)
     returning = statement.returning(registrations.c.checkpoint_id, registrations.c.rank)
-    return set(connection.execute(returning, [asdict(row) for row in ordered]).tuples())
+    return {
+        (checkpoint_id, rank) for checkpoint_id, rank in connection.execute(returning, [asdict(row) for row in ordered])
+    }
 
 
 def count_registrations(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, int]:
@@ -56,7 +58,7 @@ def count_registrations(connection: Connection, checkpoint_ids: Sequence[int]) -
     column = registrations.c.checkpoint_id
     for some in slices(checkpoint_ids):
         statement = select(column, func.count()).where(column.in_(some)).group_by(column)
-        counts.update(connection.execute(statement).tuples().all())
+        counts.update(connection.execute(statement).all())
     return counts
 
 

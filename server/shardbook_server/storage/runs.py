@@ -208,7 +208,7 @@ _RUNS: Select[*tuple[Any, ...]] = select(runs.c.id, projects.c.name, runs.c.name
 
 
 def _part(row: Row[*tuple[Any, ...]]) -> PartRow:
-    part_id, run_id, project_id, project, run, part, session, last_session, latest_id, incarnation = row.tuple()
+    part_id, run_id, project_id, project, run, part, session, last_session, latest_id, incarnation = row
     return PartRow(
         part_id,
         run_id,
@@ -222,5 +222,5 @@ def _part(row: Row[*tuple[Any, ...]]) -> PartRow:
 
 
 def _run(row: Row[*tuple[Any, ...]]) -> RunRow:
-    run_id, project, run, create_time_us = row.tuple()
+    run_id, project, run, create_time_us = row
     return RunRow(run_id, RunName(project, run), create_time_us)

@@ -98,7 +98,7 @@ def _tensor_ids(connection: Connection, project_id: int, digests: Sequence[bytes
     columns = (structure_tensors.c.digest, structure_tensors.c.id)
     for some in slices(digests):
         where = (structure_tensors.c.project_id == project_id, structure_tensors.c.digest.in_(some))
-        ids.update(connection.execute(select(*columns).where(*where)).tuples().all())
+        ids.update(connection.execute(select(*columns).where(*where)).all())
     return ids
 
 
@@ -143,7 +143,7 @@ def read_blocks(connection: Connection, ids: Sequence[int]) -> list[bytes]:
     columns = (structure_tensors.c.id, structure_tensors.c.payload)
     for some in slices(ids):
         rows = connection.execute(select(*columns).where(structure_tensors.c.id.in_(some)))
-        found.update(rows.tuples().all())
+        found.update(rows.all())
     return [found[one] for one in ids]
 
 

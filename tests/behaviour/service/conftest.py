@@ -1,0 +1,73 @@
+"""A migrated database, services on it, and a clock that tests move."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shardbook_server.service.services import Services, build_services
+from shardbook_server.storage import migrate
+from shardbook_server.storage.database import Database
+from tests.behaviour.service.saves import Job, Model
+
+LEASE_TTL_S = 60.0
+
+
+class Clock:
+    """The database's clock, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_us = 1_800_000_000_000_000
+
+    def __call__(self) -> int:
+        return self.now_us
+
+    def advance(self, seconds: float) -> None:
+        """Lets time pass."""
+        self.now_us += round(seconds * 1e6)
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database that the real migrations made; copied for every test."""
+    path = tmp_path_factory.mktemp("migrated") / "shardbook.db"
+    migrate.upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def database(migrated: Path, tmp_path: Path, clock: Clock) -> Iterator[Database]:
+    """A database of the test's own; no connection may be left in use."""
+    path = tmp_path / "shardbook.db"
+    shutil.copy(migrated, path)
+    database = Database(f"sqlite:///{path}", clock=clock)
+    yield database
+    assert database.checked_out() == 0
+    database.close()
+
+
+@pytest.fixture
+def services(database: Database) -> Services:
+    return build_services(database, lease_ttl_s=LEASE_TTL_S)
+
+
+@pytest.fixture
+def job(services: Services) -> Job:
+    """A job of two ranks whose session has started."""
+    job = Job(services, Model(2))
+    job.start(job_id="slurm-1")
+    return job
+
+
+@pytest.fixture
+def other_job(services: Services) -> Callable[[], Job]:
+    """Makes further jobs on the same run; their sessions are not started."""
+    return lambda: Job(services, Model(2))
