@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from shardbook._trees import Tree
 from shardbook.core import directory as files
 from shardbook.core.container import read_index, read_section
-from shardbook.core.fold import fold
+from shardbook.core.fold import FoldedAttempt, fold
 from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
 from shardbook.errors import CorruptManifestError
 
 _LOG = logging.getLogger(__name__)
 
+#: Makes the content of DCP's own ``.metadata`` from the directory and what its records were folded into.
+Exporter = Callable[[str, FoldedAttempt], bytes]
 #: Enough of a container's beginning to hold its index and identity.
 _HEAD_BYTES: Final = 1 << 16
 
@@ -47,35 +49,48 @@ class FoundAttempt:
             return []
         return [rank for rank in range(self.identity.world_size) if rank not in self.ranks]
 
-    def read(self) -> Manifest:
-        """Returns the manifest: as it is stored, else folded from the records.
+    def read(self) -> tuple[Manifest, FoldedAttempt | None]:
+        """Returns the manifest as it is stored; else the one that the records make, and what they were folded into.
 
         Raises:
             CorruptManifestError: What is there is damaged.
             InvalidGeometryError: The ranks' chunks do not make whole tensors.
         """
-        if self.manifest_path is not None:
-            content = self.tree.read(self.manifest_path)
+        records = self._records() if self.manifest_path is None else []
+        if len(records) < len(self.ranks) or self.manifest_path is not None:
+            # A coordinator takes records away only when its manifest is there.
+            content = self.tree.read(self.manifest_path or self._path(files.manifest_path(self.prefix)))
             if content is not None:
-                return Manifest.from_bytes(content)
-        return fold(self._records()).manifest
+                return Manifest.from_bytes(content), None
+        folded = fold(records)
+        return folded.manifest, folded
 
-    def publish(self, manifest: Manifest) -> None:
-        """Leaves a folded manifest in the directory; records stay, a live coordinator may be counting them.
+    def publish(self, folded: FoldedAttempt, export: Exporter | None) -> None:
+        """Leaves what records were folded into; the records stay, a live coordinator may be counting them.
+
+        Args:
+            folded: What they were folded into.
+            export: Makes the content of DCP's own ``.metadata``; None leaves that file alone.
 
         Raises:
             OSError: The directory cannot be written.
         """
+        manifest = folded.manifest
         content = manifest.to_bytes()
-        self.tree.write(f"{self.directory}/{files.manifest_path(self.prefix)}", content)
-        newest = read_identity(self.tree, f"{self.directory}/{files.MANIFEST}")
+        self.tree.write(self._path(files.manifest_path(self.prefix)), content)
+        newest = read_identity(self.tree, self._path(files.MANIFEST))
         if newest is None or is_newer(manifest.identity, newest):
-            self.tree.write(f"{self.directory}/{files.MANIFEST}", content)
+            self.tree.write(self._path(files.MANIFEST), content)
+            if export is not None:
+                self.tree.write(self._path(files.DCP_METADATA), export(self.directory, folded))
+
+    def _path(self, name: str) -> str:
+        return f"{self.directory}/{name}"
 
     def _records(self) -> list[RegistrationRecord]:
         records = []
         for rank in sorted(self.ranks):
-            content = self.tree.read(f"{self.directory}/{files.record_path(self.prefix, rank)}")
+            content = self.tree.read(self._path(files.record_path(self.prefix, rank)))
             if content is not None:
                 records.append(RegistrationRecord.from_bytes(content))
         return records

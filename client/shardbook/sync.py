@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from shardbook._attempts import FoundAttempt, find_attempts
+from shardbook._attempts import Exporter, FoundAttempt, find_attempts
 from shardbook._trees import Tree, open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
+from shardbook.core.fold import FoldedAttempt
 from shardbook.core.limits import MAX_NAMED_RANKS
 from shardbook.core.manifest import AttemptIdentity, Manifest
 from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
@@ -106,7 +107,11 @@ class SyncedAttempt:
 
 
 def sync_directories(
-    client: Client, directories: Iterable[str | os.PathLike[str]], *, stores: Stores | None = None
+    client: Client,
+    directories: Iterable[str | os.PathLike[str]],
+    *,
+    stores: Stores | None = None,
+    export: Exporter | None = None,
 ) -> Iterator[SyncedAttempt]:
     """Records what the catalogue lacks of all checkpoint directories at and below the ones given.
 
@@ -114,6 +119,8 @@ def sync_directories(
         client: The server.
         directories: Paths, or URLs where fsspec is installed.
         stores: Named roots, for locations; none when None.
+        export: Makes DCP's own ``.metadata`` for directories whose records are folded here; with None they get a
+            manifest only, which is enough for ``shardbook.dcp.load``.
 
     Yields:
         One result an attempt, as it is done.
@@ -127,17 +134,22 @@ def sync_directories(
     for directory in directories:
         tree = open_tree(directory)
         for checkpoint in tree.checkpoints():
-            yield from sync_directory(client, checkpoint, stores=stores, tree=tree)
+            yield from sync_directory(client, checkpoint, stores=stores, export=export, tree=tree)
 
 
 def sync_directory(
-    client: Client, directory: str | os.PathLike[str], *, stores: Stores | None = None, tree: Tree | None = None
+    client: Client,
+    directory: str | os.PathLike[str],
+    *,
+    stores: Stores | None = None,
+    export: Exporter | None = None,
+    tree: Tree | None = None,
 ) -> list[SyncedAttempt]:
     """Records what the catalogue lacks of one checkpoint directory; raises as ``sync_directories`` does."""
     tree = open_tree(directory) if tree is None else tree
     path = normalized(directory)
     location = (stores or Stores()).location_of(path)
-    return [_Sync(client, found, location).run() for found in find_attempts(tree, path)]
+    return [_Sync(client, found, location, export).run() for found in find_attempts(tree, path)]
 
 
 def unsettled(results: Iterable[SyncedAttempt]) -> list[SyncedAttempt]:
@@ -150,10 +162,11 @@ def unsettled(results: Iterable[SyncedAttempt]) -> list[SyncedAttempt]:
 class _Sync:
     """Work on one attempt."""
 
-    def __init__(self, client: Client, found: FoundAttempt, location: str) -> None:
+    def __init__(self, client: Client, found: FoundAttempt, location: str, export: Exporter | None) -> None:
         self._client = client
         self._found = found
         self._location = location
+        self._export = export
 
     def run(self) -> SyncedAttempt:
         """Does the work."""
@@ -185,12 +198,13 @@ class _Sync:
         manifest: Manifest | None = None
         note = ""
         if self._found.manifest_path is None:
-            manifest = self._found.read()
-            note = self._publish(manifest)
+            manifest, folded = self._found.read()
+            note = self._publish(folded) if folded is not None else ""
         if known is not None and known.state in (CheckpointState.COMMITTED, CheckpointState.DELETED):
             deleted = "it was deleted from the catalogue" if known.state is CheckpointState.DELETED else ""
             return self._result(SyncOutcome.PRESENT, message=deleted or note)
-        manifest = manifest or self._found.read()
+        if manifest is None:
+            manifest, _ = self._found.read()
         record_attempt(self._client, manifest, self._location, recovered=True)
         return self._result(SyncOutcome.RECORDED, message=note)
 
@@ -203,13 +217,13 @@ class _Sync:
         # A number alone is no identity: after a restore the catalogue may have handed it out again.
         return known if known.incarnation == identity.incarnation.hex() else None
 
-    def _publish(self, manifest: Manifest) -> str:
+    def _publish(self, folded: FoldedAttempt) -> str:
         """Leaves the manifest; a directory that cannot be written keeps its records, which say the same."""
         try:
-            self._found.publish(manifest)
-        except OSError as error:
-            _LOG.warning("manifest of %s was not written: %s", self._found.directory, error)
-            return f"its manifest was not written: {error}"
+            self._found.publish(folded, self._export)
+        except (OSError, ImportError, RuntimeError, ValueError, ShardbookError) as error:
+            _LOG.warning("manifest or .metadata of %s was not written: %s", self._found.directory, error)
+            return f"its manifest or .metadata was not written: {error}"
         return ""
 
     def _result(self, outcome: SyncOutcome, **facts: Any) -> SyncedAttempt:

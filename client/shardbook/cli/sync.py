@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pickle
 from collections import Counter
 from typing import Annotated
 
 import typer
 
+from shardbook._attempts import Exporter
 from shardbook.cli import output
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import AsJson, Server, Timeout, client_of
+from shardbook.core.fold import FoldedAttempt
 from shardbook.errors import ShardbookError
 from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
 
@@ -36,7 +40,7 @@ def sync(
     client, config = client_of(server, timeout_s)
     results: list[SyncedAttempt] = []
     try:
-        results.extend(sync_directories(client, directories, stores=config.stores))
+        results.extend(sync_directories(client, directories, stores=config.stores, export=_exporter()))
     except ShardbookError:
         # What was recorded before the server went away is worth knowing.
         if results:
@@ -45,6 +49,21 @@ def sync(
     _print(results, as_json=as_json)
     if unsettled(results):
         raise typer.Exit(NEGATIVE)
+
+
+def _exporter() -> Exporter | None:
+    """Makes ``.metadata`` where torch is installed, as the save would have; sync itself needs no torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+
+    def export(directory: str, folded: FoldedAttempt) -> bytes:
+        from shardbook.dcp.metadata import build_metadata, default_header
+
+        prefix = folded.manifest.identity.prefix
+        header = default_header(directory, prefix)
+        return pickle.dumps(build_metadata(folded.structure, folded.located, prefix, header))
+
+    return export
 
 
 def _print(results: list[SyncedAttempt], *, as_json: bool) -> None:

@@ -9,12 +9,14 @@ import fsspec
 import pytest
 
 from shardbook import recording
+from shardbook._attempts import find_attempts
+from shardbook._trees import open_tree
 from shardbook.client import Client
 from shardbook.core.manifest import Manifest
 from shardbook.errors import CorruptManifestError, InvalidArgumentError, NotFoundError, UnavailableError
 from shardbook.recording import record_attempt
 from shardbook.stores import Stores
-from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
+from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, sync_directory, unsettled
 from shardbook.v1 import types_pb2
 from tests.behaviour.client.catalogue import Catalogue
 from tests.behaviour.client.directories import CheckpointDirectory, identity, manifest, record
@@ -90,6 +92,29 @@ def test_folding_an_older_attempt_leaves_the_newest_manifest(step: CheckpointDir
     assert newer == Manifest.from_bytes((step.path / ".shardbook" / "manifest").read_bytes()).identity
 
 
+def test_records_that_a_coordinator_folds_meanwhile_are_not_missed(
+    step: CheckpointDirectory, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records that vanish between two looks have become a manifest: that one is taken."""
+    who = identity()
+    step.add_records(who)
+    (found,) = find_attempts(open_tree(step.path), str(step.path))
+    step.add_manifest(who)
+    (step.path / ".shardbook" / who.prefix / "rank-2.record").unlink()
+    assert (manifest(who), None) == found.read()
+
+
+def test_export_of_dcp_metadata_is_left_to_who_has_torch(step: CheckpointDirectory, server: ScriptedServer) -> None:
+    """Given an exporter, the folded directory gets its `.metadata` too; an older attempt's never replaces it."""
+    newer, older = identity(session=5), identity(session=4, incarnation=b"o" * 16)
+    client = Client(server.target)
+    step.add_records(newer)
+    sync_directory(client, step.path, export=lambda directory, folded: folded.manifest.identity.prefix.encode())
+    step.add_records(older)
+    sync_directory(client, step.path, export=lambda directory, folded: b"older")
+    assert newer.prefix.encode() == (step.path / ".metadata").read_bytes()
+
+
 def test_directory_that_cannot_be_written_is_recorded_all_the_same(
     step: CheckpointDirectory, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +127,7 @@ def test_directory_that_cannot_be_written_is_recorded_all_the_same(
     monkeypatch.setattr("shardbook._trees._LocalTree.write", refuse)
     (result,) = synced(server, step.path)
     assert SyncOutcome.RECORDED is result.outcome
-    assert "manifest was not written" in result.message
+    assert "was not written: [Errno 13] Permission denied" in result.message
 
 
 def test_missing_ranks_are_named(step: CheckpointDirectory, server: ScriptedServer) -> None:
