@@ -72,7 +72,7 @@ class Demo:
         # The rendezvous id is the job's id: a restart of the same job takes its run over at once.
         rendezvous = ["--rdzv-id=demo", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
         launcher = [*torchrun, *rendezvous] if count > 1 else [sys.executable]
-        return [*launcher, TRAIN, f"--root={self.root}", f"--run={RUN}", *arguments]
+        return [*launcher, TRAIN, RUN, f"--root={self.root}", *arguments]
 
     def shardbook(self, *arguments: str) -> None:
         """Runs the ``shardbook`` command and shows what it prints."""

@@ -1,8 +1,8 @@
 """A small transformer trained with FSDP2 and saved with Shardbook: what a training script has to say.
 
-    torchrun --nproc-per-node 4 examples/train.py --root /tmp/ckpt --run demo/tiny --steps 3
-    torchrun --nproc-per-node 2 examples/train.py --root /tmp/ckpt --run demo/tiny --steps 1 --resume demo/tiny@latest
-    python examples/train.py --root /tmp/ckpt --run demo/tiny --steps 1 --resume demo/tiny@latest --no-save
+    torchrun --nproc-per-node 4 examples/train.py demo/tiny --root /tmp/ckpt --steps 3
+    torchrun --nproc-per-node 2 examples/train.py demo/tiny --root /tmp/ckpt --steps 1 --resume demo/tiny@latest
+    python examples/train.py demo/tiny --root /tmp/ckpt --steps 1 --resume demo/tiny@latest --no-save
 
 The options with ``demo:`` in their help are the demo's: they compare, and they stop at the right moment.
 """
@@ -96,8 +96,8 @@ class Trainer:
 def parse_arguments() -> argparse.Namespace:
     """Returns the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("run", help="project/run")
     parser.add_argument("--root", type=Path, required=True, help="where checkpoints go: ROOT/step-N")
-    parser.add_argument("--run", required=True, help="project/run")
     parser.add_argument("--steps", type=int, required=True, help="steps to train")
     parser.add_argument("--resume", help="ref or directory to load first")
     parser.add_argument("--no-save", action="store_true", help="train without saving")
@@ -144,7 +144,7 @@ def save(trainer: Trainer, arguments: argparse.Namespace, rank: int) -> None:
     took_s = time.perf_counter() - begin
     print(
         f"[rank {rank}] step {trainer.step}: {result.state.name} {result.ref} in {took_s:.2f} s, "
-        f"sent {result.sent_bytes} bytes" + (f" ({result.reason})" if result.reason else ""),
+        f"sent {result.stats.sent_bytes} bytes" + (f" ({result.reason})" if result.reason else ""),
         flush=True,
     )
     if arguments.keep:
