@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-import shardbook.dcp as dcp  # noqa: PLR0402  the line that users write
+import shardbook.dcp as dcp
 
 VOCABULARY, WIDTH, CONTEXT, BATCH = 256, 64, 32, 8
 
