@@ -35,17 +35,16 @@ class WantedBlobs:
         """Stores all uploads, then looks up all names: two or three statements for a project."""
         self._blobs = blobs
         self._rows: dict[tuple[str, BlobRef], BlobRow] = {}
-        self._uploads: dict[str, dict[BlobRef, CheckedBlob]] = {}
+        uploads: dict[str, dict[BlobRef, CheckedBlob]] = {}
         refs: dict[str, dict[BlobRef, None]] = {}
         ids: dict[str, int] = {}
         for want in wants:
             ids[want.project] = want.project_id
-            self._uploads.setdefault(want.project, {}).update({blob.ref: blob for blob in want.checked.blobs})
+            uploads.setdefault(want.project, {}).update({blob.ref: blob for blob in want.checked.blobs})
             refs.setdefault(want.project, {}).update(dict.fromkeys(want.refs))
         for project, project_id in ids.items():
-            uploads = self._uploads[project]
-            blobs.store(connection, project, project_id, uploads.values(), now_us)
-            found = blobs.find(connection, project, project_id, refs[project] | dict.fromkeys(uploads))
+            blobs.store(connection, project, project_id, uploads[project].values(), now_us)
+            found = blobs.find(connection, project, project_id, refs[project] | dict.fromkeys(uploads[project]))
             self._rows |= {(project, ref): row for ref, row in found.items()}
 
     def row(self, project: str, ref: BlobRef) -> BlobRow | None:
@@ -54,6 +53,5 @@ class WantedBlobs:
 
     def remember(self) -> None:
         """Keeps what was found and stored in memory; only after the transaction has committed."""
-        for project, uploads in self._uploads.items():
-            rows = [row for (of, _), row in self._rows.items() if of == project]
-            self._blobs.remember(project, rows, uploads.values())
+        for (project, _), row in self._rows.items():
+            self._blobs.remember(project, [row])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from shardbook.core.columns import unframe
@@ -73,8 +73,8 @@ NO_BLOBS: Final = CheckedBlobs()
 class BlobService:
     """Checks, stores and decodes blobs. Thread-safe.
 
-    What it caches is in the database: uploads enter the caches when the transaction that stored them has committed
-    (``remember``). Caches are apart by project: a digest learned elsewhere opens nothing.
+    Two caches: what was verified (decoded, stored or not), and what is known to be stored (``remember``). Both are
+    apart by project: a digest learned elsewhere opens nothing.
     """
 
     def __init__(self, database: Database, *, cache_bytes: int) -> None:
@@ -118,13 +118,16 @@ class BlobService:
         reference: BlobRef | None,
         beside: Mapping[BlobRef, CheckedBlob],
     ) -> CheckedBlob:
+        # The same content verified before need not be decoded again: the digest proves that it is the same.
         row = self._rows.get((project, ref))
         if row is not None:
-            # The same content has been verified before; the digest proves that it is the same.
             info = StructureInfo(row.entry_count, row.item_count, row.variable_count, row.fixed_bytes)
             return CheckedBlob(ref, reference, upload.payload, info, None)
-        held = {one.ref: one.decoded for one in beside.values() if one.decoded is not None}
-        decoded = self._decode(project, upload.kind, upload.payload, held)
+        decoded = self._decoded.get((project, ref))
+        if decoded is None:
+            held = {one.ref: one.decoded for one in beside.values() if one.decoded is not None}
+            decoded = self._decode(project, upload.kind, upload.payload, held)
+            self._decoded.put((project, ref), decoded, _weight(decoded))
         info = structure_info(decoded) if isinstance(decoded, RankStructure) else _NO_INFO
         return CheckedBlob(ref, reference, upload.payload, info, decoded)
 
@@ -193,23 +196,10 @@ class BlobService:
             now_us,
         )
 
-    def remember(self, project: str, rows: Iterable[BlobRow], checked: Iterable[CheckedBlob] = ()) -> None:
-        """Keeps in memory what a transaction that has committed read or stored."""
+    def remember(self, project: str, rows: Iterable[BlobRow]) -> None:
+        """Keeps in memory which blobs are stored; only after the transaction that read or stored them."""
         for row in rows:
             self._rows.put((project, BlobRef(row.kind, row.digest)), row)
-        for blob in sorted(checked, key=lambda blob: blob.ref.kind):
-            if blob.decoded is not None and self._decoded.get((project, blob.ref)) is None:
-                shared = self._share(project, blob.reference, blob.decoded)
-                self._decoded.put((project, blob.ref), shared, _weight(shared))
-
-    def _share(self, project: str, reference: BlobRef | None, decoded: Decoded) -> Decoded:
-        """Points a blob at the cached object it refers to: ranks upload the same table, each its own copy."""
-        held = None if reference is None else self._decoded.get((project, reference))
-        if isinstance(decoded, RankPlan) and isinstance(held, TensorTable) and held is not decoded.table:
-            return replace(decoded, table=held)
-        if isinstance(decoded, RankStructure) and isinstance(held, RankPlan) and held is not decoded.plan:
-            return replace(decoded, plan=held)
-        return decoded
 
     def tables(self, project: str, digests: Sequence[bytes]) -> list[TensorTable]:
         """Returns stored tables, decoded."""
