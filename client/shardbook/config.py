@@ -1,6 +1,6 @@
 """What a client is told about its surroundings: server, mode, stores, patience. One frozen object.
 
-Settings come from the environment, else from a TOML file (``SHARDBOOK_CONFIG``, by default
+Settings come from the environment, else from a TOML file (``SHARDBOOK_CLIENT_CONFIG``, by default
 ``$XDG_CONFIG_HOME/shardbook/config.toml``), else from the defaults; ``SETTINGS`` lists them all. The file::
 
     server = "shardbook.example:7420"
@@ -29,7 +29,7 @@ from shardbook.stores import Stores
 
 _LOG = logging.getLogger(__name__)
 
-CONFIG_VARIABLE: Final = "SHARDBOOK_CONFIG"
+CONFIG_VARIABLE: Final = "SHARDBOOK_CLIENT_CONFIG"
 
 
 def _default_file(env: Mapping[str, str]) -> Path:

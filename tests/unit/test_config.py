@@ -86,7 +86,7 @@ def test_file_is_read_and_the_environment_wins(tmp_path: Path) -> None:
         ({"SHARDBOOK_STORES": "lustre"}, "stores"),
         ({"SHARDBOOK_STORES": "Lustre=/x"}, "stores"),
         ({"SHARDBOOK_SERVER": "https://host:1"}, "server"),
-        ({"SHARDBOOK_CONFIG": "/nowhere/config.toml"}, "SHARDBOOK_CONFIG"),
+        ({"SHARDBOOK_CLIENT_CONFIG": "/nowhere/config.toml"}, "SHARDBOOK_CLIENT_CONFIG"),
     ],
 )
 def test_bad_setting_names_itself(variables: dict[str, str], field: str, nowhere: dict[str, str]) -> None:
@@ -104,7 +104,7 @@ def test_bad_file_is_refused(content: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(content)
     with pytest.raises(InvalidArgumentError, match=match):
-        ClientConfig.from_env({"SHARDBOOK_CONFIG": str(path)})
+        ClientConfig.from_env({"SHARDBOOK_CLIENT_CONFIG": str(path)})
 
 
 def test_no_server_means_offline_and_one_log_line(nowhere: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:

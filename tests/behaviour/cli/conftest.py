@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import structlog
 
 from shardbook.cli import main
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quiet_server() -> Iterator[None]:
+    """A server in this process logs to nobody: its lines are no part of a command's output."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
 
 
 @dataclass(frozen=True)
