@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 
-from shardbook.core import planning
+from shardbook.core import election, limits, planning
 from shardbook.core.columns import BoolArray
 from shardbook.core.planning import decide
 from shardbook.core.structure import RankPlan
@@ -165,6 +165,11 @@ def test_decisions_of_this_version_never_change() -> None:
     digest = hashlib.sha256(b"".join(np.packbits(drop).tobytes() for drop in drops)).hexdigest()
     expected = "0ea9c4c5db089da5141b4e60d07b13aabfb2466b08f3ebdc06deb41bc36378dd"
     assert (1, expected) == (planning.ALGORITHM_VERSION, digest)
+
+
+def test_a_score_has_room_for_every_rank() -> None:
+    """A larger world needs wider scores, which elect other ranks: a new version of the algorithm."""
+    assert int(election._RANK_MASK) >= limits.MAX_WORLD_SIZE - 1
 
 
 def test_other_tensors_do_not_change_who_writes_an_item() -> None:

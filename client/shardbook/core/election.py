@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardbook.core import limits
 from shardbook.core.columns import Int64Array
 from shardbook.core.mixing import UInt64Array, mix
 from shardbook.core.ragged import firsts_of, group_reduce, rows_of
@@ -25,7 +24,8 @@ from shardbook.core.ragged import firsts_of, group_reduce, rows_of
 #: An item counts as no heavier than this, 64 GiB: sums of weights stay below 2**63.
 MAX_WEIGHT_BYTES = 1 << 36
 #: The low bits of a score hold the rank: a score names its holder, and no two holders of an item have the same.
-_RANK_MASK = np.uint64(limits.MAX_WORLD_SIZE - 1)
+#: Enough for ``limits.MAX_WORLD_SIZE``, but a constant of the algorithm: with other bits other ranks are elected.
+_RANK_MASK = np.uint64((1 << 20) - 1)
 _RANK_SALT = np.uint64(0x5368617264626B31)
 _HIGHEST = np.uint64(2**64 - 1)
 #: How far a rank may exceed its fair share, at first.
