@@ -8,7 +8,7 @@ import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardbook.core.columns import ByteReader, ByteWriter, frame, unframe
+from shardbook.core.columns import ByteReader, ByteWriter, frame, pack_columns, unframe
 from shardbook.errors import InvalidArgumentError
 from tests.unit.strategies import fqns, int64
 
@@ -28,6 +28,14 @@ def test_any_column_comes_back(values: list[int], delta: bool) -> None:
     reader = ByteReader(pack(values, delta=delta))
     assert values == reader.column(len(values), delta=delta).tolist()
     reader.end()
+
+
+@given(st.lists(st.lists(int64, max_size=5), max_size=6), st.booleans())
+def test_many_columns_at_once_are_packed_as_one_by_one(columns: list[list[int]], delta: bool) -> None:
+    """There is one packing of a column, whoever packs it."""
+    values = np.array([value for column in columns for value in column], dtype=np.int64)
+    counts = np.array([len(column) for column in columns], dtype=np.int64)
+    assert [pack(column, delta=delta) for column in columns] == pack_columns(values, counts, delta=delta)
 
 
 def test_regular_columns_cost_a_few_bytes_whatever_their_length() -> None:

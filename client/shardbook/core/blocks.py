@@ -22,6 +22,7 @@ from shardbook.core.columns import (
     frame,
     magic,
     malformed,
+    pack_columns,
     unframe,
 )
 from shardbook.core.digest import digest_of
@@ -43,11 +44,30 @@ _CHUNK_COLUMNS = (
 
 def encode_blocks(structure: CheckpointStructure) -> list[Encoded]:
     """Returns one content-addressed block an entry, in state-dict order."""
-    firsts = structure.firsts.tolist()
-    return [_encode_block(structure, row, slice(firsts[row], firsts[row + 1])) for row in range(structure.entry_count)]
+    columns = _box_columns(structure)
+    for name, climbs in _CHUNK_COLUMNS:
+        packed = pack_columns(getattr(structure, name), structure.chunk_counts, delta=climbs)
+        for row, content in enumerate(packed):
+            columns[row].append(content)
+    return [_encode_block(structure, row, columns[row]) for row in range(structure.entry_count)]
 
 
-def _encode_block(structure: CheckpointStructure, row: int, chunks: slice) -> Encoded:
+def _box_columns(structure: CheckpointStructure) -> list[list[bytes]]:
+    """Packed sizes and offsets of every entry's chunks, dimension by dimension."""
+    columns: list[list[bytes]] = [[] for _ in structure.fqns]
+    ndims = np.repeat(structure.ndims, structure.chunk_counts)
+    for dim in range(int(structure.ndims.max(initial=0))):
+        entries, chunks = np.flatnonzero(structure.ndims > dim), ndims > dim
+        size, offset = structure.sizes[chunks, dim], structure.offsets[chunks, dim]
+        index = offset // np.maximum(size, 1) * (size > 0)
+        for values, climbs in ((size, True), (index, True), (offset - index * size, False)):
+            packed = pack_columns(values, structure.chunk_counts[entries], delta=climbs)
+            for row, content in zip(entries.tolist(), packed, strict=True):
+                columns[row].append(content)
+    return columns
+
+
+def _encode_block(structure: CheckpointStructure, row: int, columns: list[bytes]) -> Encoded:
     writer = ByteWriter()
     writer.raw(magic(_KIND, _VERSION))
     writer.blob(encode_name(structure.fqns[row]))
@@ -58,15 +78,9 @@ def _encode_block(structure: CheckpointStructure, row: int, chunks: slice) -> En
     for size in structure.shapes[row, :ndim].tolist():
         writer.varint(size)
     writer.varint(int(structure.winner_entry[row]))
-    writer.varint(chunks.stop - chunks.start)
-    for dim in range(ndim):
-        size, offset = structure.sizes[chunks, dim], structure.offsets[chunks, dim]
-        index = offset // np.maximum(size, 1) * (size > 0)
-        writer.column(size, delta=True)
-        writer.column(index, delta=True)
-        writer.column(offset - index * size, delta=False)
-    for name, climbs in _CHUNK_COLUMNS:
-        writer.column(getattr(structure, name)[chunks], delta=climbs)
+    writer.varint(int(structure.chunk_counts[row]))
+    for column in columns:
+        writer.raw(column)
     content = writer.finish()
     return Encoded(digest_of(content), frame(content))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,9 @@ _ZSTD_LEVEL: Final = 3
 _RAW_BELOW_BYTES: Final = 40
 _WIDTHS: Final = (1, 2, 4, 8)
 _MASK64: Final = (1 << 64) - 1
+_BYTES: Final = tuple(bytes((value,)) for value in range(256))
+#: Width of a column: the sum of the steps whose bits its largest value needs.
+_WIDTH_STEPS: Final = ((0, 1), (8, 1), (16, 2), (32, 4))
 
 
 def malformed(what: str, *, field: str = "payload") -> InvalidArgumentError:
@@ -67,20 +71,15 @@ class ByteWriter:
 
     def byte(self, value: int) -> None:
         """Appends one byte, 0 to 255."""
-        self._parts.append(bytes((value,)))
+        self._parts.append(_BYTES[value])
 
     def varint(self, value: int) -> None:
         """Appends an unsigned integer below 2**64."""
-        out = bytearray()
-        while value >= 0x80:
-            out.append(value & 0x7F | 0x80)
-            value >>= 7
-        out.append(value)
-        self._parts.append(bytes(out))
+        self._parts.append(_BYTES[value] if value < 0x80 else _varint_bytes(value))
 
     def signed(self, value: int) -> None:
         """Appends an int64, small magnitudes in few bytes."""
-        self.varint((value << 1) ^ (value >> 63) if value >= 0 else ((-value - 1) << 1) | 1)
+        self._parts.append(_signed_bytes(value))
 
     def blob(self, content: bytes) -> None:
         """Appends bytes behind their length."""
@@ -124,6 +123,60 @@ class ByteWriter:
     def finish(self) -> bytes:
         """Returns everything appended."""
         return b"".join(self._parts)
+
+
+def pack_columns(values: Int64Array, counts: Int64Array, *, delta: bool) -> list[bytes]:
+    """Packs many consecutive columns at once, each as ``ByteWriter.column`` packs it.
+
+    Args:
+        values: (N,) the columns one behind the other.
+        counts: (T,) length of each; they add up to N.
+        delta: As for ``ByteWriter.column``.
+
+    Returns:
+        T packed columns. What is computed is computed for all of them together: a column of its own costs no call
+        of numpy unless its values differ.
+    """
+    starts = np.cumsum(counts) - counts
+    headers: list[bytes] = [b""] * len(counts)
+    rest, rest_counts = values, counts
+    if delta:
+        held = np.flatnonzero(counts)
+        for row, first in zip(held.tolist(), values[starts[held]].tolist(), strict=True):
+            headers[row] = _signed_bytes(first)
+        inside = np.ones(len(values), dtype=np.bool_)
+        inside[starts[held]] = False
+        rest = np.diff(values, prepend=values[:1])[inside]
+        rest_counts = np.maximum(counts - 1, 0)
+    rows = np.flatnonzero(rest_counts)
+    if len(rows) == 0:
+        return headers
+    begins = (np.cumsum(rest_counts) - rest_counts)[rows]
+    smallest = np.minimum.reduceat(rest, begins)
+    above = rest.view(np.uint64) - np.repeat(smallest, rest_counts[rows]).view(np.uint64)
+    largest = np.maximum.reduceat(above, begins)
+    widths = sum((largest >= np.uint64(1 << bits)).astype(np.int64) * step for bits, step in _WIDTH_STEPS)
+    ends = begins + rest_counts[rows]
+    described = zip(*(column.tolist() for column in (rows, smallest, widths, begins, ends)), strict=True)
+    for row, least, width, begin, end in described:
+        headers[row] += _signed_bytes(least) + _BYTES[width]
+        if width:
+            headers[row] += above[begin:end].astype(f"<u{width}").tobytes()
+    return headers
+
+
+def _varint_bytes(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+@lru_cache(maxsize=1 << 12)
+def _signed_bytes(value: int) -> bytes:
+    return _varint_bytes(value << 1 if value >= 0 else ((-value - 1) << 1) | 1)
 
 
 class ByteReader:
