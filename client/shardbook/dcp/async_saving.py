@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.storage import StorageWriter
 
@@ -91,14 +92,15 @@ def async_save(
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     owned = None
+    plain = plain_state(state_dict)
     if async_stager is None:
         own: object = storage_writer  # every FileSystemWriter is a stager too, which StorageWriter does not say
         if isinstance(own, AsyncStager):
             async_stager = own
         else:
-            async_stager = owned = DefaultStager(StagingOptions(False, False, False, False))
+            async_stager = owned = _usual_stager(plain)
     try:
-        staged = async_stager.stage(plain_state(state_dict))
+        staged = async_stager.stage(plain)
     except BaseException as error:
         RankSave(prepared).give_up("plan", error)
         _close(owned)
@@ -110,6 +112,21 @@ def async_save(
     if not isinstance(staged, Future) and async_stager.should_synchronize_after_execute:
         async_stager.synchronize_staging()
     return AsyncSaveResponse(_staging_future(staged), upload)
+
+
+def _usual_stager(state_dict: dict[str, Any]) -> AsyncStager:
+    """DCP's default stager; its older one for ShardedTensor, at which the default one fails."""
+    if _holds_sharded_tensor(state_dict):
+        return BlockingAsyncStager()
+    return DefaultStager(StagingOptions(False, False, False, False))
+
+
+def _holds_sharded_tensor(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_sharded_tensor, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_sharded_tensor, value))
+    return isinstance(value, ShardedTensor)
 
 
 def _upload(prepared: PreparedSave, staged: Future[dict[str, Any]] | dict[str, Any]) -> SaveResult:

@@ -15,6 +15,7 @@ from typing import Final
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from shardbook._attempts import is_newer
 from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.container import read_index, read_section
@@ -153,19 +154,6 @@ def _export(files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[F
         _LOG.exception("%s was not written: plain DCP cannot load this checkpoint", names.DCP_METADATA)
         return [f"{names.DCP_METADATA} was not written: {error}"]
     return []
-
-
-def is_newer(one: AttemptIdentity, other: AttemptIdentity) -> bool:
-    """Returns True when ``one`` may take the place of ``other``; an attempt may take its own.
-
-    Numbered sessions of one part have an order, and so have attempts of a session; else the clocks decide.
-    """
-    if (one.run, one.part) == (other.run, other.part):
-        if one.incarnation == other.incarnation:
-            return one.attempt >= other.attempt
-        if one.session and other.session:
-            return one.session > other.session
-    return one.write_time_s >= other.write_time_s
 
 
 def read_identity(files: CheckpointFiles, path: str) -> AttemptIdentity | None:

@@ -1,0 +1,38 @@
+"""Ranks and a server that the tests of this folder share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from shardbook_server.app import running_server
+from shardbook_server.settings import Settings
+from tests.torch.harness import RankPool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Ranks."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server on SQLite."""
+    database = tmp_path_factory.mktemp("server") / "shardbook.sqlite"
+    settings = Settings(listen="127.0.0.1:0", database_url=f"sqlite:///{database}")
+    with running_server(settings) as running:
+        yield running.address
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def run() -> str:
+    """A run that no other test writes."""
+    return f"tests/run-{next(_numbers)}"

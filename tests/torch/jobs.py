@@ -1,0 +1,105 @@
+"""What the ranks of these tests do; functions are found by name in the ranks' processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+from torch.distributed.device_mesh import DeviceMesh
+
+from shardbook import dcp
+from tests.torch.detector import detector
+from tests.torch.harness import Rank
+from tests.torch.layouts import LAYOUTS, fill, group_of, spoil, submesh, wrong_pieces
+
+
+def speak(rank: Rank, how: str) -> list[str]:
+    """Says something to the other ranks in one of many ways; returns what the detector noticed."""
+    from torch.distributed._functional_collectives import all_reduce
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (rank.world_size,))
+    sharded = DTensor.from_local(torch.ones(2), mesh, [Shard(0)])
+    group = dist.group.WORLD
+    assert group is not None
+    ways: dict[str, Any] = {
+        "barrier": dist.barrier,
+        "objects": lambda: dist.broadcast_object_list([1], src=0),
+        "method": lambda: group.allreduce([torch.ones(1)]).wait(),
+        "c++": lambda: torch.ops._c10d_functional.wait_tensor(
+            torch.ops._c10d_functional.all_reduce(torch.ones(1), "sum", group.group_name)
+        ),
+        "functional": lambda: all_reduce(torch.ones(1), "sum", group),
+        "dtensor": sharded.full_tensor,
+        "store": lambda: dist.distributed_c10d._get_default_store().set("k", "v"),
+        "nothing": lambda: None,
+    }
+    with detector() as seen:
+        ways[how]()
+    return seen
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a rank's save did.
+
+    Attributes:
+        results: One a save.
+        noticed: What the rank said to others meanwhile.
+    """
+
+    results: list[dcp.SaveResult]
+    noticed: list[str]
+
+
+def save(rank: Rank, layout: str, paths: list[str], start: dict[str, Any], options: dict[str, Any]) -> Saved:
+    """Saves a layout into each of ``paths``; the last one by ``async_save`` when there are several."""
+    dcp.init(**start)
+    state = fill(LAYOUTS[layout](rank))
+    with detector() as noticed:
+        results = [dcp.save(state, checkpoint_id=path, **options) for path in paths[: max(1, len(paths) - 1)]]
+        if len(paths) > 1:
+            response = dcp.async_save(state, checkpoint_id=paths[-1], **options)
+            response.staging_completion.result()
+            results.append(response.result())
+    return Saved(results, noticed)
+
+
+def load(rank: Rank, layout: str, targets: list[str], plain_dcp: bool = False) -> dict[str, list[str]]:
+    """Loads each of ``targets`` into a layout; returns what is wrong with each, and what the rank said to others."""
+    wrong: dict[str, list[str]] = {}
+    for target in targets:
+        state = spoil(LAYOUTS[layout](rank))
+        with detector() as noticed:
+            if plain_dcp:
+                torch_load(state, checkpoint_id=target)
+            else:
+                dcp.load(state, target)
+        wrong[target] = wrong_pieces(state) + ([] if plain_dcp else noticed)
+        if "note" in state and state["note"] != "value of note":
+            wrong[target].append(f"note: {state['note']!r}")
+    return wrong
+
+
+def init_only(_: Rank, start: dict[str, Any]) -> list[str]:
+    """Starts a session; returns what that said to others."""
+    with detector() as noticed:
+        dcp.init(**start)
+    return noticed
+
+
+def save_submesh(rank: Rank, ranks: list[int], path: str, start: dict[str, Any]) -> dcp.SaveResult | None:
+    """Saves from a group of some ranks; the others do nothing and return None."""
+    group = group_of(ranks)
+    mesh = DeviceMesh("cpu", ranks)
+    if rank.rank not in ranks:
+        return None
+    dcp.init(process_group=group, **start)
+    with detector() as noticed:
+        result = dcp.save(fill(submesh(rank, mesh)), checkpoint_id=path, process_group=group)
+    assert [] == noticed
+    return result
