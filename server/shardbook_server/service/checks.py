@@ -15,7 +15,10 @@ MAX_RECORDED_SESSION = 2**62
 #: End of the year 9999, microseconds since the epoch: the last moment that a timestamp can say.
 LATEST_TIME_US = 253_402_300_799_999_999
 
-_USER_INFO = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@")
+#: Azure writes ``container@account`` where others write a user; a password never passes.
+_USER_INFO = re.compile(
+    r"^(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#]*@|[a-z]+://[^/?#@]*:[^/?#]*@)", re.IGNORECASE
+)
 
 
 def check_int(value: int, field: str, *, smallest: int = 0, largest: int = limits.INT64_MAX) -> int:

@@ -12,10 +12,12 @@ import pytest
 
 from shardbook.client import Client
 from shardbook.core.head import decode_head
-from shardbook.errors import RanksMissingError, SessionFencedError
+from shardbook.errors import InvalidArgumentError, RanksMissingError, SessionFencedError
 from shardbook.recording import attempt_key
+from shardbook.stores import Stores
 from shardbook.v1 import registration_pb2 as pb
 from shardbook_server.app import Server, running_server
+from shardbook_server.service.checks import check_location
 from shardbook_server.settings import Settings
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.directories import CheckpointDirectory, identity, manifest
@@ -187,6 +189,19 @@ def test_large_world_is_synced_in_parts(
         shardbook("tensors", "large/run@10", "--json").json["tensors"][0]["chunk_count"],
     )
     assert list(manifest(who).segments) == [payload for _, payload in client.get_metadata("large/run@10").segments]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://key:secret@bucket/x", "sftp://me@host/x", "abfss://box@acct.example/x", "abfss://box:key@acct.example/x"],
+)
+def test_every_location_of_a_client_is_one_for_the_server(url: str) -> None:
+    """What the client makes of a directory's URL is never refused; with its credentials it always is."""
+    location = Stores().location_of(url)
+    assert location == check_location(location, "location")
+    if location != url:
+        with pytest.raises(InvalidArgumentError):
+            check_location(url, "location")
 
 
 def test_command_is_installed(client: Client, tmp_path: Path) -> None:
