@@ -21,7 +21,7 @@ from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.duplicates import counted
 from shardbook.core.faults import Fault, describe_geometry, describe_unlike, faults_of, refuse
 from shardbook.core.gather import Chunks, place
-from shardbook.core.geometry import NONE, Verdict, judge
+from shardbook.core.geometry import Verdict, judge
 from shardbook.core.grid import prove_even
 from shardbook.core.merge import World, merge_key_paths
 from shardbook.core.ragged import rows_of, within_group
@@ -98,24 +98,15 @@ def _judge(chunks: Chunks, disagrees: BoolArray) -> tuple[Chunks, Int64Array, In
     Entries that ranks disagree about are not judged: there is no shape to judge them by.
     """
     offsets, sizes = chunks.boxes()
-    tiled = prove_even(chunks.counts, chunks.shapes, offsets, sizes).tiled
-    rest = np.flatnonzero(~tiled & ~disagrees)
+    # Where no two chunks are the same cell of a grid, none is a duplicate: the proof settles both questions.
+    settled = disagrees | prove_even(chunks.counts, chunks.shapes, offsets, sizes).tiled
+    rest = np.flatnonzero(~settled)
     rows = rows_of(chunks.firsts[rest], chunks.counts[rest])
     keep = np.ones(len(offsets), dtype=np.bool_)
     keep[rows] = counted(np.repeat(rest, chunks.counts[rest]), offsets[rows], sizes[rows])
     if not keep.all():
         chunks, offsets, sizes = chunks.only(keep), offsets[keep], sizes[keep]
-    verdict = Verdict(
-        out_of_bounds=np.zeros(len(offsets), dtype=np.bool_),
-        overlap=np.full((len(tiled), 2), NONE, dtype=np.int64),
-        incomplete=np.zeros(len(tiled), dtype=np.bool_),
-    )
-    rows = rows_of(chunks.firsts[rest], chunks.counts[rest])
-    found = judge(chunks.counts[rest], chunks.shapes[rest], offsets[rows], sizes[rows])
-    verdict.out_of_bounds[rows] = found.out_of_bounds
-    verdict.overlap[rest] = np.where(found.overlap == NONE, NONE, np.append(rows, NONE)[found.overlap])
-    verdict.incomplete[rest] = found.incomplete
-    return chunks, offsets, sizes, verdict
+    return chunks, offsets, sizes, judge(chunks.counts, chunks.shapes, offsets, sizes, settled=settled)
 
 
 def _finish(chunks: Chunks, offsets: Int64Array, sizes: Int64Array, warnings: tuple[str, ...]) -> CheckpointStructure:

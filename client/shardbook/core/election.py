@@ -4,8 +4,9 @@ Every holder of an item has a score, a hash of the item and the holder's rank, a
 depends on nothing else, so when one rank's plan changes, items that it does not hold stay where they are. That alone
 spreads items evenly and bytes badly, so a rank's bytes are bounded: items are placed from the largest size class to
 the smallest, and one that would exceed the bound of its first choice goes to the next. The bound of a rank is what
-would fall to it if every item were split evenly between its holders, and a sixteenth more; where an item fits none
-of its holders the bound rises. So few items, those at the edge, move on account of others.
+would fall to it if every item were split evenly between its holders, or the heaviest item to be placed where that is
+more, and a sixteenth on top; where an item fits none of its holders the bound rises. So few items, those at the edge,
+move on account of others.
 
 All of it is integer arithmetic, but for bounds, which are products rounded once: every machine decides the same.
 """
