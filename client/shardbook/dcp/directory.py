@@ -168,57 +168,47 @@ def read_identity(files: CheckpointFiles, path: str) -> AttemptIdentity | None:
         return None
 
 
-def read_attempt(files: CheckpointFiles, prefix: str = "") -> FoldedAttempt | None:
-    """Returns what the directory holds: the newest attempt, or that of ``prefix``.
+def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
+    """Returns the newest whole attempt of a directory; None when Shardbook left none here.
 
-    From the manifest; else from an attempt's own manifest or a complete set of records, of several the newest.
-
-    Returns:
-        None when Shardbook left nothing complete here.
+    That of the manifest, unless a newer one has left a complete set of records that nobody has folded yet.
 
     Raises:
         CorruptManifestError: What is there is damaged.
     """
     for _ in range(_LOOKS):
-        content = files.read(names.manifest_path(prefix) if prefix else names.MANIFEST)
-        if content is not None:
-            return unfold(Manifest.from_bytes(content))
-        prefixes = [prefix] if prefix else [name for name in files.names(names.ROOT) if names.is_prefix(name)]
-        found = [attempt for attempt in map(_Candidate(files), prefixes) if attempt is not None]
-        if found:
-            best = found[0]
-            for one in found[1:]:
-                best = one if is_newer(one.manifest.identity, best.manifest.identity) else best
+        top = files.read(names.MANIFEST)
+        best = None if top is None else unfold(Manifest.from_bytes(top))
+        prefixes = list(filter(names.is_prefix, files.names(names.ROOT)))
+        for prefix in prefixes:
+            known = best is not None and best.manifest.identity.prefix == prefix
+            one = None if known else _read_one(files, prefix, only_records=best is not None)
+            if one is not None and (best is None or is_newer(one.manifest.identity, best.manifest.identity)):
+                best = one
+        if best is not None or not prefixes:
             return best
-        if not prefixes:
-            return None
         # A coordinator may have folded the records between two looks: then its manifest is there by now.
     return None
 
 
-class _Candidate:
-    """Reads one attempt of a directory; None when it is not complete."""
-
-    def __init__(self, files: CheckpointFiles) -> None:
-        self._files = files
-
-    def __call__(self, prefix: str) -> FoldedAttempt | None:
-        content = self._files.read(names.manifest_path(prefix))
-        if content is not None:
-            return unfold(Manifest.from_bytes(content))
-        listed = self._files.names(names.attempt_path(prefix))
-        ranks = [rank for rank in map(names.rank_of_record, listed) if rank is not None]
-        if not ranks:
-            return None
-        first = read_record(self._files, prefix, ranks[0])
-        if first is None or len(ranks) < first.identity.world_size:
-            return None
-        records = read_records(self._files, prefix, first.identity.world_size)
-        try:
-            return None if missing_ranks(records) else fold(records)
-        except InvalidGeometryError as error:
-            _LOG.warning("attempt %s is whole, but its chunks do not make whole tensors: %s", prefix, error)
-            return None
+def _read_one(files: CheckpointFiles, prefix: str, *, only_records: bool) -> FoldedAttempt | None:
+    """Reads one attempt; None when it is not whole, or when it has a manifest and only records are of interest."""
+    listed = files.names(names.attempt_path(prefix))
+    content = None if only_records else files.read(names.manifest_path(prefix))
+    if content is not None:
+        return unfold(Manifest.from_bytes(content))
+    ranks = [rank for rank in map(names.rank_of_record, listed) if rank is not None]
+    if not ranks or names.manifest_path("").rpartition("/")[2] in listed:
+        return None
+    first = read_record(files, prefix, ranks[0])
+    if first is None or len(ranks) < first.identity.world_size:
+        return None
+    records = read_records(files, prefix, first.identity.world_size)
+    try:
+        return None if missing_ranks(records) else fold(records)
+    except InvalidGeometryError as error:
+        _LOG.warning("attempt %s is whole, but its chunks do not make whole tensors: %s", prefix, error)
+        return None
 
 
 def incomplete_attempts(files: CheckpointFiles) -> Mapping[str, int]:

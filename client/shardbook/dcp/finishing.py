@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp.attempt import Attempt
+from shardbook.dcp.catching_up import record_missing
 from shardbook.dcp.directory import await_records, publish, read_record, read_records
 from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.results import SaveState
@@ -182,7 +183,9 @@ class Finisher:
             self._runtime.unregistered[place] = self._attempt.path
             return Outcome(SaveState.UNREGISTERED, self._describe_alone(record, storage_meta, unregistered))
         self._runtime.unregistered.pop(place, None)
-        return Outcome(SaveState.COMMITTED, self._describe(record, storage_meta), checkpoint)
+        problems = self._describe(record, storage_meta)
+        record_missing(self._runtime)
+        return Outcome(SaveState.COMMITTED, problems, checkpoint)
 
     def _commit(self, submitter: Submitter) -> types_pb2.Checkpoint:
         """Commits once every rank is registered, by itself or by the record it left."""

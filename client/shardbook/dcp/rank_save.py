@@ -121,7 +121,8 @@ class RankSave:
             self._unregistered = f"mode {self._runtime.session.mode}"
             return None
         try:
-            return Submitter(client, self._attempt, self._runtime.session_number(self._attempt.part, client))
+            session = self._runtime.session_number(self._attempt.part, client)
+            return Submitter(client, self._attempt, session, self._runtime.known_blobs)
         except ShardbookError as error:
             self._go_without(error)
             return None

@@ -80,6 +80,10 @@ class Runtime:
         self.unregistered: dict[tuple[str, int], str] = {}
         #: Names of entries that were looked at for what `load` will refuse.
         self.checked_entries: set[str] = set()
+        #: Blobs that the server has from this process, so that later saves send digests alone.
+        self.known_blobs: set[tuple[int, bytes]] = set()
+        #: Held while a thread records what the service missed.
+        self.catching_up = threading.Lock()
         self._lock = threading.Lock()
         self._numbers = {session.part: session.number} if session.number else {}
         self._counts = _Counts()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -19,6 +20,11 @@ from shardbook.errors import InternalError, InvalidArgumentError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from shardbook.v1.types_pb2 import Blob, BlobRef, RankFailure
+
+#: A blob up to this size is sent unasked the first time: that costs less than the round trip in which it is asked for.
+SMALL_BLOB_BYTES: Final = 1024
+#: Kind and digest of a blob.
+BlobKey = tuple[int, bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +81,11 @@ class Submitter:
         client: The server, charged to the save.
         attempt: The attempt.
         session: Number of the session.
+        known: Blobs that the server is known to have; grows with every call, kept by the caller from save to save.
     """
 
-    def __init__(self, client: Client, attempt: Attempt, session: int) -> None:
+    def __init__(self, client: Client, attempt: Attempt, session: int, known: set[BlobKey]) -> None:
+        self._known = known
         self.client = client
         self.attempt = attempt
         self.session = session
@@ -97,9 +105,11 @@ class Submitter:
             plan_digest=plan.plan.digest,
             host=host_name(),
             save_to_lowest_rank=to_lowest_rank,
+            blobs=self._unasked((plan.table, plan.plan)),
         )
         self.sent_bytes += request.ByteSize()
         answer = self.client.plan_until_decided(request, self._source((plan.table, plan.plan)), timeout_s=timeout_s)
+        self._known.update(_key(blob) for blob in (plan.table, plan.plan))
         if answer.state != pb.PlanSaveResponse.STATE_DECIDED:
             return None
         return _dropped(answer.drop, plan.item_count)
@@ -111,10 +121,15 @@ class Submitter:
             ShardbookError: What the server answered, or that it did not.
         """
         request = pb.RegisterShardsRequest(
-            key=self.key, location=self.attempt.place(), registration=registration_of(record), host=record.host
+            key=self.key,
+            location=self.attempt.place(),
+            registration=registration_of(record),
+            host=record.host,
+            blobs=self._unasked(record.blobs),
         )
         self.sent_bytes += request.ByteSize()
         self.client.register_shards(request, self._source(record.blobs))
+        self._known.update(_key(blob) for blob in record.blobs)
 
     def report(self, phase: str, reason: str, deadline_s: float) -> None:
         """Says that this rank cannot finish.
@@ -128,6 +143,11 @@ class Submitter:
             deadline_s=deadline_s,
         )
 
+    def _unasked(self, blobs: Sequence[StoredBlob]) -> list[Blob]:
+        """Small blobs that are new to this process."""
+        new = (blob for blob in blobs if _key(blob) not in self._known)
+        return [message_of(blob) for blob in new if len(blob.payload) <= SMALL_BLOB_BYTES]
+
     def _source(self, blobs: Sequence[StoredBlob]) -> _BlobSource:
         return _BlobSource(self, blobs)
 
@@ -137,7 +157,7 @@ class _BlobSource:
 
     def __init__(self, submitter: Submitter, blobs: Sequence[StoredBlob]) -> None:
         self._submitter = submitter
-        self._blobs = {(int(blob.kind), blob.digest): blob for blob in blobs}
+        self._blobs = {_key(blob): blob for blob in blobs}
 
     def __call__(self, unknown: Sequence[BlobRef]) -> Iterable[Blob]:
         found = []
@@ -148,6 +168,10 @@ class _BlobSource:
             found.append(message_of(blob))
             self._submitter.sent_bytes += found[-1].ByteSize()
         return found
+
+
+def _key(blob: StoredBlob) -> BlobKey:
+    return int(blob.kind), blob.digest
 
 
 def message_of(blob: StoredBlob) -> Blob:
