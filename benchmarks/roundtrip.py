@@ -17,7 +17,15 @@ from pathlib import Path
 
 from benchmarks.common import Goal, Report, in_fresh_process, parse_arguments
 from benchmarks.dcp_peer import coordinate
-from benchmarks.simulated import RankPayload, Ranks, connected, rank_payloads, running_server
+from benchmarks.simulated import (
+    RankPayload,
+    Ranks,
+    connected,
+    make_database,
+    rank_payloads,
+    running_server,
+    stored_bytes,
+)
 from benchmarks.workload import STANDARD, Workload
 
 #: Warm saves in one round; what later saves store is measured over them.
@@ -42,18 +50,21 @@ class Saves:
 def through_shardbook(payloads: list[RankPayload]) -> Saves:
     """Returns the figures of one round on a fresh database."""
     with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), _free_port()
-        with running_server(folder, port) as server:
-            empty_bytes = server.database_bytes
+        database, port = Path(name) / "shardbook.db", _free_port()
+        make_database(database)
+        empty_bytes = stored_bytes(database)
+        with running_server(database, port) as server:
             cpu_s = server.cpu_s
             cold_s, sent_bytes, floor_s = asyncio.run(_cold(server.address, payloads))
             cpu_s = server.cpu_s - cpu_s
             peak_bytes = server.peak_rss_bytes
-        cold_bytes = server.database_bytes
-        with running_server(folder, port) as server:
+        cold_bytes = stored_bytes(database)
+        with running_server(database, port) as server:
             restarted_s, warm_s = asyncio.run(_warm(server.address, payloads))
-        stored = (server.database_bytes - cold_bytes) / (WARM_SAVES * len(payloads))
-    return Saves(cold_s, warm_s, restarted_s, floor_s, sent_bytes, cold_bytes - empty_bytes, stored, peak_bytes, cpu_s)
+        later_bytes = (stored_bytes(database) - cold_bytes) / (WARM_SAVES * len(payloads))
+    return Saves(
+        cold_s, warm_s, restarted_s, floor_s, sent_bytes, cold_bytes - empty_bytes, later_bytes, peak_bytes, cpu_s
+    )
 
 
 async def _cold(address: str, payloads: list[RankPayload]) -> tuple[float, int, float]:
@@ -67,7 +78,7 @@ async def _cold(address: str, payloads: list[RankPayload]) -> tuple[float, int, 
 
 async def _warm(address: str, payloads: list[RankPayload]) -> tuple[float, float]:
     async with connected(address) as channel:
-        ranks = Ranks(channel, payloads, "projects/bench/runs/roundtrip")
+        ranks = Ranks(channel, payloads, "projects/bench/runs/roundtrip", known=True)
         await ranks.start()
         times = [await ranks.save(step) for step in range(1, WARM_SAVES + 1)]
         return times[0], statistics.median(times[1:])

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ from shardbook.core.extents import Extents, encode_extents
 from shardbook.core.names import prefix_of
 from shardbook.core.structure import BlobKind, FileName, RankPlan, RankStructure, encode_plan, encode_structure
 from shardbook.core.table import EntryKind, TensorTable, encode_table
+from shardbook.dcp.submission import SMALL_BLOB_BYTES
 from shardbook.v1 import registration_pb2, registration_pb2_grpc, types_pb2
 
 #: Calls that the simulated ranks have under way at once.
 IN_FLIGHT = 64
 _MESSAGE_BYTES = 16 << 20
+_PAGE_COUNTS = ("page_count", "freelist_count", "page_size")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,6 @@ class Server:
     """A server process on SQLite, ``synchronous=FULL``."""
 
     address: str
-    database: Path
     process: subprocess.Popen[bytes]
 
     @property
@@ -113,39 +115,58 @@ class Server:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    @property
-    def database_bytes(self) -> int:
-        """Bytes of the database file and its log."""
-        paths = (self.database, self.database.with_name(self.database.name + "-wal"))
-        return sum(path.stat().st_size for path in paths if path.exists())
+
+def make_database(database: Path) -> None:
+    """Makes an empty database."""
+    command = [sys.executable, "-c", "from shardbook_server.cli import main; main()", "db", "upgrade"]
+    subprocess.run(command, env=_environment(database, 0), check=True, stdout=subprocess.DEVNULL)
 
 
-@contextmanager
-def running_server(folder: Path, port: int) -> Iterator[Server]:
-    """Starts ``shardbook-server serve`` on a database in ``folder``; stops it with SIGTERM."""
-    database = folder / "shardbook.db"
-    environment = {
+def _environment(database: Path, port: int) -> dict[str, str]:
+    return {
         **os.environ,
         "SHARDBOOK_LISTEN": f"127.0.0.1:{port}",
         "SHARDBOOK_DATABASE_URL": f"sqlite:///{database}",
         "SHARDBOOK_LOG_LEVEL": "warning",
     }
+
+
+def stored_bytes(database: Path) -> int:
+    """Returns the bytes of a database's pages that hold something; no server may be running on it."""
+    with closing(sqlite3.connect(database)) as connection:
+        counts = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _PAGE_COUNTS]
+    pages, free, page_bytes = map(int, counts)
+    return (pages - free) * page_bytes
+
+
+@contextmanager
+def running_server(database: Path, port: int) -> Iterator[Server]:
+    """Starts ``shardbook-server serve`` on a migrated database; stops it with SIGTERM."""
+    environment = _environment(database, port)
     command = [sys.executable, "-c", "from shardbook_server.cli import main; main()"]
-    subprocess.run([*command, "db", "upgrade"], env=environment, check=True, stdout=subprocess.DEVNULL)
     process = subprocess.Popen([*command, "serve"], env=environment, stdout=subprocess.DEVNULL)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             grpc.channel_ready_future(channel).result(timeout=30)
-        yield Server(f"127.0.0.1:{port}", database, process)
+        yield Server(f"127.0.0.1:{port}", process)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)
 
 
 class Ranks:
-    """All ranks of one run, saving through one server from one client process. Not thread-safe."""
+    """All ranks of one run, saving through one server from one client process. Not thread-safe.
 
-    def __init__(self, channel: grpc.aio.Channel, payloads: Sequence[RankPayload], run: str) -> None:
+    Args:
+        channel: The way to the server.
+        payloads: What the ranks register, by rank.
+        run: Resource name of the run.
+        known: True when these processes have registered the same structures before; a restart forgets that.
+    """
+
+    def __init__(
+        self, channel: grpc.aio.Channel, payloads: Sequence[RankPayload], run: str, *, known: bool = False
+    ) -> None:
         # The stubs' types are those of the synchronous stack; over an aio channel every call is awaitable.
         self._stub: Any = registration_pb2_grpc.RegistrationServiceStub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)
@@ -153,6 +174,7 @@ class Ranks:
         self._run = run
         self._incarnation = os.urandom(16)
         self._session = 0
+        self._known = known
         self.sent_bytes = 0
 
     async def start(self) -> None:
@@ -179,7 +201,9 @@ class Ranks:
         begin = time.perf_counter()
         await self._each(lambda payload: self._register(key, location, payload))
         await self._stub.CommitCheckpoint(registration_pb2.CommitCheckpointRequest(key=key), timeout=300)
-        return time.perf_counter() - begin
+        elapsed_s = time.perf_counter() - begin
+        self._known = True
+        return elapsed_s
 
     async def empty_calls(self) -> float:
         """Returns the seconds of as many empty calls as a warm save makes: the floor."""
@@ -196,12 +220,13 @@ class Ranks:
             location=location,
             registration=payload.registration,
         )
+        if not self._known:
+            # As the client does: what is new to this process and costs less than a round trip is sent unasked.
+            request.blobs.extend(blob for blob in payload.blobs if len(blob.payload) <= SMALL_BLOB_BYTES)
         self.sent_bytes += request.ByteSize()
         reply = await self._stub.RegisterShards(request)
         while reply.unknown:
             wanted = {ref.kind for ref in reply.unknown}
-            if types_pb2.BLOB_KIND_STRUCTURE in wanted:
-                wanted.add(types_pb2.BLOB_KIND_PLAN)
             del request.blobs[:]
             request.blobs.extend(blob for blob in payload.blobs if blob.kind in wanted)
             self.sent_bytes += request.ByteSize()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import lru_cache
 from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -60,21 +61,18 @@ def session_key(request: registration_pb2.KeepAliveRequest) -> types.SessionKey:
 def attempt_key(key: types_pb2.AttemptKey) -> types.AttemptKey:
     """Returns the attempt that a request's ``key`` names."""
     with within("key"):
-        return types.AttemptKey(
-            run=key.run,
-            part=key.part,
-            step=key.step,
-            session=key.session,
-            incarnation=key.incarnation,
-            attempt=key.attempt,
-            world_size=key.world_size,
-        )
+        return _attempt_key(key.run, key.part, key.step, key.session, key.incarnation, key.attempt, key.world_size)
+
+
+#: All ranks of a save name the same attempt, so it is judged once; what is refused is not kept.
+_attempt_key = lru_cache(maxsize=1024)(types.AttemptKey)
+_attempt_location = lru_cache(maxsize=1024)(types.AttemptLocation)
 
 
 def attempt_location(location: types_pb2.AttemptLocation) -> types.AttemptLocation:
     """Returns a request's ``location``."""
     with within("location"):
-        return types.AttemptLocation(location.location, location.prefix)
+        return _attempt_location(location.location, location.prefix)
 
 
 def take_uploads(request: _WithBlobs) -> tuple[types.BlobUpload, ...]:

@@ -8,6 +8,7 @@ itself answers UNKNOWN.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import re
 import time
@@ -35,6 +36,9 @@ REQUEST_ID_KEY: Final = "x-request-id"
 #: Methods that are answered here; health and reflection have their own ways.
 PREFIX: Final = "/shardbook.v1."
 
+#: Ids of this process: drawing a random number for every call costs as much as the rest of this file.
+_PROCESS_ID: Final = uuid.uuid4().hex[:12]
+_NUMBERS: Final = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = structlog.get_logger(__name__)
 
@@ -44,7 +48,10 @@ class _Malformed:
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of ``shardbook.v1``."""
+    """Wraps every handler of ``shardbook.v1``, once."""
+
+    def __init__(self) -> None:
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
         self,
@@ -52,18 +59,24 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Returns the handler with its behaviour wrapped."""
-        handler: Any = await continuation(handler_call_details)
         method = str(handler_call_details.method)
+        wrapped = self._wrapped.get(method)
+        if wrapped is not None:
+            return wrapped
+        handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(PREFIX):
             return handler  # type: ignore[no-any-return]  # handlers are untyped here
-        parse = _lenient(handler.request_deserializer)
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _stream(method, handler.unary_stream), parse, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _unary(method, handler.unary_unary), parse, handler.response_serializer
+        self._wrapped[method] = _wrap(method, handler)
+        return self._wrapped[method]
+
+
+def _wrap(method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    parse = _lenient(handler.request_deserializer)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(
+            _stream(method, handler.unary_stream), parse, handler.response_serializer
         )
+    return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), parse, handler.response_serializer)
 
 
 def _unary(method: str, behaviour: Unary) -> Unary:
@@ -108,7 +121,7 @@ def _request_id(context: Context) -> str:
     for key, value in context.invocation_metadata() or ():
         if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
-    return uuid.uuid4().hex
+    return f"{_PROCESS_ID}-{next(_NUMBERS)}"
 
 
 async def _abort(call: Call, error: Exception, context: Context) -> None:
