@@ -120,8 +120,8 @@ class SessionService:
             now_us = self._database.now_us(connection)
             last_us = event_rows.read_reap_time(connection)
             event_rows.write_reap_time(connection, now_us)
-            gap_us = now_us - last_us - period_us
-            if last_us and gap_us > max(period_us, self._lease_ttl_us // 4):
+            gap_us = now_us - last_us
+            if last_us and gap_us > period_us + max(period_us, self._lease_ttl_us // 4):
                 session_rows.extend_leases(connection, last_us, gap_us)
                 return 0
             ended = session_rows.ended_leases(connection, now_us, _REAP_COUNT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -207,24 +207,25 @@ class Job:
         self.register(step, whole(self.model), attempt)
         return self.commit(step, attempt)
 
-    def record_request(self, step: int, ranks: Sequence[RankBlobs], **changes: object) -> RecordRequest:
-        """A RecordCheckpoint call with all of ``ranks``."""
+    def record_request(self, step: int, ranks: Sequence[RankBlobs], **changes: Any) -> RecordRequest:
+        """A RecordCheckpoint call with all of ``ranks``, as sync makes it."""
         request = RecordRequest(
             self.key(step),
             self.location(step),
             tuple(blobs.registration() for blobs in ranks),
             self.model.world_size,
             complete=True,
+            recovered=True,
         )
         return replace(request, **changes)
 
-    def record(self, step: int, **changes: object) -> CheckpointInfo:
+    def record(self, step: int, **changes: Any) -> CheckpointInfo:
         """Records a whole attempt, as sync does."""
         ranks = whole(self.model)
         checked = self.services.blobs.check(
             self.run.split("/")[1], [upload for blobs in ranks for upload in blobs.uploads()]
         )
-        answer = self.services.records.record(self.record_request(step, ranks, recovered=True, **changes), checked)
+        answer = self.services.records.record(self.record_request(step, ranks, **changes), checked)
         assert answer.checkpoint is not None
         return answer.checkpoint
 
