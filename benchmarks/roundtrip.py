@@ -28,6 +28,8 @@ from benchmarks.simulated import (
 )
 from benchmarks.workload import STANDARD, Workload
 
+#: Page of the database.
+PAGE_BYTES = 16 << 10
 #: Warm saves in one round; what later saves store is measured over them.
 WARM_SAVES = 10
 
@@ -61,7 +63,8 @@ def through_shardbook(payloads: list[RankPayload]) -> Saves:
         cold_bytes = stored_bytes(database)
         with running_server(database, port) as server:
             restarted_s, warm_s = asyncio.run(_warm(server.address, payloads))
-        later_bytes = (stored_bytes(database) - cold_bytes) / (WARM_SAVES * len(payloads))
+        # A page more than was seen: what the last one has room for may have been filled.
+        later_bytes = (stored_bytes(database) - cold_bytes + PAGE_BYTES) / (WARM_SAVES * len(payloads))
     return Saves(
         cold_s, warm_s, restarted_s, floor_s, sent_bytes, cold_bytes - empty_bytes, later_bytes, peak_bytes, cpu_s
     )
@@ -127,7 +130,7 @@ def _measure(report: Report, size: str, rounds: int) -> None:
     second = max(payload.payload_bytes for payload in payloads)
     report.ratio(f"{size}: payload bytes a rank, second save", second, Goal("<=", 60))
     report.ratio(
-        f"{size}: bytes stored a rank and later save", max(s.warm_stored_bytes for s in saves), Goal("<=", 100)
+        f"{size}: bytes stored a rank and later save, at most", max(s.warm_stored_bytes for s in saves), Goal("<=", 100)
     )
     floor_s = statistics.median(save.floor_s for save in saves)
     report.ratio(f"{size}: warm save / empty calls", statistics.median(s.warm_s for s in saves) / floor_s)
