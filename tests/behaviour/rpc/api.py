@@ -70,10 +70,10 @@ def api_of(address: str) -> Iterator[Api]:
         )
 
 
-def refusal(call: Callable[[], object]) -> ShardbookError:
+def refusal(call: Callable[..., object], *args: object) -> ShardbookError:
     """Returns the typed error that a call ends with, which is never INTERNAL or UNKNOWN and always has ErrorInfo."""
     with pytest.raises(grpc.RpcError) as caught:
-        call()
+        call(*args)
     return error_of(caught.value)
 
 

@@ -6,11 +6,20 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from shardbook_server.app import Server, running_server
 from tests.behaviour.rpc.api import Api, api_of, settings_in
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _plain_log() -> Iterator[None]:
+    """Log lines as they are: a traceback with every local variable takes seconds to draw."""
+    structlog.configure(processors=[structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)])
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")
