@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from shardbook import dcp
 from shardbook_server.app import running_server
 from shardbook_server.settings import Settings
 from tests.torch.harness import RankPool
@@ -36,3 +37,17 @@ _numbers = itertools.count(1)
 def run() -> str:
     """A run that no other test writes."""
     return f"tests/run-{next(_numbers)}"
+
+
+@pytest.fixture
+def session(server: str, run: str) -> Iterator[dcp.Session]:
+    """A session of this process, on a run of its own."""
+    yield dcp.init(run=run, server=server)
+    dcp.close()
+
+
+@pytest.fixture
+def offline(run: str) -> Iterator[dcp.Session]:
+    """A session without a server."""
+    yield dcp.init(run=run, mode="offline")
+    dcp.close()

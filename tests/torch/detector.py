@@ -179,4 +179,5 @@ def _noting(name: str, original: Any) -> Any:
 
 
 def _sequence_numbers() -> dict[str, int]:
-    return {name: group._get_sequence_number_for_group() for group, name in distributed_c10d._world.pg_names.items()}
+    groups: dict[Any, str] = dict(distributed_c10d._world.pg_names)  # the stubs lack the method that is asked for
+    return {name: group._get_sequence_number_for_group() for group, name in groups.items()}

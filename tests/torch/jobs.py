@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardbook import dcp
@@ -103,3 +104,11 @@ def save_submesh(rank: Rank, ranks: list[int], path: str, start: dict[str, Any])
         result = dcp.save(fill(submesh(rank, mesh)), checkpoint_id=path, process_group=group)
     assert [] == noticed
     return result
+
+
+def save_twice(rank: Rank, layout: str, ours: str, theirs: str, start: dict[str, Any]) -> None:
+    """Saves the same state by Shardbook and by DCP itself."""
+    dcp.init(**start)
+    state = fill(LAYOUTS[layout](rank))
+    dcp.save(state, checkpoint_id=ours)
+    torch_save(state, checkpoint_id=theirs)

@@ -20,6 +20,7 @@ from shardbook.dcp.prepared import DEFAULT_TIMEOUT_S, PreparedSave, SaveOptions,
 from shardbook.dcp.rank_save import RankSave
 from shardbook.dcp.results import SaveResult
 from shardbook.dcp.saving import plain_state
+from shardbook.dcp.standing_aside import async_save_by_torch, stands_aside
 from shardbook.errors import InvalidArgumentError
 
 
@@ -89,6 +90,18 @@ def async_save(
             reason="UNSUPPORTED_EXECUTOR",
             field="async_checkpointer_type",
         )
+    if stands_aside():
+        futures = async_save_by_torch(
+            state_dict,
+            strict=strict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            async_stager=async_stager,
+            no_dist=no_dist,
+        )
+        return AsyncSaveResponse(*futures)
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     owned = None

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from shardbook.dcp.prepared import DEFAULT_TIMEOUT_S, PreparedSave, SaveOptions, prepare
 from shardbook.dcp.rank_save import RankSave
 from shardbook.dcp.results import SaveResult
+from shardbook.dcp.standing_aside import save_by_torch, stands_aside
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +69,16 @@ def save(
         UnsupportedWriterError, UnsupportedPlannerError, UnsupportedMetadataError: It cannot be saved so; nothing was
             written.
     """
+    if stands_aside():
+        return save_by_torch(
+            state_dict,
+            strict=strict,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+        )
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     return perform(prepared, plain_state(state_dict))

@@ -1,0 +1,66 @@
+"""``load`` in one process: what can be loaded, and how it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shardbook import dcp
+from shardbook.errors import (
+    NotFoundError,
+)
+from tests.torch.alone import blank_state, loads, some_state
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+
+
+class TestLoad:
+    """What can be loaded, and how it fails."""
+
+    def test_a_plain_dcp_checkpoint(self, tmp_path: Path) -> None:
+        """Neither a session nor a server is needed."""
+        from torch.distributed.checkpoint.state_dict_saver import save as torch_save
+
+        torch_save(some_state(), checkpoint_id=tmp_path / "1")
+        assert loads(tmp_path / "1")
+        assert loads(tmp_path / "1", no_dist=True)
+
+    def test_a_moved_directory(self, offline: dcp.Session, tmp_path: Path) -> None:
+        """Paths in it are relative."""
+        dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        (tmp_path / "1").rename(tmp_path / "moved")
+        assert loads(tmp_path / "moved")
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        """A path without a checkpoint, and a ref without one."""
+        with pytest.raises(NotFoundError):
+            dcp.load(blank_state(), tmp_path)
+
+    def test_an_unknown_ref(self, session: dcp.Session) -> None:
+        """As the catalogue says."""
+        with pytest.raises(NotFoundError):
+            dcp.load(blank_state(), f"{session.run}@77")
+
+    def test_keys_that_do_not_fit(self, session: dcp.Session, tmp_path: Path) -> None:
+        """torch's own errors, not wrapped into anything that is no Exception."""
+        result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        with pytest.raises(RuntimeError, match="Missing key"):
+            dcp.load({**blank_state(), "more": 1}, result.ref)
+        with pytest.raises(ValueError, match="Size mismatch"):
+            dcp.load({**blank_state(), "w": torch.zeros(4, 4)}, result.ref)
+
+    def test_part_of_a_state_dict(self, session: dcp.Session, tmp_path: Path) -> None:
+        """Only what is asked for is read."""
+        result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        state = {"b": torch.zeros(())}
+        dcp.load(state, result.ref)
+        assert {"b": torch.ones(())} == state
+
+    def test_a_damaged_data_file(self, session: dcp.Session, tmp_path: Path) -> None:
+        """An Exception, never CheckpointException, which no handler expects."""
+        result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        (tmp_path / "1" / result.prefix / "__0_0.distcp").write_bytes(b"")
+        with pytest.raises(EOFError):
+            dcp.load(blank_state(), result.ref)
