@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import grpc.aio
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shardbook.errors import UnavailableError
@@ -28,6 +28,7 @@ from shardbook_server.rpc.attempts import Attempts
 from shardbook_server.rpc.batcher import BatchLimits
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.catalog import CatalogHandlers
+from shardbook_server.rpc.health import HealthHandlers
 from shardbook_server.rpc.interceptors import EdgeInterceptor
 from shardbook_server.rpc.metadata import MetadataHandlers
 from shardbook_server.rpc.registration import RegistrationHandlers
@@ -109,7 +110,7 @@ class Server:
             queue_bytes=settings.batch_queue_bytes,
         )
         self._attempts = Attempts(self._services, self._bridge, self._waits, limits, in_flight=_SQLITE_WRITERS)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthHandlers(SERVICES)
         self._server = self._build()
         self._reaper: asyncio.Task[None] | None = None
         self.address = ""
@@ -129,8 +130,6 @@ class Server:
                 reason="ADDRESS_UNAVAILABLE",
             ) from error
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
-        for name in SERVICES:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
         self._reaper = asyncio.get_running_loop().create_task(self._reap())
         return self.address
@@ -141,7 +140,7 @@ class Server:
         Args:
             grace_s: How long calls in progress may take; ``drain_s`` of the settings when None.
         """
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         if self._reaper is not None:
             self._reaper.cancel()
         self._waits.drain()

@@ -22,8 +22,8 @@ MAX_STATUS_BYTES: Final = 4096
 _MAX_INFO_BYTES: Final = 3584
 #: Most characters of the percent-encoded message.
 _MAX_MESSAGE_CHARS: Final = 1536
-_MAX_FIELD_BYTES: Final = 256
-_MAX_DESCRIPTION_BYTES: Final = 512
+_MAX_FIELD_BYTES: Final = 120
+_MAX_DESCRIPTION_BYTES: Final = 240
 _MAX_VALUE_BYTES: Final = 2048
 
 
@@ -49,10 +49,12 @@ def rich_status(error: ShardbookError, request_id: str = "") -> status_pb2.Statu
     cut = False
     # Smallest first: one long list of hosts must not push out the rest.
     for key, value in sorted(metadata.items(), key=lambda item: len(item[0]) + len(item[1])):
-        room -= len(key.encode()) + len(value.encode()) + 8
-        cut = cut or room < 0
-        if not cut:
+        size_bytes = len(key.encode()) + len(value.encode()) + 8
+        if size_bytes <= room:
+            room -= size_bytes
             info.metadata[key] = value
+        else:
+            cut = True
     room += MAX_STATUS_BYTES - _MAX_INFO_BYTES - _TRUNCATED_BYTES
     bad_request = error_details_pb2.BadRequest()
     for violation in violations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
+from shardbook.errors import FieldViolation, InvalidArgumentError, ShardbookError
 from shardbook.v1 import catalog_pb2, registration_pb2
 from shardbook_server.app import SERVICES, Server, running_server
 from shardbook_server.service.catalog import CatalogService
-from tests.behaviour.rpc.api import Api, api_of, fields, refusal, settings_in
+from tests.behaviour.rpc.api import DEADLINE_S, Api, Job, Payload, api_of, error_of, fields, refusal, settings_in
 
 GET_RUN = "/shardbook.v1.CatalogService/GetRun"
 
@@ -112,3 +114,47 @@ def test_a_wait_that_is_negative_names_its_field(api: Api) -> None:
     request = registration_pb2.CommitCheckpointRequest()
     request.wait.seconds = -1
     assert ["wait"] == fields(refusal(lambda: api.registration.CommitCheckpoint(request)))
+
+
+@pytest.mark.parametrize("text", ["x", "\u00e9" * 400, "\ud800" * 400], ids=["short", "long", "surrogates"])
+def test_five_thousand_violations_arrive_as_invalid_argument(
+    api: Api, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Rule: an error is cut to what gRPC's headers carry; beyond it the client sees INTERNAL of the transport."""
+
+    def fail(*_: object) -> None:
+        violations = [FieldViolation(f"registrations[{at}].rank", text) for at in range(5_000)]
+        raise InvalidArgumentError(text * 10, violations=violations, metadata={"hosts": text * 10})
+
+    monkeypatch.setattr(CatalogService, "get_run", fail)
+    error = refusal(api.catalog.GetRun, catalog_pb2.GetRunRequest(name="a/b"))
+    assert "INVALID_ARGUMENT" == error.status
+    assert 1 <= len(error.violations) <= 50
+    assert ("true", "5000") == (error.metadata["truncated"], error.metadata["violation_count"])
+
+
+def test_a_server_that_is_full_says_when_to_come_back(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rule: every limit answers RESOURCE_EXHAUSTED with RetryInfo, and waiters do not keep out what they wait for."""
+    settings = settings_in(tmp_path_factory.mktemp("full"), waiter_limit=1, worker_threads=1, heavy_threads=1)
+    with running_server(settings) as server, api_of(server.address) as api:
+        job = Job.start(api, "projects/test/runs/full", world_size=3)
+        world = job.rows()
+        job.plan(0, world[0])
+        first = api.registration.PlanSave.future(job.plan_request(0, world[0], wait_s=15), timeout=DEADLINE_S)
+        end_s = time.monotonic() + 10
+        while (error := _full(job, world[0])) is None:
+            assert time.monotonic() < end_s
+        assert "WAITERS_FULL" == error.reason
+        assert error.retry_delay_s is not None
+        job.plan(1, world[1])
+        job.plan(2, world[2])
+        assert registration_pb2.PlanSaveResponse.STATE_DECIDED == first.result().state
+
+
+def _full(job: Job, what: Payload) -> ShardbookError | None:
+    """Returns the refusal of a further waiter; None while there is room for it."""
+    try:
+        job.plan(0, what, wait_s=0.05)
+    except grpc.RpcError as error:
+        return error_of(error)
+    return None

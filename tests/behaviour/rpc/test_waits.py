@@ -44,9 +44,11 @@ def test_thousands_wait_at_the_price_of_one() -> None:
         numbers.counts = {7: _counts(1), 8: _counts(2)}
         waits = Waits(numbers.look, limit=10_000, interval_s=0.05)
         calls = [asyncio.ensure_future(waits.until(7 + at % 2, is_registered, 5)) for at in range(4_000)]
-        await asyncio.sleep(0.28)
+        await asyncio.sleep(0)
         assert 4_000 == waits.waiting_count
-        assert 1 <= len(numbers.asked) <= 7
+        began = time.monotonic()
+        await asyncio.sleep(0.3)
+        assert 1 <= len(numbers.asked) <= (time.monotonic() - began) / 0.05 + 2
         assert all([7, 8] == asked for asked in numbers.asked)
         numbers.counts = {7: _counts(4), 8: _counts(4)}
         assert {_counts(4)} == set(await asyncio.gather(*calls))
