@@ -23,6 +23,7 @@ class Clock:
         self.now_us = 1_800_000_000_000_000
 
     def __call__(self) -> int:
+        """The time, microseconds since the epoch."""
         return self.now_us
 
     def advance(self, seconds: float) -> None:
@@ -40,6 +41,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clock() -> Clock:
+    """A clock that stands still until it is moved."""
     return Clock()
 
 
@@ -56,6 +58,7 @@ def database(migrated: Path, tmp_path: Path, clock: Clock) -> Iterator[Database]
 
 @pytest.fixture
 def services(database: Database) -> Services:
+    """All services over the database of the test."""
     return build_services(database, lease_ttl_s=LEASE_TTL_S)
 
 

@@ -155,9 +155,7 @@ class Job:
 
     def key(self, step: int, attempt: int = 1) -> AttemptKey:
         """Names an attempt of the job."""
-        return AttemptKey(
-            self.run, self.part, step, self.session, self.incarnation, attempt, self.model.world_size
-        )
+        return AttemptKey(self.run, self.part, step, self.session, self.incarnation, attempt, self.model.world_size)
 
     def location(self, step: int, attempt: int = 1) -> AttemptLocation:
         """Where an attempt's files are."""
@@ -170,7 +168,9 @@ class Job:
         )
         return PlanEntry(submission, checked or CheckedBlobs())
 
-    def entry(self, step: int, blobs: RankBlobs, checked: CheckedBlobs | None = None, attempt: int = 1) -> RegistrationEntry:
+    def entry(
+        self, step: int, blobs: RankBlobs, checked: CheckedBlobs | None = None, attempt: int = 1
+    ) -> RegistrationEntry:
         """One rank's RegisterShards."""
         registration = Registration(self.key(step, attempt), self.location(step, attempt), blobs.registration())
         return RegistrationEntry(registration, checked or CheckedBlobs())
@@ -181,9 +181,7 @@ class Job:
 
     def plan(self, step: int, ranks: Iterable[RankBlobs]) -> list[PlanAnswer]:
         """Plans of ranks, with their tables and plans; raises the first refusal."""
-        entries = [
-            self.plan_entry(step, blobs, self.check(blobs, BlobKind.TABLE, BlobKind.PLAN)) for blobs in ranks
-        ]
+        entries = [self.plan_entry(step, blobs, self.check(blobs, BlobKind.TABLE, BlobKind.PLAN)) for blobs in ranks]
         return fine(self.services.plans.plan_batch(entries))
 
     def decide(self, step: int) -> list[bytes]:

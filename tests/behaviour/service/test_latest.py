@@ -76,7 +76,9 @@ def test_an_earlier_attempt_that_commits_late_does_not_take_the_step(job: Job) -
     assert second.name == job.services.catalog.get_checkpoint("llm/8b@5").name
 
 
-@pytest.mark.parametrize("ref", ["llm/8b@7", "llm/8b@5.s2", "llm/8b@5.s1.a9", "llm/8b@best", "llm/none@5", "llm/8b:x@5"])
+@pytest.mark.parametrize(
+    "ref", ["llm/8b@7", "llm/8b@5.s2", "llm/8b@5.s1.a9", "llm/8b@best", "llm/none@5", "llm/8b:x@5"]
+)
 def test_names_that_mean_nothing_are_not_found(job: Job, ref: str) -> None:
     """NOT_FOUND, with a hint where to look."""
     job.save(5)

@@ -74,9 +74,7 @@ def test_a_complete_expired_attempt_can_be_committed(job: Job, clock: Clock) -> 
     assert CheckpointState.COMMITTED == job.commit(1).state
 
 
-def test_an_expired_attempt_that_was_superseded_stays_so(
-    job: Job, other_job: Callable[[], Job], clock: Clock
-) -> None:
+def test_an_expired_attempt_that_was_superseded_stays_so(job: Job, other_job: Callable[[], Job], clock: Clock) -> None:
     """A new session fences the writers of the old one for good."""
     job.register(1, whole(job.model))
     reap(job)
