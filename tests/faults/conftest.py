@@ -1,0 +1,51 @@
+"""Ranks and servers that the tests of this folder may hurt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.server import ServerProcess
+from tests.torch.harness import RankPool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Ranks of a job."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def later_pool() -> Iterator[RankPool]:
+    """Ranks of a job that starts while the first one's are still there."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server that the tests of a module leave alive."""
+    with ServerProcess(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    """A server of one test's own."""
+    with ServerProcess(tmp_path / "server") as running:
+        yield running
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def run() -> str:
+    """A run that no other test writes."""
+    return f"faults/run-{next(_numbers)}"

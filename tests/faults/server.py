@@ -1,0 +1,90 @@
+"""A server in a process of its own, which can be killed and started again over the same database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from shardbook import Client, UnavailableError
+
+_START_S = 30.0
+
+
+class ServerProcess:
+    """``shardbook-server serve`` on a port that stays the same.
+
+    Args:
+        directory: Where its database is; made when it is not there.
+        settings: Environment variables.
+    """
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._database = directory / "shardbook.sqlite"
+        self._settings = settings
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{found.getsockname()[1]}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Id of the process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def client(self) -> Client:
+        """A client of it."""
+        return Client(self.address, timeout_s=10.0)
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from shardbook_server.cli import main; main()",
+                "serve",
+                "--listen",
+                self.address,
+                "--database-url",
+                f"sqlite:///{self._database}",
+            ],
+            env={**os.environ, **self._settings},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        end_s = time.monotonic() + _START_S
+        while True:
+            try:
+                list(Client(self.address, timeout_s=1.0).list_runs())
+            except UnavailableError:
+                if time.monotonic() > end_s or self._process.poll() is not None:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
+
+    def kill(self) -> None:
+        """Ends it without a word."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
