@@ -1,0 +1,194 @@
+"""The `shardbook-server` command, as an operator meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from grpc_health.v1 import health_pb2
+from typer.testing import CliRunner, Result
+
+from shardbook_server import cli
+from shardbook_server.storage import migrate
+from tests.behaviour.rpc.api import api_of
+
+COMMAND = [sys.executable, "-m", "shardbook_server.cli"]
+TIMEOUT_S = 30
+
+
+def _run(*arguments: str, **environment: str) -> Result:
+    """Runs a command that ends before it would serve, in this process: a fresh one takes a second to start."""
+    return CliRunner().invoke(cli.app, arguments, env=environment)
+
+
+def _run_serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `serve` where it is to be refused late: it sets up the log of its whole process."""
+    variables = {**os.environ, "SHARDBOOK_LISTEN": "127.0.0.1:0", **environment}
+    return subprocess.run(
+        [*COMMAND, "serve", *arguments], env=variables, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+@contextmanager
+def _serving(*arguments: str, **environment: str) -> Iterator[dict[str, str]]:
+    """Runs `serve` on a free port; yields the lines it prints by their first word."""
+    variables = {**os.environ, "SHARDBOOK_LISTEN": "127.0.0.1:0", **environment}
+    process = subprocess.Popen(
+        [*COMMAND, "serve", *arguments], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().split(maxsplit=1) for _ in range(3)]
+        assert all(lines), process.communicate()[1]
+        yield {line[0]: line[1].strip() for line in lines}
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=TIMEOUT_S)
+        assert 0 == process.returncode, log
+        for line in log.splitlines():
+            assert "event" in json.loads(line)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve_without_options_keeps_its_data_in_one_printed_place(tmp_path: Path) -> None:
+    """Rule: it says where the data is and what to export; the log is JSON off a terminal; data outlive the server."""
+    for _ in range(2):
+        with _serving(XDG_DATA_HOME=str(tmp_path)) as lines:
+            assert str(tmp_path / "shardbook" / "shardbook.db") == lines["data"]
+            assert f"SHARDBOOK_SERVER={lines['address']}" == lines["export"]
+            with api_of(lines["address"]) as api:
+                assert (
+                    health_pb2.HealthCheckResponse.SERVING == api.health.Check(health_pb2.HealthCheckRequest()).status
+                )
+    assert 0o700 == (tmp_path / "shardbook").stat().st_mode & 0o777
+
+
+def test_serve_on_every_interface_prints_an_address_that_can_be_used(tmp_path: Path) -> None:
+    """Rule: the line to export works on this machine; options win over the environment."""
+    database = f"sqlite:///{tmp_path / 'x.db'}"
+    with _serving("--listen", "0.0.0.0:0", "--database-url", database, SHARDBOOK_DATABASE_URL="nonsense") as lines:
+        port = lines["address"].rpartition(":")[2]
+        assert f"SHARDBOOK_SERVER=127.0.0.1:{port}" == lines["export"]
+        assert str(tmp_path / "x.db") == lines["data"]
+
+
+def test_serve_on_a_socket(tmp_path: Path) -> None:
+    """Rule: unix:/path is an address like another."""
+    with _serving("--listen", f"unix:{tmp_path}/s", SHARDBOOK_DATABASE_URL=f"sqlite:///{tmp_path}/x.db") as lines:
+        assert f"unix:{tmp_path}/s" == lines["address"]
+        with api_of(lines["address"]) as api:
+            api.health.Check(health_pb2.HealthCheckRequest())
+
+
+@pytest.fixture
+def stale(tmp_path: Path) -> str:
+    """A database that somebody migrated back."""
+    url = f"sqlite:///{tmp_path / 'stale.db'}"
+    migrate.upgrade(url)
+    migrate.downgrade(url, "base")
+    return url
+
+
+def test_a_stale_database_is_refused_with_the_command_that_helps(stale: str) -> None:
+    """Rule: a database that is not the embedded one is somebody's to migrate."""
+    refused = _run_serve(SHARDBOOK_DATABASE_URL=stale)
+    assert 1 == refused.returncode
+    assert "shardbook-server db upgrade" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    checked = _run("db", "check", SHARDBOOK_DATABASE_URL=stale)
+    assert (1, "base\n") == (checked.exit_code, _run("db", "current", "--database-url", stale).stdout)
+    upgraded = _run("db", "upgrade", SHARDBOOK_DATABASE_URL=stale)
+    assert (0, "") == (upgraded.exit_code, upgraded.stderr)
+    assert f"{migrate.HEAD}\n" == _run("db", "current", SHARDBOOK_DATABASE_URL=stale).stdout
+    assert 0 == _run("db", "check", SHARDBOOK_DATABASE_URL=stale).exit_code
+    with _serving(SHARDBOOK_DATABASE_URL=stale):
+        pass
+
+
+def test_the_embedded_database_is_upgraded_without_being_asked(tmp_path: Path) -> None:
+    """Rule: `pip install --upgrade` and `serve` is all that a user of the embedded default does."""
+    url = f"sqlite:///{tmp_path / 'shardbook' / 'shardbook.db'}"
+    migrate.upgrade(url)
+    migrate.downgrade(url, "base")
+    with _serving(XDG_DATA_HOME=str(tmp_path)):
+        pass
+    assert migrate.HEAD == migrate.check(url)
+
+
+def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    """Rule: an old server never writes a schema that it does not know."""
+    url = f"sqlite:///{tmp_path / 'shardbook' / 'shardbook.db'}"
+    migrate.upgrade(url)
+    with closing(sqlite3.connect(tmp_path / "shardbook" / "shardbook.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("UPDATE schema_compat SET oldest = '9999'")
+        connection.commit()
+    refused = _run_serve(XDG_DATA_HOME=str(tmp_path))
+    assert 1 == refused.returncode
+    assert "newer" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["serve", "--listen", "nowhere"], {}, "listen"),
+        (["serve", "--log-level", "loud"], {}, "log_level"),
+        (["serve"], {"SHARDBOOK_WORKER_THREADS": "none"}, "worker_threads"),
+        (["serve"], {"SHARDBOOK_CONFIG": "/no/such/file"}, "/no/such/file"),
+        (["db", "upgrade"], {"SHARDBOOK_DATABASE_URL": "mysql://x"}, "mysql://x"),
+        (["db", "check"], {"SHARDBOOK_DATABASE_URL": "sqlite:////no/such/database"}, "db upgrade"),
+        (["db", "current"], {"SHARDBOOK_DATABASE_URL": "sqlite:////no/such/database"}, "db upgrade"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_1(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], said: str
+) -> None:
+    """Rule: a refusal names what is wrong, without a traceback."""
+    database = {"SHARDBOOK_DATABASE_URL": f"sqlite:///{tmp_path / 'x.db'}"}
+    refused = _run(*arguments, **(database | environment))
+    assert (1, "") == (refused.exit_code, refused.stdout)
+    assert refused.stderr.startswith("error: ")
+    assert said in refused.stderr
+    assert 1 == len(refused.stderr.splitlines())
+
+
+def test_an_address_that_is_taken_is_refused(tmp_path: Path) -> None:
+    """Rule: two servers never share a port; the second says so."""
+    with _serving(SHARDBOOK_DATABASE_URL=f"sqlite:///{tmp_path}/one.db") as lines:
+        refused = _run_serve("--listen", lines["address"], SHARDBOOK_DATABASE_URL=f"sqlite:///{tmp_path}/two.db")
+    assert 1 == refused.returncode
+    assert f"error: cannot listen on {lines['address']}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_failpoint_that_does_not_exist_keeps_the_server_from_starting(tmp_path: Path) -> None:
+    """Rule: a test with a misspelt fault would prove nothing."""
+    variables = {"SHARDBOOK_DATABASE_URL": f"sqlite:///{tmp_path}/x.db", "SHARDBOOK_FAILPOINTS": "commit=never"}
+    refused = _run_serve(**variables)
+    assert 1 == refused.returncode
+    assert "error: SHARDBOOK_FAILPOINTS" in refused.stderr
+
+
+def test_usage() -> None:
+    """Rule: a command line that does not parse exits 2; the version is the distribution's."""
+    assert 2 == _run("serve", "--nonsense").exit_code
+    assert _run("--version").stdout.startswith("shardbook-server 0")
+    assert {"serve", "db"} <= set(_run("--help").stdout.split())
+
+
+def test_help_needs_nothing_heavy() -> None:
+    """Rule: help and version answer without loading SQL, numpy or gRPC."""
+    code = "import sys, shardbook_server.cli; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("sqlalchemy", "numpy", "grpc", "alembic", "torch"):
+        assert f"'{heavy}'" not in loaded
