@@ -159,6 +159,7 @@ def _find_or_open(
     rows = checkpoint_rows.find_checkpoints(connection, list(wanted))
     absent = [natural for natural in wanted if natural not in rows]
     if absent:
+        # Two replicas may do so at once, as both share the run's lock: the second finds what the first stored.
         checkpoint_rows.open_checkpoints(connection, [wanted[natural] for natural in absent], now_us)
         rows |= checkpoint_rows.find_checkpoints(connection, absent)
     return rows

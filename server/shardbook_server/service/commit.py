@@ -120,7 +120,7 @@ class CommitService:
             now_us = self._database.now_us(connection)
             _, row = _find(connection, key, recovered=recovered)
             self._judge(connection, key, row, now_us, recovered=recovered)
-            fail_attempt(connection, row, error.message, now_us)
+            fail_attempt(connection, row, prose(error.message, 2 * limits.MAX_REASON_CHARS), now_us)
 
     def abort(self, key: AttemptKey, reason: str) -> CheckpointInfo:
         """Gives the attempt up: the checkpoint is FAILED. Aborting again returns the same checkpoint.

@@ -21,6 +21,7 @@ from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
 from shardbook.core.table import printable
 from shardbook_server.service.blobs import BlobService
+from shardbook_server.service.checks import prose
 from shardbook_server.service.closing import Folded
 from shardbook_server.storage import blobs as blob_rows
 from shardbook_server.storage import structures as structure_rows
@@ -90,7 +91,7 @@ class Folder:
             tensor_count=assembled.tensor_count,
             chunk_count=assembled.chunk_count,
             bytes_entry_count=assembled.bytes_entry_count,
-            warnings=json.dumps(list(assembled.warnings)),
+            warnings=json.dumps([prose(warning, limits.MAX_REASON_CHARS) for warning in assembled.warnings]),
             rank_structure_ids=blob_ids,
             head=encode_head(assembled),
             tensors=_tensors(assembled),

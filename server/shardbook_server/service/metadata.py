@@ -110,14 +110,15 @@ class MetadataService:
         """
         parsed = CheckpointName.parse(parent, "parent")
         count = page_count(page_size)
+        listing = ("tensors", str(parsed), fqn_prefix.hex())
+        position = self._tokens.read(listing, page_token)
+        first = 0 if position is None else int(position[1])
         with self._database.read() as connection:
-            row = present.resolve_committed(connection, parsed)
-            # Names the attempt: `latest` may mean another one when the next page is asked for.
-            listing = ("tensors", str(parsed), fqn_prefix.hex())
-            position = self._tokens.read(listing, page_token)
-            checkpoint_id, first = (row.id, 0) if position is None else (int(position[0]), int(position[1]))
-            if checkpoint_id != row.id:
-                row = present.committed_by_id(connection, checkpoint_id)
+            if position is None:
+                row = present.resolve_committed(connection, parsed)
+            else:
+                # The token names the attempt: `latest` may mean another one by now.
+                row = present.committed_by_id(connection, int(position[0]))
             structure_id = _structure_id(row.structure_id)
             ids = structure_rows.read_tensor_ids(connection, structure_id).tolist()
             if fqn_prefix:

@@ -10,6 +10,7 @@ from shardbook_server.service import staging
 from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts
 from shardbook_server.service.batches import Want, WantedBlobs
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
+from shardbook_server.service.checks import check_rank
 from shardbook_server.service.closing import fail_attempt, failure_text
 from shardbook_server.service.staging import CheckedShard, ShardChecker
 from shardbook_server.service.types import FailureReport, Registration
@@ -142,6 +143,8 @@ def _row(
 ) -> RegistrationRow | ShardbookError:
     """Judges a registration whose structure is stored."""
     try:
+        # Fewer than world_size where RecordCheckpoint opened the attempt with slices.
+        check_rank(shard.registration.rank, attempt.checkpoint.registration_count, "rank")
         row = staging.staged_row(attempt.checkpoint.id, shard, blob)
     except InvalidArgumentError as error:
         return error.within("registration")

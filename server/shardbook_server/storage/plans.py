@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, func, select, tuple_
 
@@ -41,7 +41,7 @@ def insert_plans(connection: Connection, rows: Sequence[PlanRow]) -> set[tuple[i
     returning = statement.returning(plan_submissions.c.checkpoint_id, plan_submissions.c.rank)
     return {
         (checkpoint_id, rank)
-        for checkpoint_id, rank in connection.execute(returning, [asdict(row) for row in sorted(rows)])
+        for checkpoint_id, rank in connection.execute(returning, [vars(row) for row in sorted(rows)])
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, func, insert, select, tuple_
 
@@ -48,7 +48,7 @@ def insert_registrations(connection: Connection, rows: Sequence[RegistrationRow]
     statement = insert_ignore(connection, registrations)
     returning = statement.returning(registrations.c.checkpoint_id, registrations.c.rank)
     return {
-        (checkpoint_id, rank) for checkpoint_id, rank in connection.execute(returning, [asdict(row) for row in ordered])
+        (checkpoint_id, rank) for checkpoint_id, rank in connection.execute(returning, [vars(row) for row in ordered])
     }
 
 
