@@ -155,7 +155,8 @@ def pack_columns(values: Int64Array, counts: Int64Array, *, delta: bool) -> list
     smallest = np.minimum.reduceat(rest, begins)
     above = rest.view(np.uint64) - np.repeat(smallest, rest_counts[rows]).view(np.uint64)
     largest = np.maximum.reduceat(above, begins)
-    widths = sum((largest >= np.uint64(1 << bits)).astype(np.int64) * step for bits, step in _WIDTH_STEPS)
+    none: Int64Array = np.zeros(len(rows), dtype=np.int64)
+    widths = sum(((largest >= np.uint64(1 << bits)).astype(np.int64) * step for bits, step in _WIDTH_STEPS), none)
     ends = begins + rest_counts[rows]
     described = zip(*(column.tolist() for column in (rows, smallest, widths, begins, ends)), strict=True)
     for row, least, width, begin, end in described:
