@@ -14,8 +14,6 @@ from shardbook.v1 import catalog_pb2, metadata_pb2, types_pb2
 from shardbook.v1 import registration_pb2 as pb
 from tests.behaviour.rpc.api import Api, Job, Payload, Shard, fields, payload, refusal, row
 
-DIGEST = bytes(range(32))
-
 
 def _said(error: ShardbookError) -> tuple[str, str, list[str]]:
     return error.status, error.reason, fields(error)

@@ -19,7 +19,6 @@ from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from tests.behaviour.rpc.api import Api, Job, fields, payload, refusal, row
 
-
 DIGEST = bytes(range(32))
 
 
