@@ -291,22 +291,31 @@ def frame(content: bytes) -> bytes:
     return bytes((_RAW,)) + content
 
 
-def unframe(payload: bytes, limit_bytes: int = limits.MAX_INFLATED_BYTES) -> bytes:
-    """Returns the content of a frame; refuses one that inflates beyond ``limit_bytes`` before inflating it."""
+def inflated_bytes(payload: bytes) -> int:
+    """Returns the bytes that a frame says it inflates to, which is what ``unframe`` holds it to.
+
+    Raises:
+        InvalidArgumentError: It is no frame, or does not say.
+    """
     if not payload:
         raise malformed("it is empty")
+    if payload[0] == _RAW:
+        return len(payload) - 1
+    if payload[0] != _ZSTD:
+        raise malformed(f"unknown codec {payload[0]}")
+    try:
+        size_bytes = zstandard.frame_content_size(payload[1:])
+    except zstandard.ZstdError as exc:
+        raise malformed("it is not zstd") from exc
+    if size_bytes < 0:
+        raise malformed("its frame does not say its size")
+    return int(size_bytes)
+
+
+def unframe(payload: bytes, limit_bytes: int = limits.MAX_INFLATED_BYTES) -> bytes:
+    """Returns the content of a frame; refuses one that inflates beyond ``limit_bytes`` before inflating it."""
+    size_bytes = inflated_bytes(payload)
     codec, body = payload[0], payload[1:]
-    if codec == _RAW:
-        size_bytes = len(body)
-    elif codec == _ZSTD:
-        try:
-            size_bytes = zstandard.frame_content_size(body)
-        except zstandard.ZstdError as exc:
-            raise malformed("it is not zstd") from exc
-        if size_bytes < 0:
-            raise malformed("its frame does not say its size")
-    else:
-        raise malformed(f"unknown codec {codec}")
     if size_bytes > limit_bytes:
         raise InvalidArgumentError(
             f"payload inflates to {size_bytes} bytes, the limit is {limit_bytes}",

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from shardbook.errors import RanksMissingError, RunBusyError, ShardbookError
+from shardbook.errors import InvalidArgumentError, RanksMissingError, RunBusyError, ShardbookError
 from shardbook_server.rpc.batcher import Batcher, BatchLimits
 from shardbook_server.rpc.bridge import Bridge
-from shardbook_server.rpc.limits import LEASE_LOOK_S, UPLOADS_AT_ONCE, ByteBudget
+from shardbook_server.rpc.limits import CHECKS_AT_ONCE, LEASE_LOOK_S, UPLOADS_AT_ONCE, ByteBudget
 from shardbook_server.rpc.waits import Waits
-from shardbook_server.service.blobs import NO_BLOBS, CheckedBlobs
+from shardbook_server.service.blobs import NO_BLOBS, CheckAsk, CheckedBlobs
 from shardbook_server.service.plans import PlanEntry
 from shardbook_server.service.registration import RegistrationEntry
 from shardbook_server.service.services import Services
@@ -64,6 +64,13 @@ def is_planned(counts: AttemptCounts) -> bool:
 REACHED: Final[dict[int, Reached]] = {0: lambda _: True, 1: is_registered, 2: is_closed}
 
 
+def _is_small(ask: CheckAsk) -> bool:
+    try:
+        return ask.is_small
+    except InvalidArgumentError:
+        return True  # damaged: the check says so, with the field
+
+
 class Attempts:
     """Calls on attempts, in the form that the event loop needs.
 
@@ -83,6 +90,7 @@ class Attempts:
         self._waits = waits
         self._plans = Batcher("plans", self._write_plans, limits, in_flight=in_flight)
         self._registrations = Batcher("registrations", self._write_registrations, limits, in_flight=in_flight)
+        self._checks = Batcher("uploads", self._check_many, replace(limits, batch_count=CHECKS_AT_ONCE))
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._upload_bytes = ByteBudget("uploads", limits.queue_bytes)
 
@@ -181,15 +189,23 @@ class Attempts:
 
     async def close(self) -> None:
         """Writes what is queued; refuses what comes."""
+        await self._checks.close()
         await asyncio.gather(self._plans.close(), self._registrations.close())
 
     async def _check(self, key: AttemptKey, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
         if not uploads:
             return NO_BLOBS
-        with self._upload_bytes.hold(sum(len(upload.payload) for upload in uploads)):
+        ask = CheckAsk(key.part_name.run.project, tuple(uploads))
+        size_bytes = sum(len(upload.payload) for upload in uploads)
+        if _is_small(ask):
+            # Together, so that the calls behind them go on together too and share one transaction.
+            return await self._checks.submit(ask, size_bytes)
+        with self._upload_bytes.hold(size_bytes):
             async with self._uploads:
-                project = key.part_name.run.project
-                return await self._bridge.read(self._services.blobs.check, project, uploads)
+                return await self._bridge.read(self._services.blobs.check, ask.project, ask.uploads)
+
+    async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
+        return await self._bridge.look(self._services.blobs.check_batch, asks)
 
     async def _lease_ends(self, request: SessionStart, end_s: float) -> bool:
         """Waits for another job's lease to end; False when the time is up first."""

@@ -14,6 +14,8 @@ from shardbook_server.rpc.call import current_call
 
 #: Calls whose uploads are inflated and checked at the same time; each may hold ``limits.MAX_INFLATED_BYTES``.
 UPLOADS_AT_ONCE: Final = 4
+#: Calls whose uploads, all of them small, are checked in one go.
+CHECKS_AT_ONCE: Final = 128
 #: Time kept for the answer itself when a wait is cut to fit below the call's deadline, seconds.
 ANSWER_S: Final = 0.5
 #: Time between two looks at another job's lease, seconds.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shardbook.core.columns import unframe
+from shardbook.core.columns import inflated_bytes, unframe
 from shardbook.core.digest import digest_of
 from shardbook.core.extents import StructureInfo, structure_info
 from shardbook.core.structure import (
@@ -18,7 +18,7 @@ from shardbook.core.structure import (
     reference_of,
 )
 from shardbook.core.table import TensorTable, decode_table
-from shardbook.errors import InternalError, InvalidArgumentError
+from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
 from shardbook_server.storage import blobs as blob_rows
@@ -30,6 +30,8 @@ Decoded = TensorTable | RankPlan | RankStructure
 
 #: Blobs whose row ids are kept in memory: the digests of every rank of many runs.
 _ID_CACHE_COUNT: Final = 1 << 18
+#: Most bytes that the uploads of a call may inflate to and still be checked together with those of others.
+_SMALL_BYTES: Final = 1 << 20
 _NO_INFO: Final = StructureInfo(0, 0, 0, 0)
 
 
@@ -64,6 +66,19 @@ class CheckedBlobs:
 
     blobs: tuple[CheckedBlob, ...] = ()
     lacking: tuple[BlobRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckAsk:
+    """Uploads of one call to a project."""
+
+    project: str
+    uploads: tuple[BlobUpload, ...]
+
+    @property
+    def is_small(self) -> bool:
+        """True when they inflate to so little, by their own word, that others can wait for them."""
+        return sum(inflated_bytes(upload.payload) for upload in self.uploads) <= _SMALL_BYTES
 
 
 #: For calls without uploads.
@@ -109,6 +124,16 @@ class BlobService:
                     error.message, reason=error.reason, field=f"blobs[{at}].payload", metadata=error.metadata
                 ) from error
         return CheckedBlobs(tuple(checked.values()), tuple(lacking))
+
+    def check_batch(self, asks: Sequence[CheckAsk]) -> list[CheckedBlobs | ShardbookError]:
+        """Checks the uploads of several calls; one verdict a call, in order. For uploads that are soon checked."""
+        verdicts: list[CheckedBlobs | ShardbookError] = []
+        for ask in asks:
+            try:
+                verdicts.append(self.check(ask.project, ask.uploads))
+            except InvalidArgumentError as error:
+                verdicts.append(error)
+        return verdicts
 
     def _check(
         self,
