@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner as TorchLoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
@@ -21,6 +22,7 @@ from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.blocks import decode_blocks
+from shardbook.core.directory import DCP_METADATA
 from shardbook.core.extents import decode_segment
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.head import decode_head, decode_metadata_header
@@ -29,6 +31,7 @@ from shardbook.core.names import CheckpointName, is_ref
 from shardbook.dcp._torch import storage_reader_for
 from shardbook.dcp.directory import incomplete_attempts, read_attempt
 from shardbook.dcp.metadata import CheckpointColumns, default_header
+from shardbook.dcp.pickled import read_pickled_metadata
 from shardbook.dcp.planner import LoadPlanner
 from shardbook.dcp.runtime import current_config, is_distributed
 from shardbook.dcp.writer import CheckpointFiles
@@ -62,12 +65,14 @@ def load(
         planner: By default ``shardbook.dcp.LoadPlanner``.
         process_group: Tells this process its rank, for planners that ask; nothing is sent over it.
         no_dist: Load as rank 0 of 1.
-        weights_only: False unpickles entries that are not plain data, which can run any code in them: only for
-            checkpoints that you trust as you trust your own programs. Planners of your own decide themselves.
+        weights_only: False unpickles entries that are not plain data, and ``.metadata`` files that hold more than
+            DCP's metadata, which can run any code in them: only for checkpoints that you trust as you trust your own
+            programs. Planners of your own decide for themselves.
 
     Raises:
         NotFoundError: There is no such checkpoint.
-        FailedPreconditionError: An entry is not plain data (reason ``UNSAFE_ENTRY``).
+        FailedPreconditionError: An entry is not plain data (reason ``UNSAFE_ENTRY``), or ``.metadata`` is not
+            DCP's metadata alone (``UNSAFE_METADATA``).
         ShardbookError: The service could not be asked; loading by path needs no service.
         RuntimeError, ValueError: As DCP's planner raises them for keys and sizes that do not fit.
     """
@@ -83,7 +88,7 @@ def load(
         metadata = columns.to_torch()
     else:
         reader = storage_reader_for(storage_reader, target)
-        metadata = directory_metadata(reader)
+        metadata = directory_metadata(reader, trusted=not weights_only)
     if planner is None:
         planner = LoadPlanner(weights_only=weights_only)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
@@ -136,10 +141,15 @@ def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
     )
 
 
-def directory_metadata(reader: Any) -> Metadata:
-    """Returns the metadata of the directory that ``reader`` reads: Shardbook's own, else what the reader finds.
+def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
+    """Returns the metadata of the directory that ``reader`` reads: Shardbook's own, else DCP's ``.metadata``.
+
+    Args:
+        reader: Reads the directory.
+        trusted: Let torch unpickle ``.metadata``, whatever it runs.
 
     Raises:
+        FailedPreconditionError: ``.metadata`` holds something else than DCP's metadata (``UNSAFE_METADATA``).
         NotFoundError: Neither is there, or an attempt that is not complete.
         CorruptManifestError: What Shardbook left is damaged.
     """
@@ -148,7 +158,10 @@ def directory_metadata(reader: Any) -> Metadata:
     if files is not None and folded is not None:
         return _folded_columns(folded, os.fspath(files.root)).to_torch()
     try:
-        metadata: Metadata = reader.read_metadata()
+        if not trusted and getattr(type(reader), "read_metadata", None) is FileSystemReader.read_metadata:
+            with reader.fs.create_stream(reader.fs.concat_path(reader.path, DCP_METADATA), "rb") as stream:
+                return read_pickled_metadata(stream)
+        metadata: Metadata = reader.read_metadata()  # a reader of another kind knows its own files
     except FileNotFoundError as error:
         raise _nothing_there(files, error) from error
     return metadata
