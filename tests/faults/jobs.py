@@ -87,6 +87,7 @@ def server_comes_back(rank: Rank, start: dict[str, Any], directory: str) -> list
     results = [dcp.save(state, checkpoint_id=f"{directory}/step-1")]
     (Path(directory) / f"away-{rank.rank}").touch()
     _await_file(Path(directory) / "back")
+    time.sleep(3)  # a connection that was refused is tried again every two seconds
     results.extend(dcp.save(state, checkpoint_id=f"{directory}/step-{step}") for step in (2, 3))
     return results
 

@@ -1,7 +1,8 @@
 """Real ranks: a pool of processes that are started once, run a function together in a gloo group, and are used again.
 
-A job is a function of this package (processes find it by name) whose first argument is its ``Rank``. Starting torch
-takes seconds, so tests share the pool; a rank that a test kills is started anew by the next test that needs it.
+A job is a function of this package (processes find it by name) whose first argument is its ``Rank``. Importing torch
+takes seconds, so one server process does it once and forks the ranks, before any of them has made a thread or a
+connection. A rank that a test kills is started anew by the next test that needs it.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class _Worker:
     """One process, seen from the test."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "shardbook.dcp"])
         self._pipe, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
@@ -213,6 +215,8 @@ def _run(job: Job, arguments: tuple[Any, ...], rank: Rank, store: str, variables
                 world_size=rank.world_size,
                 timeout=timedelta(seconds=GROUP_TIMEOUT_S),
             )
+            # A job that is done at once would close its connections while others are still making theirs.
+            dist.barrier()
         return Outcome(job(rank, *arguments))
     except BaseException as error:  # noqa: BLE001 - the test is told
         return Outcome(error=error, traceback=traceback.format_exc())

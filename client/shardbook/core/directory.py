@@ -7,6 +7,7 @@
     .shardbook/{prefix}/manifest            manifest of one attempt
     .shardbook/{prefix}/rank-{rank}.record  registration record, until the manifest takes its place
     .shardbook/{prefix}/rank-{rank}.failed  why a rank gave up, for whoever waits for its record
+    .shardbook/{prefix}/alone               the coordinator goes on without the service: nobody waits for a commit
     {prefix}/__{rank}_{n}.distcp            data files
 
 A prefix is ``{incarnation[:12]}-a{attempt}``, see ``shardbook.core.names.prefix_of``.
@@ -46,6 +47,11 @@ def record_path(prefix: str, rank: int) -> str:
 def failure_path(prefix: str, rank: int) -> str:
     """Returns the path of a rank's note that it gave up."""
     return f"{ROOT}/{prefix}/rank-{rank}.failed"
+
+
+def alone_path(prefix: str) -> str:
+    """Returns the path of the coordinator's note that it goes on without the service."""
+    return f"{ROOT}/{prefix}/alone"
 
 
 def is_prefix(name: str) -> bool:

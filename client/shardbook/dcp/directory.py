@@ -48,6 +48,24 @@ def write_failure(files: CheckpointFiles, prefix: str, rank: int, reason: str) -
     files.write(names.failure_path(prefix, rank), reason.encode("utf-8", "backslashreplace"))
 
 
+def has_records(files: CheckpointFiles, prefix: str) -> bool:
+    """Returns True when a rank has left its record already."""
+    return any(names.rank_of_record(name) is not None for name in files.names(names.attempt_path(prefix)))
+
+
+def go_alone(files: CheckpointFiles, prefix: str) -> None:
+    """Leaves word that the coordinator goes on without the service; a failure to do so is no failure of the save."""
+    try:
+        files.write(names.alone_path(prefix), b"")
+    except OSError as error:
+        _LOG.warning("no word was left that the coordinator goes on alone: %s", error)
+
+
+def is_alone(files: CheckpointFiles, prefix: str) -> bool:
+    """Returns True when the coordinator went on without the service."""
+    return files.exists(names.alone_path(prefix))
+
+
 def read_record(files: CheckpointFiles, prefix: str, rank: int) -> RegistrationRecord | None:
     """Returns a rank's record, None when it left none; raises CorruptManifestError when it is damaged."""
     content = files.read(names.record_path(prefix, rank))
@@ -143,6 +161,7 @@ def publish(
     else:
         problems.append(f"{names.MANIFEST} belongs to a newer attempt, {newest.prefix}, and was left alone")
     files.remove(names.record_path(identity.prefix, rank) for rank in range(identity.world_size))
+    # The note that the coordinator is alone stays: ranks may still be waiting for a commit that it will not make.
     return tuple(problems)
 
 

@@ -14,7 +14,7 @@ from shardbook.core.fold import FoldedAttempt, fold, missing_ranks
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.catching_up import record_missing
-from shardbook.dcp.directory import await_records, publish, read_record, read_records
+from shardbook.dcp.directory import await_records, go_alone, is_alone, publish, read_record, read_records
 from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.results import SaveState
 from shardbook.dcp.runtime import Runtime
@@ -38,6 +38,9 @@ RECORDS_WAIT_S: Final = 300.0
 #: How long the coordinator waits for registrations before it looks for records of ranks that have no route, seconds.
 _FIRST_LOOK_S: Final = 2.0
 _LOOK_EVERY_S: Final = 10.0
+#: How long a rank waits for the commit before it looks whether the coordinator went on alone, seconds.
+_FIRST_SLICE_S: Final = 2.0
+_LONGEST_SLICE_S: Final = 20.0
 
 _VERDICTS: Final = (
     CheckpointClosedError,
@@ -128,16 +131,35 @@ class Finisher:
         if not until_committed:
             return Outcome(SaveState.REGISTERED)
         try:
-            answer = self._submitter.client.wait_until_closed(self._submitter.key, timeout_s=self._timeout_s)
+            answer = self._await_close(self._submitter)
         except ShardbookError as error:
             if is_verdict(error):
                 raise
             # It is registered, but whether that became a checkpoint nobody can say now.
             return Outcome(SaveState.UNREGISTERED, f"registered, the commit was not seen: {error.reason}: {error}")
+        if answer is None:
+            return Outcome(SaveState.UNREGISTERED, "registered, but the coordinator went on without the service")
         progress = answer.progress
         if progress.state == types_pb2.CHECKPOINT_STATE_COMMITTED:
             return Outcome(SaveState.COMMITTED, checkpoint=answer.checkpoint)
         raise self._not_committed(progress, answer.checkpoint)
+
+    def _await_close(self, submitter: Submitter) -> pb.GetCheckpointProgressResponse | None:
+        """Waits until the attempt is closed, or the time is over; None when the coordinator went on alone.
+
+        A coordinator that cannot reach the service leaves word on storage: else those who can would wait for its
+        commit, and it for them in the next save.
+        """
+        end_s = time.monotonic() + self._timeout_s
+        slice_s = _FIRST_SLICE_S
+        while True:
+            remaining_s = max(0.0, end_s - time.monotonic())
+            answer = submitter.client.wait_until_closed(submitter.key, timeout_s=min(slice_s, remaining_s))
+            if answer.HasField("checkpoint") or remaining_s <= slice_s:
+                return answer
+            if is_alone(self._files, self._attempt.prefix):
+                return None
+            slice_s = min(2 * slice_s, _LONGEST_SLICE_S)
 
     def _not_committed(self, progress: types_pb2.AttemptProgress, checkpoint: types_pb2.Checkpoint) -> ShardbookError:
         if progress.HasField("failure"):
@@ -236,6 +258,8 @@ class Finisher:
             InvalidGeometryError: The ranks' chunks do not make whole tensors.
         """
         attempt = self._attempt
+        if attempt.member.world_size > 1 and self._runtime.plain_client is not None:
+            go_alone(self._files, attempt.prefix)
         limit_s = min(self._timeout_s, RECORDS_WAIT_S)
         absence = await_records(self._files, attempt.prefix, attempt.member.world_size, limit_s)
         if absence.failed:

@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from shardbook.breaker import SaveBudget
 from shardbook.core import directory as names
+from shardbook.core import limits
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
-from shardbook.dcp.directory import write_failure, write_record
+from shardbook.dcp.directory import has_records, write_failure, write_record
 from shardbook.dcp.finishing import Finisher, Outcome, explain, is_verdict
 from shardbook.dcp.items import PlannedItems, kept_items, plan_columns, structure_columns
 from shardbook.dcp.planner import set_up_planner, warn_of_unsafe_entries
@@ -42,6 +43,8 @@ _LOG = logging.getLogger(__name__)
 
 #: What telling the service about a failure may take, seconds.
 _REPORT_S: Final = 5.0
+#: How long a rank waits for the others' plans before it looks whether one does without, seconds.
+_FIRST_SLICE_S: Final = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,11 +172,7 @@ class RankSave:
         if self._attempt.member.world_size == 1 or self._submitter is None:
             return None
         try:
-            dropped = self._submitter.plan(
-                encoded,
-                to_lowest_rank=bool(self._planner.dedup_save_to_lowest_rank),
-                timeout_s=self._runtime.config.plan_wait_s,
-            )
+            dropped = self._await_decision(self._submitter, encoded)
         except SessionFencedError as error:
             self._fenced = error
             return None
@@ -184,11 +183,22 @@ class RankSave:
             return None
         if dropped is None:
             _LOG.warning(
-                "not every rank planned step %d within %.0f s: this rank writes its whole plan, duplicates included",
+                "not every rank planned step %d: this rank writes its whole plan, duplicates included",
                 self._attempt.step,
-                self._runtime.config.plan_wait_s,
             )
         return dropped
+
+    def _await_decision(self, submitter: Submitter, encoded: EncodedPlan) -> BoolArray | None:
+        """Waits for the other ranks' plans; no longer once a rank has left its record without having planned."""
+        end_s = time.monotonic() + self._runtime.config.plan_wait_s
+        slice_s = _FIRST_SLICE_S
+        to_lowest_rank = bool(self._planner.dedup_save_to_lowest_rank)
+        while True:
+            remaining_s = max(0.0, end_s - time.monotonic())
+            dropped = submitter.plan(encoded, to_lowest_rank=to_lowest_rank, timeout_s=min(slice_s, remaining_s))
+            if dropped is not None or remaining_s <= slice_s or has_records(self._files, self._attempt.prefix):
+                return dropped
+            slice_s = min(2 * slice_s, limits.MAX_WAIT_S)
 
     def _write(self, local: SavePlan, items: PlannedItems, encoded: EncodedPlan, dropped: BoolArray | None) -> _Written:
         member, prefix = self._attempt.member, self._attempt.prefix

@@ -128,8 +128,8 @@ class Runtime:
     def next_attempt(self, part: str, step: int, location: str) -> int:
         """Counts and returns the attempt of a save that is about to begin.
 
-        One above the last attempt of the (part, step) and of the directory. DESIGN §11 counts per (session, part,
-        step, directory), by which two parts saved into one directory would share the prefix ``...-a1`` and
+        One above the last attempt of the (part, step) and of the directory. Decision 0003: counting per (session, part,
+        step, directory), two parts saved into one directory would share the prefix ``...-a1`` and
         overwrite each other's files, and a step saved into two directories would share the checkpoint's key. With
         the larger of the two no attempts in a directory share a prefix, and none of a (part, step) share a number.
         Every rank counts for itself; the counts agree because retrying is collective.
