@@ -3,7 +3,7 @@
 Settings come from the environment, else from a TOML file (``SHARDBOOK_CLIENT_CONFIG``, by default
 ``$XDG_CONFIG_HOME/shardbook/config.toml``), else from the defaults; ``SETTINGS`` lists them all. The file::
 
-    server = "shardbook.example:7420"
+    server = "shardbook.example:7070"
     [stores]
     lustre = "/lustre/checkpoints"
     s3-eu = "s3://team-checkpoints/eu"

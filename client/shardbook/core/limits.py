@@ -19,8 +19,9 @@ MAX_ITEMS = 1 << 22
 MAX_CELLS = 1 << 24
 #: Most bytes that one compressed payload may inflate to.
 MAX_INFLATED_BYTES = 256 << 20
-#: Most bytes of one blob as sent.
-MAX_BLOB_BYTES = 12 << 20
+#: Most bytes of the blobs of one call as sent. With the extents and properties of a registration beside them
+#: the call stays below the 16 MiB that servers take.
+MAX_BLOB_BYTES = 7 << 20
 #: Most bytes of one registration's extents as sent.
 MAX_EXTENTS_BYTES = 4 << 20
 #: Most bytes of a file name below an attempt's prefix, in UTF-8.
