@@ -22,7 +22,7 @@ def test_nothing_happens_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_kind_of_fault_at_its_point() -> None:
-    """Rule: a fault is written ``point=kind(number)``, several behind semicolons, and strikes at their own point only."""
+    """Rule: faults are written ``point=kind(number)`` behind semicolons, and strike at their own point only."""
     points = Failpoints.parse("commit.after_db=sleep(0.05); register.after_db=error(1); plan.before_db=error(0)")
     assert points
     began = time.monotonic()
