@@ -10,7 +10,15 @@ from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, upda
 
 from shardbook_server.storage.dialect import insert_ignore
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import checkpoint_structures, checkpoints, parts, projects, runs
+from shardbook_server.storage.tables import (
+    IS_LIVE,
+    IS_STAGED,
+    checkpoint_structures,
+    checkpoints,
+    parts,
+    projects,
+    runs,
+)
 
 #: (part id, session, step, attempt, incarnation): the natural key.
 Key = tuple[int, int, int, int, bytes]
@@ -164,7 +172,7 @@ def fail(
 
 def expire_open(connection: Connection, part_id: int) -> list[int]:
     """Turns the OPEN attempts of a part EXPIRED; returns them. Their writers may still come back."""
-    where = and_(checkpoints.c.part_id == part_id, checkpoints.c.staged == 1, checkpoints.c.state == OPEN)
+    where = and_(checkpoints.c.part_id == part_id, IS_STAGED, checkpoints.c.state == OPEN)
     statement = update(checkpoints).where(where).values(state=EXPIRED).returning(checkpoints.c.id)
     return sorted(connection.scalars(statement))
 
@@ -174,9 +182,10 @@ def expire_superseded(connection: Connection, part_id: int) -> tuple[list[int], 
 
     Attempts of session 0 are history that is being recorded: no session supersedes them.
     """
-    where = and_(checkpoints.c.part_id == part_id, checkpoints.c.staged == 1, checkpoints.c.session > 0)
-    rows = connection.execute(select(checkpoints.c.id, checkpoints.c.state).where(where).order_by(checkpoints.c.id))
-    staged = [(checkpoint_id, state) for checkpoint_id, state in rows]
+    # Judged here, not in the statement: a bound on the session would lead the planner away from the short index.
+    columns = (checkpoints.c.id, checkpoints.c.state, checkpoints.c.session)
+    rows = connection.execute(select(*columns).where(checkpoints.c.part_id == part_id, IS_STAGED))
+    staged = sorted((checkpoint_id, state) for checkpoint_id, state, session in rows if session > 0)
     for some in slices([checkpoint_id for checkpoint_id, _ in staged]):
         connection.execute(update(checkpoints).where(checkpoints.c.id.in_(some)).values(state=EXPIRED, staged=0))
     return [checkpoint_id for checkpoint_id, _ in staged], [one for one, state in staged if state == OPEN]
@@ -184,14 +193,17 @@ def expire_superseded(connection: Connection, part_id: int) -> tuple[list[int], 
 
 def find_stale_records(connection: Connection, before_us: int, limit: int) -> list[tuple[int, int]]:
     """Returns (id, part id) of recordings of session 0, which no lease covers, that were opened before a time."""
-    where = and_(checkpoints.c.staged == 1, checkpoints.c.session == 0, checkpoints.c.create_time_us < before_us)
-    statement = select(checkpoints.c.id, checkpoints.c.part_id).where(where).order_by(checkpoints.c.id).limit(limit)
+    where = and_(IS_STAGED, checkpoints.c.session == 0, checkpoints.c.create_time_us < before_us)
+    # Not ordered by id: that would be a walk over the whole table.
+    statement = (
+        select(checkpoints.c.id, checkpoints.c.part_id).where(where).order_by(checkpoints.c.part_id).limit(limit)
+    )
     return [(checkpoint_id, part_id) for checkpoint_id, part_id in connection.execute(statement)]
 
 
 def expire_record(connection: Connection, checkpoint_id: int) -> bool:
     """Turns a recording EXPIRED whose staging is about to be emptied; False when it was finished in between."""
-    where = and_(checkpoints.c.id == checkpoint_id, checkpoints.c.staged == 1)
+    where = and_(checkpoints.c.id == checkpoint_id, IS_STAGED)
     return connection.execute(update(checkpoints).where(where).values(state=EXPIRED, staged=0)).rowcount == 1
 
 
@@ -203,7 +215,7 @@ def set_header(connection: Connection, checkpoint_id: int, header: bytes, write_
 
 def find_live(connection: Connection, part_id: int, step: int) -> CheckpointRow | None:
     """Returns the one live committed checkpoint of a step; None when there is none."""
-    where = and_(checkpoints.c.part_id == part_id, checkpoints.c.step == step, checkpoints.c.live == 1)
+    where = and_(checkpoints.c.part_id == part_id, checkpoints.c.step == step, IS_LIVE)
     row = connection.execute(select(checkpoints).where(where)).one_or_none()
     return None if row is None else _checkpoint(row)
 
@@ -302,7 +314,7 @@ def page(
         _LISTED.where(checkpoints.c.part_id.in_(part_ids)).order_by(*(column.desc() for column in order)).limit(count)
     )
     if not show_all:
-        statement = statement.where(checkpoints.c.live == 1)
+        statement = statement.where(IS_LIVE)
     if after is not None:
         statement = statement.where(tuple_(*order) < tuple_(*after))
     return [_listed(row) for row in connection.execute(statement)]

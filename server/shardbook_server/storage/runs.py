@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, upda
 from shardbook.core.names import PartName, RunName
 from shardbook_server.storage.dialect import insert_ignore
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import checkpoints, leases, parts, projects, runs, sessions
+from shardbook_server.storage.tables import IS_LIVE, checkpoints, leases, parts, projects, runs, sessions
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,7 @@ def list_parts(connection: Connection, run_id: int) -> list[tuple[int, str]]:
 
 def part_statuses(connection: Connection, run_ids: Sequence[int]) -> list[PartStatusRow]:
     """Returns where the parts of runs stand, by run and name of part."""
-    count = (
-        select(func.count())
-        .where(checkpoints.c.part_id == parts.c.id, checkpoints.c.live == 1)
-        .correlate(parts)
-        .scalar_subquery()
-    )
+    count = select(func.count()).where(checkpoints.c.part_id == parts.c.id, IS_LIVE).correlate(parts).scalar_subquery()
     statement = (
         select(
             parts.c.run_id,

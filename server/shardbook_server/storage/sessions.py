@@ -9,7 +9,7 @@ from typing import Final
 from sqlalchemy import Connection, and_, delete, insert, select, tuple_, update
 
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import leases, parts, sessions
+from shardbook_server.storage.tables import IS_RUNNING, leases, parts, sessions
 
 #: A lease that was renewed less than this ago is not written again.
 RENEW_AFTER_US: Final = 1_000_000
@@ -109,20 +109,20 @@ def end_lease(connection: Connection, part_id: int, now_us: int) -> None:
 
 def extend_leases(connection: Connection, alive_at_us: int, by_us: int) -> None:
     """Extends every lease that was alive at a time."""
-    where = and_(leases.c.ended == 0, leases.c.expire_time_us > alive_at_us)
+    where = and_(IS_RUNNING, leases.c.expire_time_us > alive_at_us)
     connection.execute(update(leases).where(where).values(expire_time_us=leases.c.expire_time_us + by_us))
 
 
 def ended_leases(connection: Connection, now_us: int, limit: int) -> list[int]:
     """Returns the parts whose lease has ended and was not dealt with yet."""
-    where = and_(leases.c.ended == 0, leases.c.expire_time_us <= now_us)
+    where = and_(IS_RUNNING, leases.c.expire_time_us <= now_us)
     statement = select(leases.c.part_id).where(where).order_by(leases.c.expire_time_us).limit(limit)
     return list(connection.scalars(statement))
 
 
 def mark_ended(connection: Connection, part_id: int, now_us: int) -> bool:
     """Marks a lease as dealt with; False when it was renewed in between."""
-    where = and_(leases.c.part_id == part_id, leases.c.ended == 0, leases.c.expire_time_us <= now_us)
+    where = and_(leases.c.part_id == part_id, IS_RUNNING, leases.c.expire_time_us <= now_us)
     return connection.execute(update(leases).where(where).values(ended=1)).rowcount == 1
 
 

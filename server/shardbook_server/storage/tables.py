@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 
@@ -273,3 +274,8 @@ events = Table(
     Column("checkpoint_id", Int64, nullable=False),
     **_STRICT,
 )
+
+# Conditions of the partial indexes. The values are spelled out: no planner uses such an index for a bound parameter.
+IS_LIVE: Final = checkpoints.c.live == literal_column("1")
+IS_STAGED: Final = checkpoints.c.staged == literal_column("1")
+IS_RUNNING: Final = leases.c.ended == literal_column("0")

@@ -258,3 +258,14 @@ def test_hosts_of_missing_ranks_are_known_when_they_planned(job: Job) -> None:
     job.plan(1, blobs[1:])
     missing = job.services.progress.progress(job.key(1)).missing
     assert [(0, ""), (1, "node1")] == [(one.rank, one.host) for one in missing]
+
+
+def test_a_rank_beyond_the_slices_of_an_attempt_is_refused(job: Job) -> None:
+    """RecordCheckpoint may open an attempt with fewer registrations than ranks."""
+    ranks = whole(job.model)
+    checked = job.services.blobs.check("llm", [upload for blobs in ranks for upload in blobs.uploads()])
+    request = job.record_request(1, ranks[:1], recovered=False, complete=False, registration_count=1)
+    assert () == job.services.records.record(request, checked).unknown
+    [verdict] = send(job, job.entry(1, ranks[1]))
+    assert isinstance(verdict, InvalidArgumentError)
+    assert ["registration.rank"] == [violation.field for violation in verdict.violations]

@@ -1,0 +1,79 @@
+"""Statements find their rows by an index, whatever the tables have grown to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event
+
+from shardbook_server.service.services import Services
+from shardbook_server.service.types import OnLive
+from shardbook_server.storage.database import Database
+from tests.behaviour.service.saves import Job, Model, whole
+
+#: Tables that grow with every save, run or structure.
+GROWING = {
+    "checkpoints",
+    "checkpoint_structures",
+    "events",
+    "extent_segments",
+    "leases",
+    "parts",
+    "plan_submissions",
+    "rank_structures",
+    "registrations",
+    "sessions",
+    "structure_tensors",
+}
+
+
+@pytest.fixture
+def statements(database: Database) -> dict[str, Any]:
+    """Every statement that the test makes, with its parameters."""
+    seen: dict[str, Any] = {}
+
+    def note(_connection: object, _cursor: object, statement: str, parameters: Any, *rest: Any) -> None:
+        if rest[-1] is False:
+            seen[statement] = parameters
+
+    engines: list[Engine] = [database._writer, database._readers]
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", note)
+    return seen
+
+
+def test_no_growing_table_is_walked_through(services: Services, database: Database, statements: dict[str, Any]) -> None:
+    """A walk over a partial index is fine: it holds what is open, not what there is."""
+    job = Job(services, Model(2))
+    job.start()
+    for step in range(3):
+        drops = job.decide(step)
+        assert 2 == len(drops)
+        job.save(step)
+    job.record(7)
+    job.register(9, whole(job.model)[:1])
+    services.progress.counts([1])
+    services.progress.progress(job.key(9))
+    services.sessions.expire_leases(period_s=10)
+    for name in ("llm/8b@1", "llm/8b@1.s1", "llm/8b@1.s1.a1", "llm/8b@latest"):
+        services.catalog.get_checkpoint(name)
+        assert list(services.metadata.get_metadata(name, b"model"))
+    for show_all in (True, False):
+        parent = "projects/llm/runs/8b/parts/default"
+        page = services.catalog.list_checkpoints(parent, page_size=2, show_all=show_all)
+        services.catalog.list_checkpoints(parent, page_token=page.next_page_token, show_all=show_all)
+    services.catalog.get_run("projects/llm/runs/8b")
+    services.metadata.list_tensors("llm/8b@1")
+    Job(services, Model(2)).start(on_live=OnLive.TAKEOVER)
+    walks = []
+    with database.read() as connection:
+        for statement, parameters in list(statements.items()):
+            if statement.split()[0] not in ("SELECT", "UPDATE", "DELETE"):
+                continue
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters):
+                detail = str(row[3])
+                if detail.startswith("SCAN") and detail.split()[1] in GROWING and " INDEX ix_" not in detail:
+                    walks.append((detail, " ".join(statement.split())))
+    assert [] == walks
+    assert len(statements) > 40
