@@ -87,8 +87,7 @@ class CommitService:
             part, row = _find(connection, key, recovered=recovered)
             if row.state != CheckpointState.COMMITTED:
                 self._judge(connection, key, row, now_us, recovered=recovered)
-                if registration_rows.count_registrations(connection, [row.id]).get(row.id, 0) != row.registration_count:
-                    raise _missing(connection, row)
+                _require_complete(connection, row)
                 commit_attempt(connection, part, row, folded, now_us, recovered=recovered)
             return present.checkpoint_info(connection, row.id)
 
@@ -101,10 +100,8 @@ class CommitService:
             if not recovered:
                 _require_current(connection, key)
             _require_open(row)
-            rows = registration_rows.read_registrations(connection, row.id)
-            if len(rows) != row.registration_count:
-                raise _missing(connection, row)
-            return _Ready(part, rows)
+            _require_complete(connection, row)
+            return _Ready(part, registration_rows.read_registrations(connection, row.id))
 
     def _judge(
         self, connection: Connection, key: AttemptKey, row: CheckpointRow, now_us: int, *, recovered: bool
@@ -174,6 +171,12 @@ def _require_open(row: CheckpointRow) -> None:
         )
     if not row.staged:
         raise closed_error(row)
+
+
+def _require_complete(connection: Connection, row: CheckpointRow) -> None:
+    """Refuses an attempt in which a rank is missing."""
+    if registration_rows.count_registrations(connection, [row.id]).get(row.id, 0) != row.registration_count:
+        raise _missing(connection, row)
 
 
 def _missing(connection: Connection, row: CheckpointRow) -> RanksMissingError:
