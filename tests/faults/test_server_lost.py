@@ -16,7 +16,7 @@ from tests.torch import jobs as torch_jobs
 from tests.torch.harness import RankPool
 
 #: What an outage costs here, seconds: once, and then a save.
-_FIRST_S, _LATER_S = 2.0, 0.5
+_FIRST_S, _LATER_S = 4.0, 1.0
 _PATIENCE = {"SHARDBOOK_OUTAGE_FIRST_S": str(_FIRST_S), "SHARDBOOK_OUTAGE_LATER_S": str(_LATER_S)}
 #: What a save costs anyway on a machine that does other things too, seconds.
 _SLACK_S = 4.0

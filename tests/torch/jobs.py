@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardbook import dcp
+from shardbook.dcp.finishing import Finisher
 from tests.torch.detector import detector
 from tests.torch.harness import Rank
 from tests.torch.layouts import LAYOUTS, fill, group_of, spoil, submesh, wrong_pieces
@@ -112,3 +113,46 @@ def save_twice(rank: Rank, layout: str, ours: str, theirs: str, start: dict[str,
     state = fill(LAYOUTS[layout](rank))
     dcp.save(state, checkpoint_id=ours)
     torch_save(state, checkpoint_id=theirs)
+
+
+def start_session(rank: Rank, start: dict[str, Any], by_rank: dict[str, Any]) -> dcp.Session:
+    """Starts a session; ``by_rank`` are arguments that get the rank's own number."""
+    return dcp.init(**start, **{name: value[rank.rank] for name, value in by_rank.items()})
+
+
+def save_carried(rank: Rank, session: dcp.Session, path: str) -> dcp.SaveResult:
+    """Saves in a session that the caller carried over, without any process group."""
+    dcp.init(session=session, rank=rank.rank, world_size=rank.world_size)
+    return dcp.save({"w": torch.arange(3.0), f"own{rank.rank}": torch.ones(1)}, checkpoint_id=path)
+
+
+def save_parts(rank: Rank, start: dict[str, Any], path: str) -> list[dcp.SaveResult]:
+    """Saves two parts of a step; the second one's session starts with its first save, on whichever rank is first."""
+    dcp.init(**start)
+    state = fill(LAYOUTS["uneven"](rank))
+    return [dcp.save(state, checkpoint_id=f"{path}/{part}-1", part=part) for part in ("default", "optim", "optim")]
+
+
+def save_no_dist(rank: Rank, start: dict[str, Any], path: str) -> None:
+    """Tries to save as if alone."""
+    dcp.init(**start)
+    dcp.save({"w": torch.ones(1)}, checkpoint_id=path, no_dist=True)
+
+
+def init_too_early(rank: Rank, start: dict[str, Any], store: str, path: str) -> None:
+    """Starts a session before the process group is there, and saves with it."""
+    dcp.init(rank=0, world_size=1, **start)
+    dist.init_process_group("gloo", store=dist.FileStore(store), rank=rank.rank, world_size=rank.world_size)
+    dist.barrier()
+    dcp.save({"w": torch.ones(1)}, checkpoint_id=path)
+
+
+def save_unfolded(rank: Rank, layout: str, path: str, start: dict[str, Any]) -> None:
+    """Saves; the coordinator goes before it folds the records."""
+    dcp.init(**start)
+    original = Finisher._describe_alone
+    Finisher._describe_alone = lambda *_: "gone"  # type: ignore[method-assign]
+    try:
+        dcp.save(fill(LAYOUTS[layout](rank)), checkpoint_id=path)
+    finally:
+        Finisher._describe_alone = original  # type: ignore[method-assign]

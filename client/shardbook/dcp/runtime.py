@@ -19,6 +19,7 @@ from shardbook.dcp._torch import group_timeout_s
 from shardbook.dcp.lease import LeaseKeeper
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
 from shardbook.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ShardbookError
+from shardbook.v1 import registration_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
 
@@ -161,7 +162,11 @@ class Runtime:
         with self._lock:
             number = self._numbers.get(part)
         if number is None:
-            answer = client.start_session(self.session.start_request(part))
+            request = self.session.start_request(part)
+            if part == self.session.part:
+                # ``init`` met an outage. Whoever took the run since then came later: it is not to be fenced.
+                request.on_live = pb.ON_LIVE_FAIL
+            answer = client.start_session(request)
             with self._lock:
                 number = self._numbers.setdefault(part, answer.session)
             self._keep(answer.lease_ttl.ToTimedelta().total_seconds())

@@ -161,8 +161,9 @@ def start_session(session: Session, client: Client, *, wait_s: float, deadline_s
     request = session.start_request(session.part)
     end_s = time.monotonic() + wait_s
     while True:
-        one_wait_s = min(limits.MAX_WAIT_S, max(0.0, end_s - time.monotonic()))
+        one_wait_s = 0.0
         if session.on_live is OnLive.WAIT:
+            one_wait_s = min(limits.MAX_WAIT_S, max(0.0, end_s - time.monotonic()))
             request.wait.FromTimedelta(timedelta(seconds=one_wait_s))
         try:
             answer = client.start_session(request, deadline_s=deadline_s + one_wait_s)
