@@ -121,7 +121,12 @@ class Batcher(Generic[E, V]):
         if self._queue and len(self._batches) < self._in_flight:
             task = asyncio.get_running_loop().create_task(self._run_batches())
             self._batches.add(task)
-            task.add_done_callback(self._batches.discard)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._batches.discard(task)
+        # An entry may have come between the last look at the queue and this.
+        self._start()
 
     async def _run_batches(self) -> None:
         # One turn of the loop: whoever is about to submit joins the first batch.

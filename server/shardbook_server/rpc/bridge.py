@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, Generic, ParamSpec, TypeVar, cast
 
+import structlog
+
 from shardbook.errors import ResourceExhaustedError, UnavailableError
 from shardbook_server.failpoints import Failpoints
 from shardbook_server.rpc.call import NO_CALL, Call, current_call
@@ -26,6 +28,8 @@ T = TypeVar("T")
 
 #: Told to clients that met a full queue, seconds.
 BUSY_RETRY_S: Final = 0.25
+
+_log = structlog.get_logger(__name__)
 
 
 class Bridge:
@@ -108,7 +112,9 @@ class Bridge:
     async def heavy(self, name: str, key: Hashable, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs a service call that may compute for seconds; callers with the same key share one run and its answer.
 
-        The run belongs to all who share it, so it has no deadline and outlives every caller.
+        Only good news is shared with those who came after a run began: what it lacked may be there by now, so a
+        failure is asked for anew, once for all of them. The run belongs to all who share it, so it has no deadline and
+        outlives every caller.
 
         Args:
             name: As for ``write``.
@@ -168,13 +174,25 @@ class Bridge:
     async def _share(self, pool: ThreadPoolExecutor, key: tuple[str, Hashable], job: _Job[T]) -> T:
         with self._admitted():
             current_call().check_time()
+            joined = self._shared.get(key)
+            if joined is not None and not joined.done():
+                try:
+                    result: T = await asyncio.shield(joined)
+                except Exception:  # noqa: BLE001 - whatever it was, it may not be so any more
+                    # It began before this caller asked: what it lacked may have come since. Ask anew, below.
+                    _log.debug("a shared call failed for one who joined it late", name=key[0])
+                else:
+                    return result
             task = self._shared.get(key)
-            if task is None:
-                task = self._spawn(self._in(pool, job))
-                self._shared[key] = task
-                task.add_done_callback(lambda _: self._shared.pop(key, None))
-            result: T = await asyncio.shield(task)
-            return result
+            if task is None or task.done():
+                task = self._shared[key] = self._spawn(self._in(pool, job))
+                task.add_done_callback(lambda ended: self._unshare(key, ended))
+            again: T = await asyncio.shield(task)
+            return again
+
+    def _unshare(self, key: tuple[str, Hashable], ended: asyncio.Task[Any]) -> None:
+        if self._shared.get(key) is ended:
+            del self._shared[key]
 
     async def _write(self, job: _Job[T]) -> T:
         async with self._writers:

@@ -13,7 +13,7 @@ from shardbook.errors import InvalidArgumentError, ResourceExhaustedError
 from shardbook_server.rpc.call import current_call
 
 #: Calls whose uploads are inflated and checked at the same time; each may hold ``limits.MAX_INFLATED_BYTES``.
-UPLOADS_AT_ONCE: Final = 4
+UPLOADS_AT_ONCE: Final = 2
 #: Calls whose uploads, all of them small, are checked in one go.
 CHECKS_AT_ONCE: Final = 128
 #: Time kept for the answer itself when a wait is cut to fit below the call's deadline, seconds.

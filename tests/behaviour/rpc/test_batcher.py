@@ -96,6 +96,26 @@ def test_a_lone_entry_is_not_held_up_and_a_crowd_shares() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_an_entry_that_comes_as_a_batch_ends_is_not_forgotten(in_flight: int) -> None:
+    """Rule: however close to the end of the last batch an entry arrives, it gets a batch of its own."""
+
+    async def main() -> None:
+        batcher = Batcher("entries", Sink(0), ROOMY, in_flight=in_flight)
+
+        async def one_after_the_other(first: int) -> None:
+            for entry in range(first, first + 20):
+                assert entry * 10 == await batcher.submit(entry, 1)
+                for _ in range(entry % 4):
+                    await asyncio.sleep(0)
+
+        async with asyncio.timeout(10):
+            await one_after_the_other(1)
+            await asyncio.gather(*(one_after_the_other(first) for first in range(5)))
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("limits", [BatchLimits(1, 1000, 2, 1000), BatchLimits(1, 1000, 100, 20)])
 def test_a_full_queue_is_refused_with_a_delay(limits: BatchLimits) -> None:
     """Rule: the queue is bounded in count and in bytes; beyond, RESOURCE_EXHAUSTED with RetryInfo."""

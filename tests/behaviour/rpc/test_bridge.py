@@ -169,6 +169,54 @@ def test_heavy_calls_with_one_key_share_one_run() -> None:
     asyncio.run(main())
 
 
+def test_those_who_join_a_run_late_do_not_get_its_failure() -> None:
+    """Rule: a commit that began before the last rank registered says nothing to a commit asked for after that."""
+
+    async def main() -> None:
+        registered: list[bool] = []
+        runs: list[bool] = []
+
+        def commit() -> str:
+            there = bool(registered)
+            runs.append(there)
+            time.sleep(0.05)
+            if not there:
+                raise KeyError("missing")
+            return "committed"
+
+        async with _bridge() as bridge:
+            early = asyncio.ensure_future(bridge.heavy("commit", "key", commit))
+            await asyncio.sleep(0.02)
+            registered.append(True)
+            late = [asyncio.ensure_future(bridge.heavy("commit", "key", commit)) for _ in range(5)]
+            with pytest.raises(KeyError):
+                await early
+            assert ["committed"] * 5 == await asyncio.gather(*late)
+        assert [False, True] == runs
+
+    asyncio.run(main())
+
+
+def test_a_failure_that_lasts_reaches_all_at_the_price_of_two_runs() -> None:
+    """Rule: asking anew happens once, for all who joined late together."""
+
+    async def main() -> None:
+        runs: list[int] = []
+
+        def commit() -> None:
+            runs.append(1)
+            time.sleep(0.03)
+            raise KeyError("missing")
+
+        async with _bridge() as bridge:
+            calls = [asyncio.ensure_future(bridge.heavy("commit", "key", commit)) for _ in range(50)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert {KeyError} == {type(outcome) for outcome in outcomes}
+        assert 2 == len(runs)
+
+    asyncio.run(main())
+
+
 def test_a_heavy_call_leaves_the_short_ones_their_threads() -> None:
     """Rule: assembly has threads of its own."""
 

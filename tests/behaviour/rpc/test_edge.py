@@ -109,6 +109,21 @@ def test_reflection_is_off_unless_asked_for(api: Api, tmp_path_factory: pytest.T
     assert {*SERVICES, "grpc.health.v1.Health"} <= listed
 
 
+def test_a_connection_that_is_asked_to_reconnect_loses_no_call(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Rule: max_connection_age moves clients on between calls; what is in progress has its grace."""
+    settings = settings_in(tmp_path_factory.mktemp("age"), max_connection_age_s=0.2, max_connection_age_grace_s=5)
+    with running_server(settings) as server, api_of(server.address) as api:
+        job = Job.start(api, "projects/test/runs/r")
+        what = job.rows()[0]
+        began = time.monotonic()
+        waiting = api.registration.PlanSave.future(job.plan_request(0, what, wait_s=1.2), timeout=DEADLINE_S)
+        while time.monotonic() < began + 1.2:
+            job.plan(0, what)
+            job.register(0, what)
+        answer = waiting.result()
+        assert answer.state != registration_pb2.PlanSaveResponse.STATE_DECIDED
+
+
 def test_a_wait_that_is_negative_names_its_field(api: Api) -> None:
     """Rule: also the edge's own checks say which field."""
     request = registration_pb2.CommitCheckpointRequest()

@@ -285,6 +285,69 @@ def test_a_session_is_started_once_whoever_asks_again(api: Api, run: str) -> Non
     assert (first.session, False, checkpoint.name) == (again.session, again.current, again.latest)
 
 
+def test_an_attempt_whose_writers_are_gone_expires_and_revives_when_they_return(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Rule: the reaper ends what outlived its lease, who waits learns of it, and nobody superseded may come back."""
+    settings = settings_in(tmp_path_factory.mktemp("leases"), lease_ttl_s=0.6, reap_interval_s=0.1)
+    with running_server(settings) as server, api_of(server.address) as api:
+        job = Job.start(api, "projects/test/runs/r")
+        world = job.rows()
+        job.register(0, world[0])
+        answer = job.progress(1, pb.GetCheckpointProgressRequest.UNTIL_CLOSED, 15)
+        assert types_pb2.CHECKPOINT_STATE_EXPIRED == answer.checkpoint.state
+        # Nobody is there to complete it, so a wait for the missing rank is not held open.
+        assert "RANKS_MISSING" == refusal(job.commit, 1, 0.2).reason
+        job.register(1, world[1])
+        assert COMMITTED == job.commit().state
+
+
+# ------------------------------------------------------------------ records
+
+
+def test_an_attempt_is_recorded_from_one_process_in_parts(api: Api, run: str) -> None:
+    """Rule: blobs that are lacking are asked for, parts are staged, and the last call commits; again is the same."""
+    job = replace(Job.start(api, run), world_size=3)
+    world = job.rows()
+
+    def record(ranks: list[int], *, complete: bool) -> pb.RecordCheckpointResponse:
+        request = pb.RecordCheckpointRequest(
+            key=job.key(), location=job.location(), registration_count=3, complete=complete
+        )
+        for rank in ranks:
+            what = world[rank]
+            request.registrations.add(rank=rank, structure_digest=what.structure_digest, extents=what.extents)
+        response = api.registration.RecordCheckpoint(request, timeout=DEADLINE_S)
+        if response.unknown:
+            assert not response.HasField("checkpoint")
+            for rank in ranks:
+                request.blobs.extend(world[rank].blobs.values())
+            response = api.registration.RecordCheckpoint(request, timeout=DEADLINE_S)
+        return response
+
+    assert pb.RecordCheckpointResponse() == record([0, 1], complete=False)
+    answer = record([2], complete=True)
+    assert (COMMITTED, True, 3) == (answer.checkpoint.state, answer.checkpoint.live, answer.checkpoint.chunk_count)
+    assert answer == record([2], complete=True)
+    assert answer.checkpoint == job.commit()
+
+
+def test_an_offline_attempt_is_recorded_as_history(api: Api, run: str) -> None:
+    """Rule: session 0 with `recovered`; `latest` stays where the numbered sessions left it."""
+    job = Job.start(api, run)
+    latest = job.save(5)
+    offline = Job(api, run)
+    request = pb.RecordCheckpointRequest(
+        key=offline.key(9), location=offline.location(9), registration_count=2, complete=True, recovered=True
+    )
+    for rank, what in enumerate(offline.rows()):
+        request.registrations.add(rank=rank, structure_digest=what.structure_digest, extents=what.extents)
+    checkpoint = api.registration.RecordCheckpoint(request, timeout=DEADLINE_S).checkpoint
+    assert (COMMITTED, 0, True) == (checkpoint.state, checkpoint.session, checkpoint.recovered)
+    assert checkpoint.name.endswith(f"9.s0.a1.{offline.incarnation.hex()[:12]}")
+    assert latest.name == job.start_session().latest
+
+
 # ------------------------------------------------------------------ streams
 
 
