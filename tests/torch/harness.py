@@ -133,7 +133,8 @@ class _Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "shardbook.dcp"])
+        # Not shardbook.dcp: gRPC that was imported before a fork loses calls in the child now and then.
+        context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
         self._pipe, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
