@@ -81,7 +81,7 @@ def test_blobs_too_many_for_one_call_are_sent_in_several() -> None:
     got: set[bytes] = set()
 
     def big(refs: Sequence[BlobRef]) -> list[Blob]:
-        return [Blob(kind=BlobKind.BLOB_KIND_TABLE, payload=ref.digest * (5 << 20)) for ref in refs]
+        return [Blob(kind=BlobKind.BLOB_KIND_TABLE, payload=ref.digest * (3 << 20)) for ref in refs]
 
     def handle(request: pb.RegisterShardsRequest, _: Any) -> pb.RegisterShardsResponse:
         got.update(blob.payload[:1] for blob in request.blobs)
