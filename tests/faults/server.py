@@ -44,8 +44,12 @@ class ServerProcess:
         """A client of it."""
         return Client(self.address, timeout_s=10.0)
 
-    def start(self) -> None:
-        """Starts it and waits until it answers."""
+    def start(self, failpoints: str = "") -> None:
+        """Starts it and waits until it answers.
+
+        Args:
+            failpoints: Where and how it is to fail, see ``shardbook_server.failpoints``.
+        """
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -57,7 +61,7 @@ class ServerProcess:
                 "--database-url",
                 f"sqlite:///{self._database}",
             ],
-            env={**os.environ, **self._settings},
+            env={**os.environ, **self._settings, "SHARDBOOK_FAILPOINTS": failpoints},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -71,6 +75,16 @@ class ServerProcess:
                 time.sleep(0.1)
             else:
                 return
+
+    def restart(self, failpoints: str = "") -> None:
+        """Kills it when it still runs, and starts it over the same database."""
+        self.kill()
+        self.start(failpoints)
+
+    def await_exit(self) -> int:
+        """Waits until it has ended by itself; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(_START_S)
 
     def kill(self) -> None:
         """Ends it without a word."""
