@@ -189,7 +189,7 @@ def p9_save_outlives_service(
         latest: Name of the checkpoint that must stay ``latest``.
     """
     paths = [str(directory) for directory in directories]
-    nothing_wrong = [{path: [] for path in paths}] * 2
+    nothing_wrong: list[dict[str, list[str]]] = [{path: [] for path in paths}] * 2
     assert nothing_wrong == pool.run(torch_jobs.load, "fsdp", paths, world_size=2)
     assert nothing_wrong == pool.run(torch_jobs.load, "fsdp", paths, True, world_size=2)
     first = list(sync_directories(client, paths, export=export_metadata))
