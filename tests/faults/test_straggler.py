@@ -34,9 +34,7 @@ def test_a_step_is_saved_again_while_a_rank_is_in_mid_write(
     await_stop(running.pids[1])
     torn = next(path.glob("*/__1_0.distcp"))
     prefix, torn_bytes = torn.parent.name, torn.stat().st_size
-    later = later_pool.run(
-        jobs.save_other_values, {**start, "on_live": "takeover"}, str(path), world_size=world_size
-    )
+    later = later_pool.run(jobs.save_other_values, {**start, "on_live": "takeover"}, str(path), world_size=world_size)
     assert [SaveState.COMMITTED] * world_size == [one.state for one in later]
     before, row = files_of(path), client.get_checkpoint(later[0].name)
     os.kill(running.pids[1], signal.SIGCONT)
