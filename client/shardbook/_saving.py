@@ -202,8 +202,11 @@ class SavingCalls:
     def record(
         self, request: pb.RecordCheckpointRequest, *, deadline_s: float | None = None
     ) -> pb.RecordCheckpointResponse:
-        """Records a whole attempt, or one part of a large one, from one process."""
-        return self._transport.call(RECORD, request, deadline_s=deadline_s)
+        """Records a whole attempt, or one part of a large one, from one process.
+
+        A long deadline is for the server's work on a new structure: one that is away is given up like for other calls.
+        """
+        return self._transport.call(RECORD, request, deadline_s=deadline_s, outage_s=self._transport.timeout_s)
 
     def _wait_until(self, key: AttemptKey, until: Progress.Until, timeout_s: float) -> pb.GetCheckpointProgressResponse:
         request = Progress(key=key, until=until)

@@ -71,13 +71,17 @@ class Transport:
         """Returns the same transport without a budget."""
         return replace(self, budget=None)
 
-    def call(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> R:
+    def call(
+        self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None, outage_s: float | None = None
+    ) -> R:
         """Returns the answer to ``request``, asking again until the deadline where that may help.
 
         Args:
             rpc: The call.
             request: Its request.
             deadline_s: Seconds for everything, retries included; a budget may allow less.
+            outage_s: Seconds for which a server that refuses is asked again, for calls whose deadline is long because
+                they are much work; up to the deadline when None.
 
         Raises:
             ShardbookError: What the server answered, or that it did not.
@@ -90,7 +94,7 @@ class Transport:
             def attempt(remaining_s: float) -> R:
                 return self._attempt(rpc, request, remaining_s, guarded)
 
-            return self._until_deadline(attempt, limit_s)
+            return self._until_deadline(attempt, limit_s, outage_s=outage_s)
 
     def call_patiently(
         self, rpc: Rpc[Q, R], request: Q, *, limit_s: float, is_alive: Callable[[Transport, float], object]
@@ -153,9 +157,17 @@ class Transport:
     def _guard(self, method: str) -> AbstractContextManager[GuardedCall | None]:
         return self.budget.call(method) if self.budget is not None else nullcontext()
 
-    def _until_deadline(self, attempt: Callable[[float], R], limit_s: float, guarded: GuardedCall | None = None) -> R:
+    def _until_deadline(
+        self,
+        attempt: Callable[[float], R],
+        limit_s: float,
+        guarded: GuardedCall | None = None,
+        *,
+        outage_s: float | None = None,
+    ) -> R:
         """Repeats ``attempt``; with ``guarded``, only while the server's silence stays within what it allows."""
         end_s = time.monotonic() + limit_s
+        retry_end_s = end_s
         failure_count = 0
         last: ShardbookError | None = None
         while True:
@@ -168,11 +180,13 @@ class Transport:
                     raise last from error
                 raise
             except ShardbookError as error:
+                if last is None and outage_s is not None:
+                    retry_end_s = min(end_s, time.monotonic() + outage_s)
                 last = error
                 failure_count += 1
                 delay_s = self.backoff.delay_s(failure_count, error)
                 # No sleep that the deadline would end: the caller learns what is wrong while it still has time.
-                if not is_retryable(error) or time.monotonic() + delay_s >= end_s:
+                if not is_retryable(error) or time.monotonic() + delay_s >= retry_end_s:
                     raise
                 if guarded is not None and guarded.quiet_s + delay_s >= guarded.silence_s:
                     raise

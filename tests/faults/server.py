@@ -22,6 +22,10 @@ class ServerProcess:
     Args:
         directory: Where its database is; made when it is not there.
         settings: Environment variables.
+
+    Attributes:
+        address: Where it answers.
+        failpoints: Where and how it fails, since it was started last.
     """
 
     def __init__(self, directory: Path, **settings: str) -> None:
@@ -32,6 +36,7 @@ class ServerProcess:
             found.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{found.getsockname()[1]}"
         self._process: subprocess.Popen[bytes] | None = None
+        self.failpoints = ""
 
     @property
     def pid(self) -> int:
@@ -50,6 +55,7 @@ class ServerProcess:
         Args:
             failpoints: Where and how it is to fail, see ``shardbook_server.failpoints``.
         """
+        self.failpoints = failpoints
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -75,6 +81,11 @@ class ServerProcess:
                 time.sleep(0.1)
             else:
                 return
+
+    @property
+    def has_ended(self) -> bool:
+        """True when it was killed, or has ended by itself."""
+        return self._process is None or self._process.poll() is not None
 
     def restart(self, failpoints: str = "") -> None:
         """Kills it when it still runs, and starts it over the same database."""
