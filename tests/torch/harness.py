@@ -112,7 +112,7 @@ class RankPool:
             environment: Environment variables of every rank while the job runs.
             environments: The same rank by rank, on top.
         """
-        self._workers = [worker if worker.is_alive else _Worker() for worker in self._workers]
+        self._workers = [worker if worker.is_idle else _replaced(worker) for worker in self._workers]
         while len(self._workers) < world_size:
             self._workers.append(_Worker())
         store = tempfile.mkdtemp(prefix="shardbook-store-")
@@ -139,6 +139,7 @@ class _Worker:
         self._process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
+        self._is_busy = False
 
     @property
     def pid(self) -> int:
@@ -146,26 +147,32 @@ class _Worker:
         return self._process.pid or 0
 
     @property
-    def is_alive(self) -> bool:
-        """True while it runs."""
-        return self._process.is_alive()
+    def is_idle(self) -> bool:
+        """True while it runs and has no job: a test that failed may have left it with one."""
+        return self._process.is_alive() and not self._is_busy
 
     def send(self, work: object) -> None:
         """Gives it a job."""
         self._pipe.send(work)
+        self._is_busy = True
 
     def receive(self, timeout_s: float) -> Outcome:
         """Returns how its job ended; a process that does not answer in time is killed."""
         try:
             if self._pipe.poll(timeout_s):
                 outcome: Outcome = self._pipe.recv()
+                self._is_busy = False
                 return outcome
             error: BaseException = TimeoutError(f"no answer within {timeout_s:.0f} s")
         except (EOFError, ConnectionResetError) as gone:
             error = EOFError(f"the process ended: {gone}")
+        self.kill()
+        return Outcome(error=error, traceback=str(error))
+
+    def kill(self) -> None:
+        """Ends the process at once, be it stopped."""
         self._process.kill()
         self._process.join()
-        return Outcome(error=error, traceback=str(error))
 
     def close(self) -> None:
         """Ends the process."""
@@ -176,6 +183,11 @@ class _Worker:
             self._process.kill()
             self._process.join()
         self._pipe.close()
+
+
+def _replaced(worker: _Worker) -> _Worker:
+    worker.kill()
+    return _Worker()
 
 
 def _serve(pipe: Connection) -> None:
