@@ -202,6 +202,10 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", -1),
+        # Calls that nobody has picked up yet wait in gRPC's own queue, and from 1,000 on it cancels some at random:
+        # what a world of ranks would meet that saves at the same moment.
+        ("grpc.server.max_pending_requests", settings.max_concurrent_rpcs),
+        ("grpc.server.max_pending_requests_hard_limit", settings.max_concurrent_rpcs),
         # Two servers on one port would each get half the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(settings.keepalive_permit_s)),

@@ -90,7 +90,7 @@ class Settings(BaseModel):
         default=32 << 20, description="Most bytes of plans or registrations in one transaction."
     )
     batch_queue_count: _Count = Field(
-        default=16_384, description="Plans or registrations that may queue before further ones are RESOURCE_EXHAUSTED."
+        default=32_768, description="Plans or registrations that may queue before further ones are RESOURCE_EXHAUSTED."
     )
     batch_queue_bytes: _Bytes = Field(
         default=128 << 20, description="Bytes of plans or registrations that may queue, with the same answer beyond."

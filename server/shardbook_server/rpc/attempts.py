@@ -14,7 +14,14 @@ from typing import Final
 from shardbook.errors import InvalidArgumentError, RanksMissingError, RunBusyError, ShardbookError
 from shardbook_server.rpc.batcher import Batcher, BatchLimits
 from shardbook_server.rpc.bridge import Bridge
-from shardbook_server.rpc.limits import CHECKS_AT_ONCE, LEASE_LOOK_S, UPLOADS_AT_ONCE, ByteBudget
+from shardbook_server.rpc.limits import (
+    CHECKS_AT_ONCE,
+    LEASE_LOOK_S,
+    RECENT_COUNT,
+    RECENT_S,
+    UPLOADS_AT_ONCE,
+    ByteBudget,
+)
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.service.blobs import NO_BLOBS, CheckAsk, CheckedBlobs
 from shardbook_server.service.plans import PlanEntry
@@ -71,6 +78,19 @@ def _is_small(ask: CheckAsk) -> bool:
         return True  # damaged: the check says so, with the field
 
 
+def _each(
+    decide: Callable[[int, int], PlanAnswer], asks: Sequence[tuple[int, int]]
+) -> Sequence[PlanAnswer | ShardbookError]:
+    """Returns a verdict for each; in a thread."""
+    verdicts: list[PlanAnswer | ShardbookError] = []
+    for ask in asks:
+        try:
+            verdicts.append(decide(*ask))
+        except ShardbookError as error:
+            verdicts.append(error)
+    return verdicts
+
+
 class Attempts:
     """Calls on attempts, in the form that the event loop needs.
 
@@ -91,6 +111,8 @@ class Attempts:
         self._plans = Batcher("plans", self._write_plans, limits, in_flight=in_flight)
         self._registrations = Batcher("registrations", self._write_registrations, limits, in_flight=in_flight)
         self._checks = Batcher("uploads", self._check_many, replace(limits, batch_count=CHECKS_AT_ONCE))
+        self._decisions = Batcher("decisions", self._decide_many, limits)
+        self._views: dict[AttemptKey, tuple[float, Progress]] = {}
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._upload_bytes = ByteBudget("uploads", limits.queue_bytes)
 
@@ -120,10 +142,10 @@ class Attempts:
             counts = await self._waits.until(answer.checkpoint_id, is_planned, wait_s)
             if counts is None or not is_planned(counts):
                 return replace(answer, planned_count=counts.planned_count if counts else answer.planned_count)
-        # The first to ask computes for all and may take long; then each rank looks its own up.
-        decide = self._services.plans.decide
-        await self._bridge.heavy("decide", answer.checkpoint_id, decide, answer.checkpoint_id, submission.rank)
-        return await self._bridge.read(decide, answer.checkpoint_id, submission.rank)
+        # The first to ask computes for all and may take long; then each rank's own part is looked up, many at a time.
+        ask = (answer.checkpoint_id, submission.rank)
+        await self._bridge.heavy("decide", answer.checkpoint_id, self._services.plans.decide, *ask)
+        return await self._decisions.submit(ask, 0)
 
     async def register(
         self, registration: Registration, uploads: Sequence[BlobUpload], size_bytes: int
@@ -140,15 +162,43 @@ class Attempts:
         self, key: AttemptKey, reached: Reached, wait_s: float
     ) -> tuple[Progress, CheckpointInfo | None]:
         """Returns how far an attempt has come, at the latest when the wait is over; and the checkpoint once closed."""
-        end_s = time.monotonic() + wait_s
-        view = await self._bridge.read(self._services.progress.progress, key)
-        while not reached(view.counts) and (left_s := end_s - time.monotonic()) > 0:
-            await self._waits.until(view.checkpoint_id, reached, left_s)
-            view = await self._bridge.read_shared(key, self._services.progress.progress, key)
+        if wait_s <= 0:
+            view = await self._bridge.read(self._services.progress.progress, key)
+        else:
+            view = await self._wait_for_progress(key, reached, time.monotonic() + wait_s)
         if not is_closed(view.counts):
             return view, None
         attempt = view.checkpoint_id
         return view, await self._bridge.read_shared(attempt, self._services.catalog.get_attempt, attempt)
+
+    async def _wait_for_progress(self, key: AttemptKey, reached: Reached, end_s: float) -> Progress:
+        view = await self._recent(key)
+        while not reached(view.counts) and (left_s := end_s - time.monotonic()) > 0:
+            counts = await self._waits.until(view.checkpoint_id, reached, left_s)
+            if counts is not None and reached(counts):
+                view = await self._look_up(key)
+            else:
+                view = await self._recent(key)
+        return view
+
+    async def _recent(self, key: AttemptKey) -> Progress:
+        """Returns progress as it is, or was a moment ago: it names missing ranks, which costs more the more there are.
+
+        For calls that wait: every rank of a world asks, and all get the same answer.
+        """
+        held = self._views.get(key)
+        if held is not None and time.monotonic() - held[0] < RECENT_S:
+            return held[1]
+        return await self._look_up(key)
+
+    async def _look_up(self, key: AttemptKey) -> Progress:
+        asked_s = time.monotonic()
+        view = await self._bridge.read_shared(key, self._services.progress.progress, key)
+        self._views.pop(key, None)
+        self._views[key] = (asked_s, view)
+        if len(self._views) > RECENT_COUNT:
+            del self._views[next(iter(self._views))]
+        return view
 
     async def commit(self, key: AttemptKey, wait_s: float) -> CheckpointInfo:
         """Commits an attempt once every rank is there.
@@ -189,7 +239,8 @@ class Attempts:
 
     async def close(self) -> None:
         """Writes what is queued; refuses what comes."""
-        await self._checks.close()
+        await asyncio.gather(self._checks.close(), self._decisions.close())
+        await asyncio.gather(self._checks.close(), self._decisions.close())
         await asyncio.gather(self._plans.close(), self._registrations.close())
 
     async def _check(self, key: AttemptKey, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
@@ -206,6 +257,9 @@ class Attempts:
 
     async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
         return await self._bridge.look(self._services.blobs.check_batch, asks)
+
+    async def _decide_many(self, asks: Sequence[tuple[int, int]]) -> Sequence[PlanAnswer | ShardbookError]:
+        return await self._bridge.look(_each, self._services.plans.decide, asks)
 
     async def _lease_ends(self, request: SessionStart, end_s: float) -> bool:
         """Waits for another job's lease to end; False when the time is up first."""

@@ -1,13 +1,15 @@
 """Group commit: small writes that arrive together share one transaction and one fsync.
 
-There is no timer. While one batch is in the database the next one gathers, so a lone write is not held up and a
-thousand at once become a few transactions. One bad entry fails alone: the service answers a verdict for each.
+While one batch is in the database the next one gathers. After a batch that several shared, the next gathers on for as
+long again: under load that halves the number of transactions, and with them the work. A lone write is never held up.
+One bad entry fails alone: the service answers a verdict for each.
 All of it belongs to the event loop's thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ V = TypeVar("V")
 
 #: Told to clients that met a full queue, seconds.
 FULL_RETRY_S: Final = 0.25
+#: Longest time that a batch gathers after the one before it, seconds.
+LONGEST_PAUSE_S: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -132,12 +136,15 @@ class Batcher(Generic[E, V]):
         # One turn of the loop: whoever is about to submit joins the first batch.
         await asyncio.sleep(0)
         while batch := self._take():
+            began_s = time.monotonic()
             verdicts: Sequence[V | Exception]
             try:
                 verdicts = await self._run([waiting.entry for waiting in batch])
             except Exception as error:  # noqa: BLE001 - every entry learns what became of its batch
                 verdicts = [error] * len(batch)
             self._tell(batch, verdicts)
+            if len(batch) > 1 and len(self._queue) < self._limits.batch_count and not self._closed:
+                await asyncio.sleep(min(time.monotonic() - began_s, LONGEST_PAUSE_S))
 
     def _take(self) -> list[_Waiting[E, V]]:
         """Takes the next batch off the queue, without entries whose caller has gone or whose time is up."""

@@ -172,23 +172,27 @@ class Bridge:
         return run
 
     async def _share(self, pool: ThreadPoolExecutor, key: tuple[str, Hashable], job: _Job[T]) -> T:
+        current_call().check_time()
+        # Who joins holds neither a thread nor a place in the queue, so a whole world may.
+        joined = self._shared.get(key)
+        if joined is not None and not joined.done():
+            try:
+                result: T = await asyncio.shield(joined)
+            except Exception:  # noqa: BLE001 - whatever it was, it may not be so any more
+                # It began before this caller asked: what it lacked may have come since. Ask anew, below.
+                _log.debug("a shared call failed for one who joined it late", name=key[0])
+            else:
+                return result
+        task = self._shared.get(key)
+        if task is None or task.done():
+            task = self._shared[key] = self._spawn(self._admit_and_run(pool, job))
+            task.add_done_callback(lambda ended: self._unshare(key, ended))
+        again: T = await asyncio.shield(task)
+        return again
+
+    async def _admit_and_run(self, pool: ThreadPoolExecutor, job: _Job[T]) -> T:
         with self._admitted():
-            current_call().check_time()
-            joined = self._shared.get(key)
-            if joined is not None and not joined.done():
-                try:
-                    result: T = await asyncio.shield(joined)
-                except Exception:  # noqa: BLE001 - whatever it was, it may not be so any more
-                    # It began before this caller asked: what it lacked may have come since. Ask anew, below.
-                    _log.debug("a shared call failed for one who joined it late", name=key[0])
-                else:
-                    return result
-            task = self._shared.get(key)
-            if task is None or task.done():
-                task = self._shared[key] = self._spawn(self._in(pool, job))
-                task.add_done_callback(lambda ended: self._unshare(key, ended))
-            again: T = await asyncio.shield(task)
-            return again
+            return await self._in(pool, job)
 
     def _unshare(self, key: tuple[str, Hashable], ended: asyncio.Task[Any]) -> None:
         if self._shared.get(key) is ended:

@@ -20,6 +20,9 @@ CHECKS_AT_ONCE: Final = 128
 ANSWER_S: Final = 0.5
 #: Time between two looks at another job's lease, seconds.
 LEASE_LOOK_S: Final = 0.5
+#: How old the progress may be that a waiting call is shown, seconds; and attempts whose progress is kept.
+RECENT_S: Final = 0.25
+RECENT_COUNT: Final = 256
 #: Told to clients whose uploads found no room, seconds.
 ROOM_RETRY_S: Final = 0.5
 

@@ -18,7 +18,7 @@ from shardbook.errors import (
     ShardbookError,
     UnavailableError,
 )
-from shardbook_server.rpc.batcher import Batcher, BatchLimits
+from shardbook_server.rpc.batcher import LONGEST_PAUSE_S, Batcher, BatchLimits
 from shardbook_server.rpc.call import Call, set_current_call
 
 ROOMY = BatchLimits(batch_count=100, batch_bytes=1000, queue_count=1000, queue_bytes=10_000)
@@ -81,17 +81,38 @@ def test_every_entry_is_written_once_in_order_within_the_limits(
 
 
 def test_a_lone_entry_is_not_held_up_and_a_crowd_shares() -> None:
-    """Rule: no timer; what arrives while a batch is written becomes the next one."""
+    """Rule: no timer for one who writes alone; what arrives while a batch is written becomes the next one."""
 
     async def main() -> None:
-        sink = Sink(0.02)
+        sink = Sink(0)
         batcher = Batcher("entries", sink, ROOMY)
         began = time.monotonic()
-        assert 10 == await batcher.submit(1, 1)
-        assert time.monotonic() - began < 0.5
+        for entry in range(200):
+            await batcher.submit(entry, 1)
+        assert time.monotonic() - began < 200 * LONGEST_PAUSE_S / 2
+        sink.batches.clear()
+        sink.delay_s = 0.02
         await asyncio.gather(*(batcher.submit(entry, 1) for entry in range(50)))
         assert len(sink.batches) <= 3
         assert 1 == sink.most_in_flight
+
+    asyncio.run(main())
+
+
+def test_a_stream_of_entries_shares_transactions() -> None:
+    """Rule: under load a batch gathers for as long as the one before took, so transactions take half of the time."""
+
+    async def main() -> None:
+        sink = Sink(0.01)
+        batcher = Batcher("entries", sink, ROOMY)
+
+        async def rank(number: int) -> None:
+            for entry in range(10):
+                await batcher.submit(number * 100 + entry, 1)
+
+        began = time.monotonic()
+        await asyncio.gather(*(rank(number) for number in range(40)))
+        assert 0.01 * len(sink.batches) < 0.8 * (time.monotonic() - began)
 
     asyncio.run(main())
 

@@ -169,6 +169,23 @@ def test_heavy_calls_with_one_key_share_one_run() -> None:
     asyncio.run(main())
 
 
+def _seven() -> int:
+    time.sleep(0.05)
+    return 7
+
+
+def test_a_whole_world_may_join_a_run() -> None:
+    """Rule: who joins holds no thread and no place in the queue."""
+
+    async def main() -> None:
+        async with _bridge(queue_limit=2) as bridge:
+            calls = [bridge.read_shared("key", _seven) for _ in range(1000)]
+            assert [7] * 1000 == await asyncio.gather(*calls)
+            assert 0 == bridge.pending_count
+
+    asyncio.run(main())
+
+
 def test_those_who_join_a_run_late_do_not_get_its_failure() -> None:
     """Rule: a commit that began before the last rank registered says nothing to a commit asked for after that."""
 

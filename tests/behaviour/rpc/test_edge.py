@@ -109,6 +109,13 @@ def test_reflection_is_off_unless_asked_for(api: Api, tmp_path_factory: pytest.T
     assert {*SERVICES, "grpc.health.v1.Health"} <= listed
 
 
+def test_a_world_that_calls_at_the_same_moment_is_answered(api: Api) -> None:
+    """Rule: thousands of calls at once queue; gRPC's default cancels some of more than 1,000 at random."""
+    request = catalog_pb2.GetRunRequest(name="projects/test/runs/none")
+    calls = [api.catalog.GetRun.future(request, timeout=DEADLINE_S) for _ in range(2_000)]
+    assert {"NOT_FOUND"} == {refusal(call.result).status for call in calls}
+
+
 def test_a_connection_that_is_asked_to_reconnect_loses_no_call(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Rule: max_connection_age moves clients on between calls; what is in progress has its grace."""
     settings = settings_in(tmp_path_factory.mktemp("age"), max_connection_age_s=0.2, max_connection_age_grace_s=5)
