@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,14 @@ def error_of(error: grpc.RpcError) -> ShardbookError:
 def fields(error: ShardbookError) -> list[str]:
     """Returns the field paths that an error names."""
     return [violation.field for violation in error.violations]
+
+
+def wait_until(condition: Callable[[], bool], *, within_s: float = 10.0) -> None:
+    """Waits for something that another thread is about to do."""
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not happen in time"
+        time.sleep(0.01)
 
 
 # ------------------------------------------------------------------ payloads

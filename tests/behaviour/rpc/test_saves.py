@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,25 +11,16 @@ import grpc
 import pytest
 
 from shardbook.errors import RunBusyError
-from shardbook.v1 import metadata_pb2, types_pb2
 from shardbook.v1 import registration_pb2 as pb
+from shardbook.v1 import types_pb2
 from shardbook_server.app import Server, running_server
 from shardbook_server.failpoints import Failpoints
 from shardbook_server.service.progress import ProgressService
 from shardbook_server.service.types import AttemptKey
 from shardbook_server.service.views import Progress
-from tests.behaviour.rpc.api import DEADLINE_S, Api, Job, api_of, fields, payload, refusal, row, settings_in
+from tests.behaviour.rpc.api import DEADLINE_S, Api, Job, api_of, fields, payload, refusal, row, settings_in, wait_until
 
 COMMITTED = types_pb2.CHECKPOINT_STATE_COMMITTED
-
-
-def _wait_until(condition: object, *, within_s: float = 10.0) -> None:
-    """Waits for a callable to be true."""
-    assert callable(condition)
-    end_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end_s, "it did not happen in time"
-        time.sleep(0.01)
 
 
 # ------------------------------------------------------------------ planning and waiting
@@ -238,10 +227,10 @@ def test_a_client_that_leaves_in_mid_commit_leaves_a_whole_checkpoint(
         with pytest.raises(grpc.RpcError) as late:
             api.registration.CommitCheckpoint(pb.CommitCheckpointRequest(key=job.key()), timeout=patience_s)
         assert grpc.StatusCode.DEADLINE_EXCEEDED == late.value.code()
-        _wait_until(lambda: job.progress().progress.state == COMMITTED)
+        wait_until(lambda: job.progress().progress.state == COMMITTED)
         checkpoint = job.commit()
         assert (COMMITTED, 2) == (checkpoint.state, checkpoint.chunk_count)
-        _wait_until(lambda: slow.database.checked_out() == 0)
+        wait_until(lambda: slow.database.checked_out() == 0)
 
 
 def test_a_client_that_leaves_in_mid_registration_leaves_it_whole_or_absent(slow: Server, run: str) -> None:
@@ -317,85 +306,3 @@ def test_an_attempt_whose_writers_are_gone_expires_and_revives_when_they_return(
         assert "RANKS_MISSING" == refusal(job.commit, 1, 0.2).reason
         job.register(1, world[1])
         assert COMMITTED == job.commit().state
-
-
-# ------------------------------------------------------------------ records
-
-
-def test_an_attempt_is_recorded_from_one_process_in_parts(api: Api, run: str) -> None:
-    """Rule: blobs that are lacking are asked for, parts are staged, and the last call commits; again is the same."""
-    job = replace(Job.start(api, run), world_size=3)
-    world = job.rows()
-
-    def record(ranks: list[int], *, complete: bool) -> pb.RecordCheckpointResponse:
-        request = pb.RecordCheckpointRequest(
-            key=job.key(), location=job.location(), registration_count=3, complete=complete
-        )
-        for rank in ranks:
-            what = world[rank]
-            request.registrations.add(rank=rank, structure_digest=what.structure_digest, extents=what.extents)
-        response = api.registration.RecordCheckpoint(request, timeout=DEADLINE_S)
-        if response.unknown:
-            assert not response.HasField("checkpoint")
-            for rank in ranks:
-                request.blobs.extend(world[rank].blobs.values())
-            response = api.registration.RecordCheckpoint(request, timeout=DEADLINE_S)
-        return response
-
-    assert pb.RecordCheckpointResponse() == record([0, 1], complete=False)
-    answer = record([2], complete=True)
-    assert (COMMITTED, True, 3) == (answer.checkpoint.state, answer.checkpoint.live, answer.checkpoint.chunk_count)
-    assert answer == record([2], complete=True)
-    assert answer.checkpoint == job.commit()
-
-
-def test_an_offline_attempt_is_recorded_as_history(api: Api, run: str) -> None:
-    """Rule: session 0 with `recovered`; `latest` stays where the numbered sessions left it."""
-    job = Job.start(api, run)
-    latest = job.save(5)
-    offline = Job(api, run)
-    request = pb.RecordCheckpointRequest(
-        key=offline.key(9), location=offline.location(9), registration_count=2, complete=True, recovered=True
-    )
-    for rank, what in enumerate(offline.rows()):
-        request.registrations.add(rank=rank, structure_digest=what.structure_digest, extents=what.extents)
-    checkpoint = api.registration.RecordCheckpoint(request, timeout=DEADLINE_S).checkpoint
-    assert (COMMITTED, 0, True) == (checkpoint.state, checkpoint.session, checkpoint.recovered)
-    assert checkpoint.name.endswith(f"9.s0.a1.{offline.incarnation.hex()[:12]}")
-    assert latest.name == job.start_session().latest
-
-
-# ------------------------------------------------------------------ streams
-
-
-def test_metadata_is_streamed_in_pieces_of_about_a_mebibyte(server: Server, api: Api, run: str) -> None:
-    """Rule: header, extents, blocks; no message beyond 2 MiB, and no transaction open while the client reads."""
-    job = replace(Job.start(api, run), world_size=1)
-    # Names that do not compress away: 2 MiB of them.
-    shards = [row(os.urandom(2000).hex(), 0, 1) for _ in range(1000)]
-    what = payload(shards)
-    job.save(1, [what])
-    request = metadata_pb2.GetMetadataRequest(name=f"{run}/parts/default/checkpoints/1")
-    kinds, sizes = [], []
-    for message in api.metadata.GetMetadata(request, timeout=DEADLINE_S):
-        # Flow control holds the server at a yield while nobody reads on.
-        _wait_until(lambda: server.database.checked_out() == 0)
-        kinds.append(message.WhichOneof("content"))
-        sizes.append(message.ByteSize())
-    assert ["header", "extents"] == kinds[:2]
-    assert {"block"} == set(kinds[2:])
-    assert len(kinds) > 3
-    assert max(sizes) < 2 << 20
-
-
-def test_a_client_that_stops_reading_a_stream_leaves_nothing_open(server: Server, api: Api, run: str) -> None:
-    """Rule: a cancelled stream ends on the server too."""
-    job = Job.start(api, run)
-    job.save(1)
-    request = metadata_pb2.GetMetadataRequest(name=f"{run}/parts/default/checkpoints/1")
-    for _ in range(5):
-        stream = api.metadata.GetMetadata(request, timeout=DEADLINE_S)
-        next(stream)
-        stream.cancel()
-    _wait_until(lambda: server.database.checked_out() == 0)
-    assert threading.active_count() < 50
