@@ -71,9 +71,7 @@ class Transport:
         """Returns the same transport without a budget."""
         return replace(self, budget=None)
 
-    def call(
-        self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None, outage_s: float | None = None
-    ) -> R:
+    def call(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None, outage_s: float | None = None) -> R:
         """Returns the answer to ``request``, asking again until the deadline where that may help.
 
         Args:
