@@ -127,6 +127,7 @@ def test_crashes_during_sync(server: ServerProcess, run: str, tmp_path: Path) ->
     CheckpointDirectory(tmp_path / "step-3").add_records(identity(3, run=run))
     impatient = Client(server.address, timeout_s=2.0)
     server.restart("record.before_db=exit")
+    attempts: list[Checkpoint] = []
     for failpoints in ("record.after_db=exit", ""):
         with pytest.raises(UnavailableError):
             list(sync_directories(impatient, [tmp_path]))
