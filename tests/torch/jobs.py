@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shardbook import dcp
 from shardbook.dcp.finishing import Finisher
+from shardbook.errors import ForkedClientError
 from tests.torch.detector import detector
 from tests.torch.harness import Rank
 from tests.torch.layouts import LAYOUTS, fill, group_of, spoil, submesh, wrong_pieces
@@ -156,3 +158,31 @@ def save_unfolded(rank: Rank, layout: str, path: str, start: dict[str, Any]) -> 
         dcp.save(fill(LAYOUTS[layout](rank)), checkpoint_id=path)
     finally:
         Finisher._describe_alone = original  # type: ignore[method-assign]
+
+
+def save_lopsided(rank: Rank, path: str, start: dict[str, Any], options: dict[str, Any]) -> dcp.SaveResult:
+    """Saves a state dict that only rank 0 holds anything of."""
+    dcp.init(**start)
+    return dcp.save({"w": torch.ones(3)} if rank.rank == 0 else {}, checkpoint_id=path, **options)
+
+
+def save_in_fork(rank: Rank, start: dict[str, Any], path: str) -> tuple[str, str, str]:
+    """Saves, then tries to from a forked child, then saves again; returns the states and the child's error."""
+    dcp.init(**start)
+    state = {"w": torch.ones(rank.world_size)}
+    before = dcp.save(state, checkpoint_id=f"{path}/step-1")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        told = "nothing"
+        try:
+            dcp.save(state, checkpoint_id=f"{path}/step-2")
+        except ForkedClientError as error:
+            told = error.reason
+        finally:
+            os.write(writing, told.encode())
+            os._exit(0)
+    os.waitpid(child, 0)
+    told = os.read(reading, 100).decode()
+    after = dcp.save(state, checkpoint_id=f"{path}/step-3")
+    return before.state, told, after.state

@@ -78,6 +78,21 @@ def test_what_is_replicated_is_written_once(pool: RankPool, server: str, run: st
     assert all(written)
 
 
+def test_a_rank_without_anything_to_save(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
+    """It registers, so that nobody waits for it, and writes no file."""
+    path = tmp_path / "step-1"
+    saved = pool.run(jobs.save_lopsided, str(path), {"run": run, "server": server}, {}, world_size=3)
+    assert [SaveState.COMMITTED] * 3 == [one.state for one in saved]
+    assert ["__0_0.distcp"] == [file.name for file in (path / saved[0].prefix).iterdir()]
+
+
+def test_ranks_that_need_not_know_of_the_commit(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
+    """``wait="registered"``: all but the coordinator return as soon as their part is safe."""
+    path, options = str(tmp_path / "step-1"), {"wait": "registered"}
+    saved = pool.run(jobs.save_lopsided, path, {"run": run, "server": server}, options, world_size=3)
+    assert [SaveState.COMMITTED, SaveState.REGISTERED, SaveState.REGISTERED] == [one.state for one in saved]
+
+
 def test_torch_converts_the_checkpoint(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """``dcp_to_torch_save`` accepts the ``.metadata`` that a save leaves."""
     path = tmp_path / "step-1"

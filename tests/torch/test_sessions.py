@@ -110,6 +110,13 @@ def test_parts_have_sessions_of_their_own(pool: RankPool, server: str, run: str,
     assert [("default", 1), ("optim", 1)] == [(part.part, part.session) for part in parts]
 
 
+def test_a_forked_child_is_told_at_once(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
+    """gRPC does not survive fork: the child gets an error instead of hanging, the parent saves on."""
+    start = {"run": run, "server": server}
+    outcome = pool.run(jobs.save_in_fork, start, str(tmp_path), world_size=1, process_group=False)
+    assert [(SaveState.COMMITTED, "FORKED_CLIENT", SaveState.COMMITTED)] == outcome
+
+
 @pytest.mark.parametrize(
     ("environ", "job_id"),
     [

@@ -18,7 +18,13 @@ from shardbook.core.names import DEFAULT_PART
 from shardbook.dcp._torch import group_timeout_s
 from shardbook.dcp.lease import LeaseKeeper
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
-from shardbook.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ShardbookError
+from shardbook.errors import (
+    FailedPreconditionError,
+    ForkedClientError,
+    InternalError,
+    InvalidArgumentError,
+    ShardbookError,
+)
 from shardbook.v1 import registration_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
@@ -142,8 +148,19 @@ class Runtime:
         return attempt
 
     def client(self, budget: SaveBudget) -> Client | None:
-        """Returns a client whose calls are charged to one save; None when the service is not to be asked."""
-        return None if self._client is None else self._client.guarded(budget)
+        """Returns a client whose calls are charged to one save; None when the service is not to be asked.
+
+        Raises:
+            ForkedClientError: This process was forked from the one that called ``init``.
+        """
+        if self._client is None:
+            return None
+        if os.getpid() != self._pid:
+            raise ForkedClientError(
+                f"process {os.getpid()} was forked from process {self._pid}, whose session it cannot use: gRPC does "
+                "not survive fork. Save in the parent, or start processes by 'spawn'"
+            )
+        return self._client.guarded(budget)
 
     @property
     def plain_client(self) -> Client | None:
@@ -371,7 +388,6 @@ def _started(
 
 def _asked(session: Session, config: ClientConfig, live_wait_s: float) -> Session:
     if session.server is None:
-        _LOG.info("saves of %s are described offline only: no Shardbook server", session.run)
         return session
     client = Client(session.server, token=config.token, timeout_s=config.timeout_s)
     try:
