@@ -19,9 +19,9 @@ from shardbook.dcp.async_saving import AsyncSaveResponse, async_save
 from shardbook.dcp.loading import load
 from shardbook.dcp.planner import LoadPlanner, UnsafeEntryWarning
 from shardbook.dcp.results import SaveResult, SaveState, SaveStats
-from shardbook.dcp.runtime import close, init
 from shardbook.dcp.saving import save
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
+from shardbook.dcp.starting import close, init
 
 __all__ = [
     "init",

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -32,29 +30,12 @@ from torch.distributed.checkpoint.metadata import (
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.extents import ATTRIBUTE_NULL_TRANSFORMS, HINT_NONE, HINT_POSITION
-from shardbook.core.head import MetadataHeader, StorageMetaHeader
+from shardbook.core.head import MetadataHeader
 from shardbook.core.locate import Located
 from shardbook.core.table import EntryKind
 from shardbook.dcp._names import dtype_of, layout_of, memory_format_of
-from shardbook.dcp._torch import CURRENT_DCP_VERSION, StorageInfo
-
-#: Attributes of torch's ``Metadata`` in the order of its fields.
-METADATA_ATTRIBUTES = MetadataHeader().attributes
-
-
-def default_header(location: str, prefix: str) -> MetadataHeader:
-    """Returns the header of a save by Shardbook: what DCP's ``finish`` would have set.
-
-    Args:
-        location: Directory or URL of the checkpoint.
-        prefix: Directory of the attempt; stands for DCP's random ``save_id``, so that every copy says the same.
-    """
-    return MetadataHeader(
-        version=CURRENT_DCP_VERSION,
-        storage_meta=StorageMetaHeader(
-            checkpoint_id=location, checkpoint_id_is_path="://" not in location, save_id=prefix
-        ),
-    )
+from shardbook.dcp._torch import StorageInfo
+from shardbook.dcp.headers import default_header, storage_meta_of
 
 
 @contextmanager
@@ -88,7 +69,7 @@ def build_metadata(structure: CheckpointStructure, located: Located, prefix: str
             "state_dict_metadata": entries,
             "planner_data": None if structure.key_paths is None else dict(structure.key_paths),
             "storage_data": _storage(structure, located, prefix, offsets) if header.has_storage_data else None,
-            "storage_meta": _storage_meta(header.storage_meta),
+            "storage_meta": storage_meta_of(header.storage_meta),
             "version": header.version,
         }
         metadata = Metadata.__new__(Metadata)
@@ -217,19 +198,6 @@ def _paths(structure: CheckpointStructure, prefix: str) -> Iterable[str]:
     return map(names.__getitem__, (np.cumsum(used) - 1)[file].tolist())
 
 
-def _storage_meta(header: StorageMetaHeader | None) -> StorageMeta | None:
-    if header is None:
-        return None
-    meta = StorageMeta.__new__(StorageMeta)
-    text = header.checkpoint_id
-    meta.checkpoint_id = Path(text) if text is not None and header.checkpoint_id_is_path else text
-    meta.save_id = header.save_id
-    meta.load_id = header.load_id
-    if header.modules is not None:
-        meta.modules = list(header.modules)
-    return meta
-
-
 @dataclass(frozen=True, eq=False)
 class CheckpointColumns:
     """A checkpoint as columns, from the service or from a directory, and where its files are.
@@ -251,3 +219,6 @@ class CheckpointColumns:
     def to_torch(self) -> Metadata:
         """Returns the same as torch's ``Metadata``."""
         return build_metadata(self.structure, self.located, self.prefix, self.header)
+
+
+__all__ = ["CheckpointColumns", "build_metadata", "default_header", "paused_gc"]

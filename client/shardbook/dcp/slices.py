@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -30,13 +28,13 @@ from torch.distributed.checkpoint.metadata import (
 from shardbook.core import limits
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.extents import ATTRIBUTE_NULL_TRANSFORMS, HINT_NONE, HINT_POSITION, Extents
-from shardbook.core.head import MetadataHeader, StorageMetaHeader, encode_metadata_header
+from shardbook.core.head import encode_metadata_header
 from shardbook.core.structure import FileName, RankPlan, RankStructure
 from shardbook.core.table import EntryKind, KeyPaths, TensorTable, printable
 from shardbook.dcp._names import dtype_code, layout_code, memory_format_code, unsupported
 from shardbook.dcp._torch import StorageInfo
+from shardbook.dcp.headers import header_of
 from shardbook.dcp.items import key_paths_of, pad
-from shardbook.dcp.metadata import METADATA_ATTRIBUTES
 from shardbook.errors import InvalidArgumentError, UnsupportedMetadataError
 
 #: Most chunks of one slice; keeps a slice's blobs far below the limits of one call.
@@ -47,7 +45,6 @@ SLICE_ENTRIES: Final = 1 << 14
 _NO_FILE: Final = FileName(False, "-")
 
 _PROPERTIES: Final = frozenset(("dtype", "layout", "requires_grad", "memory_format", "pin_memory"))
-_META: Final = frozenset(("checkpoint_id", "save_id", "load_id"))
 _INFO: Final = frozenset(("relative_path", "offset", "length"))
 
 
@@ -103,7 +100,7 @@ def slice_metadata(metadata: Metadata) -> SlicedMetadata:
         UnsupportedMetadataError: Something has no exact wire form; type and fqn are named.
         InvalidArgumentError: A limit of ``shardbook.core.limits`` is passed.
     """
-    header = _header(metadata)
+    header = header_of(metadata)
     key_paths = key_paths_of(getattr(metadata, "planner_data", None))
     storage = _storage_by_key(metadata)
     entries = metadata.state_dict_metadata
@@ -345,44 +342,3 @@ def _file_name(path: str) -> FileName:
         raise UnsupportedMetadataError(
             f"storage_data names the file {printable(path)!r}, which is not below the checkpoint", field="metadata"
         ) from exc
-
-
-def _header(metadata: Metadata) -> MetadataHeader:
-    if type(metadata) is not Metadata:
-        raise unsupported("metadata", metadata, "the object")
-    attributes = tuple(metadata.__dict__)
-    if "state_dict_metadata" not in attributes or not set(attributes) <= set(METADATA_ATTRIBUTES):
-        raise UnsupportedMetadataError(f"the metadata has other attributes: {attributes}", field="metadata")
-    version = metadata.version
-    if version is not None and type(version) is not str:
-        raise unsupported("version", version, "the value")
-    return MetadataHeader(
-        attributes=attributes,
-        has_storage_data=metadata.storage_data is not None,
-        version=version,
-        storage_meta=_storage_meta(metadata.storage_meta),
-    )
-
-
-def _storage_meta(meta: StorageMeta | None) -> StorageMetaHeader | None:
-    if meta is None:
-        return None
-    if type(meta) is not StorageMeta or meta.__dict__.keys() - {"modules"} != _META:
-        raise unsupported("storage_meta", meta, "the value")
-    checkpoint_id = meta.checkpoint_id
-    is_path = type(checkpoint_id) is type(Path())
-    if not is_path and checkpoint_id is not None and type(checkpoint_id) is not str:
-        raise unsupported("storage_meta", checkpoint_id, "the checkpoint_id")
-    for value in (meta.save_id, meta.load_id):
-        if value is not None and type(value) is not str:
-            raise unsupported("storage_meta", value, "an id")
-    modules = meta.__dict__.get("modules")
-    if "modules" in meta.__dict__ and (type(modules) is not list or any(type(name) is not str for name in modules)):
-        raise unsupported("storage_meta", modules, "the value of modules")
-    return StorageMetaHeader(
-        checkpoint_id=None if checkpoint_id is None else str(checkpoint_id),
-        checkpoint_id_is_path=is_path,
-        save_id=meta.save_id,
-        load_id=meta.load_id,
-        modules=None if modules is None else tuple(modules),
-    )
