@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -30,15 +29,8 @@ def later_pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="module")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server that the tests of a module leave alive."""
+    """A server whose address stays; tests of the module may hurt it, and leave it alive and without faults."""
     with ServerProcess(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    """A server of one test's own."""
-    with ServerProcess(tmp_path / "server") as running:
         yield running
 
 

@@ -65,6 +65,7 @@ class TcpProxy:
         address: Where clients connect.
         control: What ``switch`` takes.
         accepted_count: Connections so far.
+        struck_count: Pieces of traffic, or connections, that a fault has struck.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -72,11 +73,12 @@ class TcpProxy:
         self._upstream = host, int(port)
         self._fault = Fault()
         self._pairs: set[_Pair] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._ready: Future[tuple[str, str, asyncio.AbstractEventLoop]] = Future()
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="proxy")
         self.address = self.control = ""
-        self.accepted_count = 0
+        self.accepted_count = self.struck_count = 0
 
     def __enter__(self) -> TcpProxy:
         self._thread.start()
@@ -95,7 +97,7 @@ class TcpProxy:
 
     async def _run(self) -> None:
         try:
-            data = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+            data = await asyncio.start_server(self._serve, "127.0.0.1", 0)
             control = await asyncio.start_server(self._obey, "127.0.0.1", 0)
         except BaseException as error:
             self._ready.set_exception(error)
@@ -107,6 +109,8 @@ class TcpProxy:
         control.close()
         for pair in list(self._pairs):
             pair.end()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_SWITCH_S)
 
     async def _obey(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         fault = Fault.parse((await reader.readline()).decode())
@@ -122,6 +126,11 @@ class TcpProxy:
             await writer.drain()
             writer.close()
             await writer.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._accept(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted_count += 1
@@ -154,8 +163,10 @@ class TcpProxy:
             while content := await reader.read(_CHUNK_BYTES):
                 fault = self._fault
                 if fault.kind == "blackhole":
+                    self.struck_count += 1
                     continue
                 if fault.kind == "delay":
+                    self.struck_count += 1
                     await asyncio.sleep(fault.number)
                 if fault.kind == cutting:
                     left = max(0, int(fault.number) - pair.passed_bytes)
@@ -170,6 +181,7 @@ class TcpProxy:
     def _strikes(self, kind: str) -> bool:
         """Tells whether the fault is of a kind; it is over then when it was to strike once."""
         struck = self._fault.kind == kind
+        self.struck_count += struck
         if struck and self._fault.once:
             self._fault = Fault()
         return struck
