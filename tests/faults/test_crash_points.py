@@ -141,14 +141,14 @@ def test_crashes_during_sync(server: ServerProcess, run: str, tmp_path: Path) ->
     assert {(True, CheckpointState.COMMITTED)} == {(one.recovered, one.state) for one in attempts}
 
 
-@pytest.mark.parametrize("point", ["register.after_db", "commit.before_db", "commit.after_db"])
+@pytest.mark.parametrize("point", ["register.after_db", "commit.after_db"])
 def test_a_crash_in_the_middle_of_a_save(
     pool: RankPool, server: ServerProcess, run: str, tmp_path: Path, point: str
 ) -> None:
     """Real ranks go on without it; ``sync`` brings the step in after a later session has saved later ones."""
     server.restart(f"{point}=exit")
     start = {"run": run, "server": server.address, "job_id": run}
-    patience = {"SHARDBOOK_OUTAGE_FIRST_S": "2", "SHARDBOOK_OUTAGE_LATER_S": "0.5"}
+    patience = {"SHARDBOOK_OUTAGE_FIRST_S": "4"}
     lost = tmp_path / "step-1"
     saved = pool.run(hurt.save_steps, start, [str(lost)], world_size=2, environment=patience)
     assert [SaveState.UNREGISTERED] * 2 == [one.result.state for (one,) in saved], saved
