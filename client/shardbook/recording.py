@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from shardbook.client import Client
+from shardbook.core.columns import unframe
 from shardbook.core.extents import decode_segment
 from shardbook.core.limits import MAX_BLOB_BYTES, MAX_RECORD_REGISTRATIONS
 from shardbook.core.manifest import AttemptIdentity, Manifest, StoredBlob
@@ -147,7 +148,7 @@ class _Attempt:
             while reference is not None:
                 chain.append(reference)
                 try:
-                    reference = reference_of(reference[0], self._blob(reference).payload)
+                    reference = reference_of(reference[0], unframe(self._blob(reference).payload))
                 except InvalidArgumentError as error:
                     raise CorruptManifestError(f"a blob of a manifest is damaged: {error}") from error
             self._needs[structure] = tuple(chain)

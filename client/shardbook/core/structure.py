@@ -349,15 +349,19 @@ def _read_lengths(reader: ByteReader, plan: RankPlan, kept: Int64Array) -> Int64
     return lengths
 
 
-def reference_of(kind: BlobKind, payload: bytes) -> tuple[BlobKind, bytes] | None:
-    """Returns the (kind, digest) that a blob refers to, without decoding it; None for a table.
+def reference_of(kind: BlobKind, content: bytes) -> tuple[BlobKind, bytes] | None:
+    """Returns the (kind, digest) that a blob refers to, without decoding the rest of it; None for a table.
+
+    Args:
+        kind: What the blob holds.
+        content: Its canonical bytes, out of their frame.
 
     Raises:
-        InvalidArgumentError: The payload is damaged or of another kind.
+        InvalidArgumentError: The content is damaged or of another kind.
     """
     if kind is BlobKind.TABLE:
         return None
-    reader = ByteReader(unframe(payload))
+    reader = ByteReader(content)
     expect_magic(reader, _PLAN if kind is BlobKind.PLAN else _STRUCTURE, _VERSION)
     below = BlobKind.TABLE if kind is BlobKind.PLAN else BlobKind.PLAN
     return below, reader.raw(DIGEST_BYTES)

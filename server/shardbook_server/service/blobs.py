@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, ParamSpec, TypeVar
 
 from shardbook.core.columns import inflated_bytes, unframe
 from shardbook.core.digest import digest_of
@@ -21,11 +22,14 @@ from shardbook.core.table import TensorTable, decode_table
 from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
+from shardbook_server.service.verdicts import about
 from shardbook_server.storage import blobs as blob_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.blobs import BlobRow, NewBlob
 from shardbook_server.storage.database import Connection, Database
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Decoded = TensorTable | RankPlan | RankStructure
 
 #: Blobs whose row ids are kept in memory: the digests of every rank of many runs.
@@ -81,6 +85,23 @@ class CheckAsk:
         return sum(inflated_bytes(upload.payload) for upload in self.uploads) <= _SMALL_BYTES
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """An upload that was named, and not decoded yet.
+
+    Attributes:
+        at: Its place in the call.
+        payload: As sent.
+        ref: Kind and digest, computed anew.
+        reference: What it refers to; None for a table.
+    """
+
+    at: int
+    payload: bytes
+    ref: BlobRef
+    reference: BlobRef | None
+
+
 #: For calls without uploads.
 NO_BLOBS: Final = CheckedBlobs()
 
@@ -107,54 +128,63 @@ class BlobService:
             InvalidArgumentError: A payload is damaged, not canonical or beyond a limit; the field is
                 ``blobs[i].payload``.
         """
-        checked: dict[BlobRef, CheckedBlob] = {}
-        lacking: dict[BlobRef, None] = {}
-        for at in sorted(range(len(uploads)), key=lambda at: uploads[at].kind):
-            upload = uploads[at]
-            try:
-                ref = BlobRef(upload.kind, digest_of(unframe(upload.payload)))
-                below = reference_of(upload.kind, upload.payload)
-                reference = None if below is None else BlobRef(*below)
-                if reference is not None and reference not in checked and not self._stored(project, reference):
-                    lacking |= {reference: None, ref: None}
-                elif ref not in checked:
-                    checked[ref] = self._check(project, upload, ref, reference, checked)
-            except InvalidArgumentError as error:
-                raise InvalidArgumentError(
-                    error.message, reason=error.reason, field=f"blobs[{at}].payload", metadata=error.metadata
-                ) from error
-        return CheckedBlobs(tuple(checked.values()), tuple(lacking))
+        verdict = self.check_batch([CheckAsk(project, tuple(uploads))])[0]
+        if isinstance(verdict, ShardbookError):
+            raise verdict
+        return verdict
 
     def check_batch(self, asks: Sequence[CheckAsk]) -> list[CheckedBlobs | ShardbookError]:
         """Checks the uploads of several calls; one verdict a call, in order. For uploads that are soon checked."""
-        verdicts: list[CheckedBlobs | ShardbookError] = []
-        for ask in asks:
-            try:
-                verdicts.append(self.check(ask.project, ask.uploads))
-            except InvalidArgumentError as error:
-                verdicts.append(error)
-        return verdicts
+        opened = [_settled(_opened, ask.uploads) for ask in asks]
+        self._look_up(
+            (ask.project, one) for ask, some in zip(asks, opened, strict=True) if isinstance(some, list) for one in some
+        )
+        return [
+            some if isinstance(some, ShardbookError) else _settled(self._check_opened, ask.project, some)
+            for ask, some in zip(asks, opened, strict=True)
+        ]
 
-    def _check(
-        self,
-        project: str,
-        upload: BlobUpload,
-        ref: BlobRef,
-        reference: BlobRef | None,
-        beside: Mapping[BlobRef, CheckedBlob],
-    ) -> CheckedBlob:
+    def _look_up(self, opened: Iterable[tuple[str, _Opened]]) -> None:
+        """Learns which uploads, and which blobs that they refer to, are stored: one read for all calls."""
+        unsure: dict[str, dict[BlobRef, None]] = {}
+        for project, one in opened:
+            for ref in (one.ref, one.reference):
+                if ref is not None and self._rows.get((project, ref)) is None:
+                    unsure.setdefault(project, {})[ref] = None
+        if not unsure:
+            return
+        with self._database.read() as connection:
+            for project, refs in unsure.items():
+                project_id = run_rows.find_project(connection, project)
+                if project_id is not None:
+                    # Inside a read transaction: whatever it finds has been committed.
+                    self.remember(project, self.find(connection, project, project_id, refs).values())
+
+    def _check_opened(self, project: str, opened: Sequence[_Opened]) -> CheckedBlobs:
+        checked: dict[BlobRef, CheckedBlob] = {}
+        lacking: dict[BlobRef, None] = {}
+        for one in sorted(opened, key=lambda one: one.ref.kind):
+            below = one.reference
+            if below is not None and below not in checked and self._rows.get((project, below)) is None:
+                lacking |= {below: None, one.ref: None}
+            elif one.ref not in checked:
+                with _naming(one.at):
+                    checked[one.ref] = self._check(project, one, checked)
+        return CheckedBlobs(tuple(checked.values()), tuple(lacking))
+
+    def _check(self, project: str, one: _Opened, beside: Mapping[BlobRef, CheckedBlob]) -> CheckedBlob:
         # The same content verified before need not be decoded again: the digest proves that it is the same.
-        row = self._rows.get((project, ref))
+        row = self._rows.get((project, one.ref))
         if row is not None:
             info = StructureInfo(row.entry_count, row.item_count, row.variable_count, row.fixed_bytes)
-            return CheckedBlob(ref, reference, upload.payload, info, None)
-        decoded = self._decoded.get((project, ref))
+            return CheckedBlob(one.ref, one.reference, one.payload, info, None)
+        decoded = self._decoded.get((project, one.ref))
         if decoded is None:
-            held = {one.ref: one.decoded for one in beside.values() if one.decoded is not None}
-            decoded = self._decode(project, upload.kind, upload.payload, held)
-            self._decoded.put((project, ref), decoded, _weight(decoded))
+            held = {other.ref: other.decoded for other in beside.values() if other.decoded is not None}
+            decoded = self._decode(project, one.ref.kind, one.payload, held)
+            self._decoded.put((project, one.ref), decoded, _weight(decoded))
         info = structure_info(decoded) if isinstance(decoded, RankStructure) else _NO_INFO
-        return CheckedBlob(ref, reference, upload.payload, info, decoded)
+        return CheckedBlob(one.ref, one.reference, one.payload, info, decoded)
 
     def _decode(self, project: str, kind: BlobKind, payload: bytes, beside: Mapping[BlobRef, Decoded]) -> Decoded:
         def table(digest: bytes) -> TensorTable:
@@ -170,15 +200,6 @@ class BlobService:
         if kind is BlobKind.PLAN:
             return decode_plan(payload, table)[0]
         return decode_structure(payload, plan)[0]
-
-    def _stored(self, project: str, ref: BlobRef) -> bool:
-        if self._rows.get((project, ref)) is not None:
-            return True
-        with self._database.read() as connection:
-            project_id = run_rows.find_project(connection, project)
-            found = {} if project_id is None else self.find(connection, project, project_id, [ref])
-        self.remember(project, found.values())
-        return ref in found
 
     def find(
         self, connection: Connection, project: str, project_id: int, refs: Iterable[BlobRef]
@@ -272,9 +293,39 @@ class BlobService:
         if kind is BlobKind.TABLE:
             return {}
         below = BlobKind(kind - 1)
-        references = {reference[1] for payload in payloads if (reference := reference_of(kind, payload)) is not None}
+        references = {
+            reference[1] for payload in payloads if (reference := reference_of(kind, unframe(payload))) is not None
+        }
         found = self._load(project, below, sorted(references))
         return {BlobRef(below, digest): decoded for digest, decoded in found.items()}
+
+
+def _opened(uploads: Sequence[BlobUpload]) -> list[_Opened]:
+    opened = []
+    for at, upload in enumerate(uploads):
+        with _naming(at):
+            content = unframe(upload.payload)
+            below = reference_of(upload.kind, content)
+            reference = None if below is None else BlobRef(*below)
+            opened.append(_Opened(at, upload.payload, BlobRef(upload.kind, digest_of(content)), reference))
+    return opened
+
+
+@contextmanager
+def _naming(at: int) -> Iterator[None]:
+    """Names the upload that an error is about: codecs do not know which one they read."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise about(error, f"blobs[{at}].payload") from error
+
+
+def _settled(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | InvalidArgumentError:
+    """Returns what a call returns, or its refusal: the other calls of a batch go on."""
+    try:
+        return call(*args, **kwargs)
+    except InvalidArgumentError as error:
+        return error
 
 
 def unknown_refs(wanted: BlobRef, checked: CheckedBlobs) -> tuple[BlobRef, ...]:
