@@ -7,10 +7,13 @@ more examples; a failing example is printed in a form that can be pasted into th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+
+from tests.databases import KINDS, Databases
+from tests.postgres import Postgres, running_postgres
 
 settings.register_profile("default", deadline=None, print_blob=True, max_examples=60)
 settings.register_profile("soak", deadline=None, print_blob=True, max_examples=5_000)
@@ -34,3 +37,40 @@ def _no_settings_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setenv("NO_COLOR", "1")
         patch.delenv("FORCE_COLOR", raising=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real Postgres, one for each process of tests; started by the first test that asks for it."""
+    with running_postgres() as postgres:
+        yield postgres
+
+
+#: Makes the databases of one kind.
+MakeDatabases = Callable[[str], Databases]
+
+
+@pytest.fixture(scope="session")
+def make_databases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeDatabases:
+    """Databases by kind, whatever the scope of the fixture that hands them out."""
+    made: dict[str, Databases] = {}
+
+    def make(kind: str) -> Databases:
+        if kind not in made:
+            server = request.getfixturevalue("postgres") if kind == "postgres" else None
+            made[kind] = Databases(kind, tmp_path_factory.mktemp(kind), server)
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(params=KINDS)
+def databases(request: pytest.FixtureRequest, make_databases: MakeDatabases) -> Databases:
+    """Databases of either kind: whoever asks for them runs once on each."""
+    return make_databases(request.param)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def module_databases(request: pytest.FixtureRequest, make_databases: MakeDatabases) -> Databases:
+    """The same, for fixtures that a whole module shares."""
+    return make_databases(request.param)

@@ -10,7 +10,7 @@ import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from typing import Any, Final
 
 import grpc.aio
@@ -37,8 +37,7 @@ from shardbook_server.service.services import build_services
 from shardbook_server.service.views import AttemptCounts
 from shardbook_server.settings import Settings
 from shardbook_server.storage import migrate
-from shardbook_server.storage.database import Database
-from shardbook_server.storage.sqlite import database_path
+from shardbook_server.storage.database import Database, PostgresOptions, is_postgres
 
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
@@ -48,6 +47,8 @@ SERVICES: Final = tuple(
 )
 #: Calls of the write lane, and batches of each kind, at a time: SQLite has one writer.
 _SQLITE_WRITERS: Final = 1
+#: Batches of each kind that one replica has in Postgres at a time: while one is being committed the next is filled.
+_POSTGRES_BATCHES: Final = 2
 #: Objects made since the last collection before the next begins, in a process of the server's own.
 _COLLECT_EVERY: Final = 50_000
 #: The server asks an idle connection for a sign of life after this long, so that dead clients do not pile up.
@@ -69,12 +70,25 @@ def prepare_database(settings: Settings) -> str:
         FailedPreconditionError: The schema is stale or too new; the message has the command.
         InvalidArgumentError: The URL names no database that can be served.
     """
-    path = database_path(settings.database_url)
-    if settings.embedded:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if settings.embedded or not path.exists() or path.stat().st_size == 0:
-        return migrate.upgrade(settings.database_url)
+    with closing(open_database(settings, connections=1)) as database:
+        if settings.embedded or (not is_postgres(settings.database_url) and database.backend.missing() is not None):
+            return migrate.upgrade(settings.database_url)
+        database.backend.check_durability()
     return migrate.check(settings.database_url)
+
+
+def open_database(settings: Settings, *, connections: int) -> Database:
+    """Returns the database of the settings; nothing is connected yet.
+
+    Raises:
+        InvalidArgumentError, FailedPreconditionError: See ``Database``.
+    """
+    options = PostgresOptions(
+        synchronous_commit=settings.postgres_synchronous_commit,
+        statement_timeout_s=settings.postgres_statement_timeout_s,
+        prepared_statements=settings.postgres_prepared_statements,
+    )
+    return Database(settings.database_url, connections=connections, postgres=options)
 
 
 class Server:
@@ -93,12 +107,15 @@ class Server:
         """
         connections = settings.worker_threads + settings.heavy_threads
         self._settings = settings
-        self.database = Database(settings.database_url, readers=connections)
+        self.database = open_database(settings, connections=connections)
+        # On Postgres one thread is kept for reads: writers waiting for each other must not take them all.
+        alone = self.database.backend.single_writer
+        writers = _SQLITE_WRITERS if alone else max(1, settings.worker_threads - 1)
         self._services = build_services(self.database, lease_ttl_s=settings.lease_ttl_s)
         self._bridge = Bridge(
             threads=settings.worker_threads,
             heavy_threads=settings.heavy_threads,
-            writers=_SQLITE_WRITERS,
+            writers=writers,
             queue_limit=settings.call_queue_limit,
             failpoints=Failpoints.from_environment() if failpoints is None else failpoints,
         )
@@ -109,7 +126,8 @@ class Server:
             queue_count=settings.batch_queue_count,
             queue_bytes=settings.batch_queue_bytes,
         )
-        self._attempts = Attempts(self._services, self._bridge, self._waits, limits, in_flight=_SQLITE_WRITERS)
+        in_flight = _SQLITE_WRITERS if alone else _POSTGRES_BATCHES
+        self._attempts = Attempts(self._services, self._bridge, self._waits, limits, in_flight=in_flight)
         self._health = HealthHandlers(SERVICES)
         self._server = self._build()
         self._reaper: asyncio.Task[None] | None = None

@@ -57,8 +57,28 @@ class Settings(BaseModel):
     )
     database_url: str = Field(
         default_factory=default_database_url,
-        description="Where the data is: sqlite:////absolute/path, or a Postgres URL. The default is the embedded "
+        description="Where the data is: sqlite:////absolute/path, or postgresql://user@host:5432/name (several hosts, "
+        "host1,host2, for a cluster whose primary moves). The default is the embedded "
         "database, $XDG_DATA_HOME/shardbook/shardbook.db (~/.local/share/shardbook/shardbook.db).",
+    )
+    migration_url: str | None = Field(
+        default=None,
+        description="Where `shardbook-server db` changes the schema, when that is not database_url: a Postgres behind "
+        "pgbouncer is migrated over a direct connection.",
+    )
+    postgres_synchronous_commit: Annotated[str, Field(pattern="^(on|remote_apply|remote_write|local)$")] = Field(
+        default="on",
+        description="When Postgres acknowledges a commit: on, remote_apply, remote_write or local. With on, a commit "
+        "survives a crash of the server, and a failover to a synchronous standby.",
+    )
+    postgres_statement_timeout_s: _Seconds = Field(
+        default=30.0,
+        description="Longest time of one statement in Postgres; a call's deadline shortens it. It never ends a COMMIT.",
+    )
+    postgres_prepared_statements: bool = Field(
+        default=True,
+        description="Let the driver prepare statements in Postgres. Off for poolers that cannot keep them, such as "
+        "pgbouncer before 1.21 in transaction mode.",
     )
     worker_threads: _Threads = Field(default=4, description="Threads that run short service calls.")
     heavy_threads: _Threads = Field(

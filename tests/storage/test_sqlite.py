@@ -21,6 +21,7 @@ from shardbook.errors import (
 from shardbook_server.storage import sqlite
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.failures import translate
+from shardbook_server.storage.sqlite import SqliteBackend
 
 MOUNTS = """\
 22 1 0:20 / / rw,relatime - ext4 /dev/sda1 rw
@@ -121,6 +122,11 @@ def test_an_old_library_is_warned_about(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "pip install pysqlite3" in caplog.text
 
 
+def backend() -> SqliteBackend:
+    """One that opens nothing."""
+    return SqliteBackend("sqlite:////nowhere/shardbook.db", connections=1, clock=None)
+
+
 @pytest.mark.parametrize(
     ("code", "error", "reason"),
     [
@@ -137,14 +143,16 @@ def test_errors_of_the_driver_become_ours(code: int, error: type[ShardbookError]
     """By SQLite's result code; what can be tried again says so."""
     original = Exception("message of the driver")
     original.__dict__["sqlite_errorcode"] = code
-    translated = translate(exc.DBAPIError("SELECT 1", None, original))
+    translated = translate(
+        exc.DBAPIError("SELECT 1", None, original), SqliteBackend("sqlite:////tmp/unused.db", connections=1, clock=None)
+    )
     assert (error, reason) == (type(translated), reason and translated.reason)
     assert (translated.retry_delay_s is not None) is (error is UnavailableError)
 
 
 def test_a_full_pool_is_unavailable() -> None:
     """Waiting for a connection has a limit."""
-    assert "DATABASE_BUSY" == translate(exc.TimeoutError()).reason
+    assert "DATABASE_BUSY" == translate(exc.TimeoutError(), backend()).reason
 
 
 def test_a_full_disk_is_told_and_reading_goes_on(database: Database) -> None:

@@ -14,6 +14,7 @@ branch_labels = None
 depends_on = None
 
 _INT64 = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+_NAME = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 _SMALL = sa.SmallInteger().with_variant(sa.Integer(), "sqlite")
 _STRICT: dict[str, Any] = {"sqlite_strict": True}
 _CLUSTERED: dict[str, Any] = {"sqlite_strict": True, "sqlite_with_rowid": False}
@@ -86,14 +87,14 @@ def _runs() -> None:
     op.create_table(
         "projects",
         sa.Column("id", _INT64, primary_key=True),
-        sa.Column("name", sa.Text, nullable=False, unique=True),
+        sa.Column("name", _NAME, nullable=False, unique=True),
         **_STRICT,
     )
     op.create_table(
         "runs",
         sa.Column("id", _INT64, primary_key=True),
         sa.Column("project_id", _INT64, sa.ForeignKey("projects.id"), nullable=False),
-        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("name", _NAME, nullable=False),
         sa.Column("create_time_us", _INT64, nullable=False),
         sa.UniqueConstraint("project_id", "name"),
         **_STRICT,
@@ -102,7 +103,7 @@ def _runs() -> None:
         "parts",
         sa.Column("id", _INT64, primary_key=True),
         sa.Column("run_id", _INT64, sa.ForeignKey("runs.id"), nullable=False),
-        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("name", _NAME, nullable=False),
         sa.Column("session", _INT64, nullable=False),
         sa.Column("last_session", _INT64, nullable=False),
         sa.Column("latest_id", _INT64),

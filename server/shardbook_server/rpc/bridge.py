@@ -6,12 +6,18 @@ own, because a large checkpoint takes seconds to assemble. All belong to the eve
 
 A call whose client has gone or whose deadline has passed is dropped if it has not begun; once begun it runs to its
 end, whoever is still there to hear of it. So a cancelled commit is whole or absent.
+
+Every service call may be made again: reads change nothing, and writes are idempotent by their natural key. So one that
+lost its connection to the database, perhaps at the very commit, or got into the way of another replica's transaction,
+is made again here, and its caller gets the one true answer instead of a doubt.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import random
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,12 +28,17 @@ import structlog
 from shardbook.errors import ResourceExhaustedError, UnavailableError
 from shardbook_server.failpoints import Failpoints
 from shardbook_server.rpc.call import NO_CALL, Call, current_call
+from shardbook_server.storage.deadline import statements_until
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Told to clients that met a full queue, seconds.
 BUSY_RETRY_S: Final = 0.25
+#: Why a call is made again at once, and how often: a connection that was lost is replaced, a conflict is over.
+_AGAIN_REASONS: Final = frozenset({"DATABASE_UNAVAILABLE", "DATABASE_CONFLICT"})
+_AGAIN_COUNT: Final = 2
+_AGAIN_PAUSE_S: Final = 0.02
 
 _log = structlog.get_logger(__name__)
 
@@ -247,4 +258,16 @@ class _Job(Generic[T]):
         if self.abandoned:
             raise _Dropped
         self._call.check_time()
-        return self._context.run(self._work)
+        return self._context.run(self._within_time)
+
+    def _within_time(self) -> T:
+        with statements_until(self._call.deadline_s):
+            for pause_s in (_AGAIN_PAUSE_S * (at + 1) for at in range(_AGAIN_COUNT)):
+                try:
+                    return self._work()
+                except UnavailableError as error:
+                    if error.reason not in _AGAIN_REASONS or self._call.remaining_s() < pause_s:
+                        raise
+                    _log.info("a call is made again", reason=error.reason, method=self._call.method)
+                    time.sleep(random.uniform(pause_s / 2, pause_s))
+            return self._work()

@@ -1,45 +1,60 @@
-"""The database: engines, transactions, the run lock, and the driver's errors made ours."""
+"""The database: transactions, the run lock, and the driver's errors made ours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, exc
+from sqlalchemy import Connection, Engine, exc, select
 from sqlalchemy.pool import QueuePool
 
 from shardbook.core.names import RunName
-from shardbook_server.storage import sqlite
-from shardbook_server.storage.dialect import Clock, SqliteDialect, system_clock
+from shardbook.errors import InvalidArgumentError
+from shardbook_server.storage.backend import Backend, Clock, system_clock
 from shardbook_server.storage.failures import translate
+from shardbook_server.storage.postgres import PostgresBackend, PostgresOptions
+from shardbook_server.storage.sqlite import SqliteBackend
 
-#: Longest wait for a connection, seconds: for the writer that is the wait behind other writers.
-_POOL_TIMEOUT_S = 60.0
+
+def is_postgres(url: str) -> bool:
+    """Returns True when a database URL names a Postgres."""
+    return url.startswith(("postgresql://", "postgres://"))
 
 
 class Database:
-    """One database, shared by every service of a process. Thread-safe.
+    """One database, shared by every service of a process. Thread-safe."""
 
-    One connection writes, a pool of others reads; in the WAL, readers and the writer do not wait for each other.
-    """
-
-    def __init__(self, url: str, *, readers: int = 4, clock: Clock = system_clock) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections: int = 4,
+        clock: Clock | None = None,
+        postgres: PostgresOptions | None = None,
+    ) -> None:
         """Opens connections on first use.
 
         Args:
-            url: ``sqlite:////absolute/path``.
-            readers: Reading connections, and so reading threads, at most.
+            url: ``sqlite:////absolute/path`` or ``postgresql://...``.
+            connections: Connections, and so threads that use them at a time, at most; SQLite's writer is one more.
             clock: Stands in for the database's clock, in tests.
+            postgres: How to speak to a Postgres.
 
         Raises:
             InvalidArgumentError: The URL names no database that can be served; the reason is in the message.
         """
         self.url = url
-        path = sqlite.database_path(url)
-        self._dialect = SqliteDialect(clock)
-        self._writer = _engine(sqlite.connector(path, read_only=False), 1, "BEGIN IMMEDIATE")
-        self._readers = _engine(sqlite.connector(path, read_only=True), readers, "BEGIN")
+        if is_postgres(url):
+            options = PostgresOptions() if postgres is None else postgres
+            self.backend: Backend = PostgresBackend(url, connections=connections, clock=clock, options=options)
+        elif url.startswith("sqlite:"):
+            self.backend = SqliteBackend(url, connections=connections, clock=clock)
+        else:
+            raise InvalidArgumentError(
+                f"{url.partition('://')[0]!r} is no database that Shardbook can serve: write sqlite:////absolute/path "
+                "or postgresql://user@host/database",
+                field="database_url",
+            )
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -48,12 +63,16 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
-        with _transaction(self._readers) as connection:
+        with self._transaction(self.backend.readers) as connection:
+            self.backend.prepare(connection, writes=False)
             yield connection
 
     @contextmanager
     def write(self, runs: Iterable[RunName] = (), *, exclusive: bool = True) -> Iterator[Connection]:
         """Yields a connection in one write transaction that commits when the block ends without an error.
+
+        Each statement sees what was committed before it. An error at the commit itself may mean either: what is
+        written has to be fit to be written again.
 
         Args:
             runs: Runs to lock, before anything is read. Content-addressed writes need none.
@@ -63,51 +82,44 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
-        with _transaction(self._writer) as connection:
-            self._dialect.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
+        with self._transaction(self.backend.writer) as connection:
+            self.backend.prepare(connection, writes=True)
+            self.backend.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
             yield connection
 
     def now_us(self, connection: Connection) -> int:
         """Returns the database's time, microseconds since the epoch."""
-        return self._dialect.now_us(connection)
+        return self.backend.now_us(connection)
+
+    def ping(self) -> None:
+        """Asks the database for a sign of life.
+
+        Raises:
+            ShardbookError: It gave none.
+        """
+        with self.read() as connection:
+            connection.execute(select(1)).scalar_one()
 
     def checked_out(self) -> int:
         """Returns how many connections are in use; tests assert that none is left behind."""
-        pools = (self._writer.pool, self._readers.pool)
-        return sum(pool.checkedout() for pool in pools if isinstance(pool, QueuePool))
+        return sum(pool.checkedout() for pool in self._pools())
 
     def close(self) -> None:
         """Closes every connection; the database may be used again afterwards."""
-        self._readers.dispose()
-        self._writer.dispose()
+        self.backend.readers.dispose()
+        self.backend.writer.dispose()
+
+    def _pools(self) -> set[QueuePool]:
+        engines = (self.backend.readers, self.backend.writer)
+        return {engine.pool for engine in engines if isinstance(engine.pool, QueuePool)}
+
+    @contextmanager
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except exc.SQLAlchemyError as error:
+            raise translate(error, self.backend) from error
 
 
-def _engine(connect: Callable[[], Any], size: int, begin: str) -> Engine:
-    engine = create_engine(
-        "sqlite://",
-        module=sqlite.driver(),
-        creator=connect,
-        poolclass=QueuePool,
-        pool_size=size,
-        max_overflow=0,
-        pool_timeout=_POOL_TIMEOUT_S,
-        hide_parameters=True,
-    )
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
-
-    return engine
-
-
-@contextmanager
-def _transaction(engine: Engine) -> Iterator[Connection]:
-    try:
-        with engine.begin() as connection:
-            yield connection
-    except exc.SQLAlchemyError as error:
-        raise translate(error) from error
-
-
-__all__ = ["Clock", "Connection", "Database", "system_clock"]
+__all__ = ["Clock", "Connection", "Database", "PostgresOptions", "is_postgres", "system_clock"]

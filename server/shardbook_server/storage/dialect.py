@@ -1,43 +1,45 @@
-"""What differs between databases: the run lock, the clock, the upsert. Everything else is the same statements."""
+"""What differs between databases in statements, and nothing else: the upsert, and rows taken in one order."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import Column, Connection, Table, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from shardbook.core.names import RunName
-
-#: Gives the time in microseconds since the epoch.
-Clock = Callable[[], int]
-
-
-def system_clock() -> int:
-    """Returns this machine's time, microseconds since the epoch."""
-    return time.time_ns() // 1000
-
-
-class SqliteDialect:
-    """SQLite: one writer at a time on one machine, so the lock is BEGIN IMMEDIATE and the clock is the machine's."""
-
-    def __init__(self, clock: Clock = system_clock) -> None:
-        self._clock = clock
-
-    def lock_runs(self, connection: Connection, runs: Iterable[RunName], *, exclusive: bool) -> None:
-        """Keeps other writers off ``runs`` until the transaction ends; ``exclusive`` keeps off sharers too.
-
-        Nothing to do here: the transaction began IMMEDIATE, and that is the lock on everything.
-        """
-
-    def now_us(self, connection: Connection) -> int:  # noqa: ARG002
-        """Returns the database's time, microseconds since the epoch."""
-        return self._clock()
+from shardbook_server.storage.lists import slices
 
 
 def insert_ignore(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    """Returns an insert into ``table`` that leaves rows whose key exists alone."""
+    """Returns an insert into ``table`` that leaves rows whose key exists alone.
+
+    Rows are given sorted by that key: transactions that add the same ones then wait for each other in one order only.
+    On Postgres a row that another transaction is adding is waited for; the next statement sees it.
+    """
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     return sqlite.insert(table).on_conflict_do_nothing()
+
+
+def lock_rows(
+    connection: Connection, key: Column[Any], values: Sequence[Any], *, skip_locked: bool = False
+) -> list[Any]:
+    """Locks the rows that have these keys, in their order, until the transaction ends; returns the keys found.
+
+    An update of several rows locks them in whatever order it meets them, and two such updates can deadlock.
+
+    Args:
+        connection: In a write transaction.
+        key: Primary key of its table.
+        values: Keys.
+        skip_locked: Leave out rows that another transaction holds.
+    """
+    found: list[Any] = []
+    for some in slices(sorted(values)):
+        statement = select(key).where(key.in_(some)).order_by(key)
+        # SQLite has no row locks and needs none: whoever writes, writes alone.
+        if connection.dialect.name == "postgresql":
+            statement = statement.with_for_update(skip_locked=skip_locked)
+        found.extend(connection.scalars(statement))
+    return found

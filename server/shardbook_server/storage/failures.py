@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import exc
 
-from shardbook.errors import InternalError, ResourceExhaustedError, ShardbookError, UnavailableError
+from shardbook.errors import InternalError, ShardbookError, UnavailableError
+from shardbook_server.storage.backend import Backend
 
-#: Primary result codes of SQLite, https://www.sqlite.org/rescode.html.
-_BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
-_RETRY_S = 0.5
+#: Told to clients that met a database which is away or busy, seconds.
+RETRY_S: Final = 0.5
 
 
-def translate(error: exc.SQLAlchemyError) -> ShardbookError:
+def translate(error: exc.SQLAlchemyError, backend: Backend) -> ShardbookError:
     """Returns the error of ours to raise from one of SQLAlchemy's."""
     if isinstance(error, exc.TimeoutError):
         return UnavailableError(
-            "no database connection was free in time; try again", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
+            "no database connection was free in time; try again", reason="DATABASE_BUSY", retry_delay_s=RETRY_S
         )
-    if not isinstance(error, exc.DBAPIError):
+    if not isinstance(error, exc.DBAPIError) or error.orig is None:
         return InternalError(f"database error: {type(error).__name__}")
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-    if code == _FULL:
-        return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
-    if code in (_BUSY, _LOCKED):
+    found = backend.translate(error.orig)
+    if found is not None:
+        return found
+    if error.connection_invalidated:
         return UnavailableError(
-            "the database is busy with another process; try again", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
-        )
-    if code in (_READONLY, _IOERR, _CANTOPEN) or error.connection_invalidated:
-        return UnavailableError(
-            f"the database cannot be read or written now: {error.orig}",
+            f"the connection to the database was lost: {error.orig}",
             reason="DATABASE_UNAVAILABLE",
-            retry_delay_s=2 * _RETRY_S,
+            retry_delay_s=RETRY_S,
         )
-    if code in (_CORRUPT, _NOTADB):
-        return InternalError(f"the database file is damaged: {error.orig}", reason="DATABASE_DAMAGED")
     return InternalError(f"database error: {type(error.orig).__name__}: {error.orig}")

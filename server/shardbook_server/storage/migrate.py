@@ -6,18 +6,20 @@ a rolling upgrade can migrate first and replace its servers one by one.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection, inspect, select
 
 import shardbook_migrations
-from shardbook.errors import FailedPreconditionError
-from shardbook_server.storage import sqlite, tables
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError
+from shardbook_server.storage import tables
 from shardbook_server.storage.database import Database
 
 #: Revision of the schema that this release is written for.
@@ -28,15 +30,15 @@ _UPGRADE = "shardbook-server db upgrade"
 def upgrade(url: str, revision: str = "head") -> str:
     """Creates or upgrades the schema at ``url``; returns its revision.
 
-    All of it is one transaction under the writer's lock: two of these at once follow each other, and one that is
-    killed leaves the schema as it was. A new database file and its directory are made.
+    All of it is one transaction under a lock: two of these at once follow each other, and one that is killed leaves
+    the schema as it was. A new SQLite file and its directory are made. On Postgres ``url`` leads to the server itself,
+    not to a pooler, and no statement waits for more than a few seconds for what live servers hold.
 
     Raises:
         FailedPreconditionError: The schema is newer than this release (reason ``SCHEMA_TOO_NEW``).
+        UnavailableError: The database is away, or servers held a table for too long; run it again.
     """
-    path = sqlite.database_path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(Database(url, readers=1)) as database, database.write() as connection:
+    with _migrating(url, create=True) as connection:
         current = _revision(connection)
         if current is not None and current > HEAD:
             raise _too_new(current)
@@ -45,9 +47,19 @@ def upgrade(url: str, revision: str = "head") -> str:
 
 
 def downgrade(url: str, revision: str) -> str:
-    """Takes the schema at ``url`` back to ``revision`` (``base`` drops everything); returns the revision it has."""
-    with closing(Database(url, readers=1)) as database, database.write() as connection:
-        command.downgrade(_config(connection), revision)
+    """Takes the schema at ``url`` back to ``revision`` (``base`` drops everything); returns the revision it has.
+
+    Raises:
+        FailedPreconditionError: There is no database.
+        InvalidArgumentError: The history has no such revision.
+    """
+    with _migrating(url, create=False) as connection:
+        try:
+            command.downgrade(_config(connection), revision)
+        except CommandError as error:
+            raise InvalidArgumentError(
+                f"{error}: `shardbook-server db history` lists the revisions", field="revision"
+            ) from error
         return _revision(connection) or "base"
 
 
@@ -58,10 +70,7 @@ def check(url: str) -> str:
         FailedPreconditionError: It is stale (reason ``SCHEMA_STALE``), missing, or too new (``SCHEMA_TOO_NEW``); the
             message names the command to run.
     """
-    path = sqlite.database_path(url)
-    if not path.exists():
-        raise _stale(f"there is no database at {path}")
-    with closing(Database(url, readers=1)) as database, database.read() as connection:
+    with _reading(url) as connection:
         current = _revision(connection)
         if current is None:
             raise _stale("the database has no schema")
@@ -79,16 +88,42 @@ def current(url: str) -> str:
     Raises:
         FailedPreconditionError: There is no database.
     """
-    path = sqlite.database_path(url)
-    if not path.exists():
-        raise _stale(f"there is no database at {path}")
-    with closing(Database(url, readers=1)) as database, database.read() as connection:
+    with _reading(url) as connection:
         return _revision(connection) or "base"
+
+
+def history() -> tuple[tuple[str, str], ...]:
+    """Returns (revision, what it does) of every migration in this installation, oldest first."""
+    scripts = ScriptDirectory.from_config(_config(None))
+    return tuple((one.revision, one.doc) for one in reversed(list(scripts.walk_revisions())))
 
 
 def heads() -> tuple[str, ...]:
     """Returns the last revisions of the migrations in this installation; one, or they have forked."""
     return tuple(ScriptDirectory.from_config(_config(None)).get_heads())
+
+
+@contextmanager
+def _migrating(url: str, *, create: bool) -> Iterator[Connection]:
+    """Opens the one transaction in which a schema is changed, alone."""
+    with closing(Database(url, connections=1)) as database:
+        if create:
+            database.backend.create()
+        elif (missing := database.backend.missing()) is not None:
+            raise _stale(f"there is no {missing}")
+        with database.write() as connection:
+            database.backend.lock_schema(connection)
+            yield connection
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[Connection]:
+    with closing(Database(url, connections=1)) as database:
+        missing = database.backend.missing()
+        if missing is not None:
+            raise _stale(f"there is no {missing}")
+        with database.read() as connection:
+            yield connection
 
 
 def _config(connection: Connection | None) -> Config:

@@ -1,4 +1,4 @@
-"""SQLite as Shardbook uses it: which library, how a connection is set up, where a database may lie.
+"""SQLite as Shardbook uses it: which library, how a connection is set up, where a database may lie, what it locks.
 
 Python's driver opens transactions by itself, deferred, at the first write: two writers that both read first then lose
 updates silently. So connections are opened with ``isolation_level=None`` and ``Database`` says BEGIN itself.
@@ -10,12 +10,23 @@ import importlib
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
-from shardbook.errors import InvalidArgumentError
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.pool import QueuePool
+
+from shardbook.core.names import RunName
+from shardbook.errors import (
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ShardbookError,
+    UnavailableError,
+)
+from shardbook_server.storage.backend import Clock, system_clock
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +45,95 @@ _NETWORK_TYPES: Final = frozenset(
 )  # fmt: skip
 #: FUSE file systems that are local disks after all.
 _LOCAL_FUSE: Final = frozenset({"fuseblk", "fuse.ext2", "fuse.ntfs-3g", "fuse.fuse-overlayfs"})
+
+
+#: Longest wait for a connection, seconds: for the writer that is the wait behind other writers.
+_POOL_TIMEOUT_S: Final = 60.0
+#: Primary result codes, https://www.sqlite.org/rescode.html.
+_BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+_RETRY_S: Final = 0.5
+
+
+class SqliteBackend:
+    """One writer at a time on one machine, so the lock is BEGIN IMMEDIATE and the clock is the machine's.
+
+    One connection writes, a pool of others reads; in the WAL, readers and the writer do not wait for each other.
+    """
+
+    single_writer = True
+
+    def __init__(self, url: str, *, connections: int, clock: Clock | None) -> None:
+        """Opens connections on first use.
+
+        Raises:
+            InvalidArgumentError: The URL names no database that can be served; the reason is in the message.
+        """
+        self._path = database_path(url)
+        self._clock = system_clock if clock is None else clock
+        self.writer = _engine(connector(self._path, read_only=False), 1, "BEGIN IMMEDIATE")
+        self.readers = _engine(connector(self._path, read_only=True), connections, "BEGIN")
+
+    def prepare(self, connection: Connection, *, writes: bool) -> None:
+        """Nothing to do: statements are short, and a busy writer is waited for at BEGIN."""
+
+    def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
+        """Nothing to do: the transaction began IMMEDIATE, and that is the lock on everything."""
+
+    def lock_schema(self, connection: Connection) -> None:
+        """Nothing to do, as above."""
+
+    def now_us(self, connection: Connection) -> int:  # noqa: ARG002
+        """Returns this machine's time, microseconds since the epoch."""
+        return self._clock()
+
+    def missing(self) -> str | None:
+        """Returns the path when there is no file."""
+        return None if self._path.exists() else f"database at {self._path}"
+
+    def create(self) -> None:
+        """Makes the directory; the file comes with the first connection."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def check_durability(self) -> None:
+        """Nothing to ask: every connection sets ``synchronous = FULL``."""
+
+    def translate(self, error: BaseException) -> ShardbookError | None:
+        """Returns the error of ours by SQLite's result code."""
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == _FULL:
+            return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
+        if code in (_BUSY, _LOCKED):
+            return UnavailableError(
+                "the database is busy with another process; try again", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
+            )
+        if code in (_READONLY, _IOERR, _CANTOPEN):
+            return UnavailableError(
+                f"the database cannot be read or written now: {error}",
+                reason="DATABASE_UNAVAILABLE",
+                retry_delay_s=2 * _RETRY_S,
+            )
+        if code in (_CORRUPT, _NOTADB):
+            return InternalError(f"the database file is damaged: {error}", reason="DATABASE_DAMAGED")
+        return None
+
+
+def _engine(connect: Callable[[], Any], size: int, begin: str) -> Engine:
+    engine = create_engine(
+        "sqlite://",
+        module=driver(),
+        creator=connect,
+        poolclass=QueuePool,
+        pool_size=size,
+        max_overflow=0,
+        pool_timeout=_POOL_TIMEOUT_S,
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
 
 
 def driver() -> ModuleType:

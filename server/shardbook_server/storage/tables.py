@@ -1,7 +1,8 @@
 """Every table. The migrations build the same schema (a test compares them); numbers of states and kinds are stored.
 
 Keys are integers and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused
-(AUTOINCREMENT): packed lists and caches name them. Times are microseconds since the epoch by the database's clock.
+(AUTOINCREMENT, identity columns): packed lists and caches name them. Times are microseconds since the epoch by the
+database's clock.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ Int64 = BigInteger().with_variant(Integer(), "sqlite")
 #: Small number or flag (0 or 1).
 Small = SmallInteger().with_variant(Integer(), "sqlite")
 Digest = LargeBinary(32)
+#: Name that listings are ordered by: by code point, as SQLite does, whatever the database's language.
+Name = Text().with_variant(Text(collation="C"), "postgresql")
 
 _STRICT: Final[dict[str, Any]] = {"sqlite_strict": True}
 #: For narrow rows found by their key only; wide ones would spill to overflow pages.
@@ -69,7 +72,7 @@ projects = Table(
     "projects",
     metadata,
     Column("id", Int64, primary_key=True),
-    Column("name", Text, nullable=False, unique=True),
+    Column("name", Name, nullable=False, unique=True),
     **_STRICT,
 )
 
@@ -78,7 +81,7 @@ runs = Table(
     metadata,
     Column("id", Int64, primary_key=True),
     Column("project_id", ForeignKey("projects.id"), nullable=False),
-    Column("name", Text, nullable=False),
+    Column("name", Name, nullable=False),
     Column("create_time_us", Int64, nullable=False),
     UniqueConstraint("project_id", "name"),
     **_STRICT,
@@ -91,7 +94,7 @@ parts = Table(
     metadata,
     Column("id", Int64, primary_key=True),
     Column("run_id", ForeignKey("runs.id"), nullable=False),
-    Column("name", Text, nullable=False),
+    Column("name", Name, nullable=False),
     Column("session", Int64, nullable=False),
     Column("last_session", Int64, nullable=False),
     Column("latest_id", Int64),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from shardbook_server.service.services import Services, build_services
-from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database
 from tests.behaviour.service.saves import Job, Model
+from tests.databases import Databases
 
 LEASE_TTL_S = 60.0
 
@@ -31,14 +29,6 @@ class Clock:
         self.now_us += round(seconds * 1e6)
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database that the real migrations made; copied for every test."""
-    path = tmp_path_factory.mktemp("migrated") / "shardbook.db"
-    migrate.upgrade(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def clock() -> Clock:
     """A clock that stands still until it is moved."""
@@ -46,11 +36,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def database(migrated: Path, tmp_path: Path, clock: Clock) -> Iterator[Database]:
-    """A database of the test's own; no connection may be left in use."""
-    path = tmp_path / "shardbook.db"
-    shutil.copy(migrated, path)
-    database = Database(f"sqlite:///{path}", clock=clock)
+def database(databases: Databases, clock: Clock) -> Iterator[Database]:
+    """A database of the test's own, of either kind; no connection may be left in use."""
+    database = Database(databases.new(), clock=clock)
     yield database
     assert database.checked_out() == 0
     database.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from sqlalchemy import Engine, event
 
 from shardbook_server.service.services import Services
 from shardbook_server.service.types import OnLive
-from shardbook_server.storage.database import Database
+from shardbook_server.storage.database import Database, is_postgres
 from tests.behaviour.service.saves import Job, Model, whole
 
 #: Tables that grow with every save, run or structure.
@@ -37,7 +39,7 @@ def statements(database: Database) -> dict[str, Any]:
         if rest[-1] is False:
             seen[statement] = parameters
 
-    engines: list[Engine] = [database._writer, database._readers]
+    engines: list[Engine] = [database.backend.writer, database.backend.readers]
     for engine in engines:
         event.listen(engine, "before_cursor_execute", note)
     return seen
@@ -66,14 +68,27 @@ def test_no_growing_table_is_walked_through(services: Services, database: Databa
     services.catalog.get_run("projects/llm/runs/8b")
     services.metadata.list_tensors("llm/8b@1")
     Job(services, Model(2)).start(on_live=OnLive.TAKEOVER)
-    walks = []
+    walks = _walks_of_postgres if is_postgres(database.url) else _walks_of_sqlite
+    kept = {one: given for one, given in statements.items() if one.split()[0] in ("SELECT", "UPDATE", "DELETE")}
+    assert [] == list(walks(database, kept))
+    assert len(statements) > 40
+
+
+def _walks_of_sqlite(database: Database, statements: Mapping[str, Any]) -> Iterator[str]:
     with database.read() as connection:
-        for statement, parameters in list(statements.items()):
-            if statement.split()[0] not in ("SELECT", "UPDATE", "DELETE"):
-                continue
+        for statement, parameters in statements.items():
             for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters):
                 detail = str(row[3])
                 if detail.startswith("SCAN") and detail.split()[1] in GROWING and " INDEX ix_" not in detail:
-                    walks.append((detail, " ".join(statement.split())))
-    assert [] == walks
-    assert len(statements) > 40
+                    yield f"{detail}: {statement}"
+
+
+def _walks_of_postgres(database: Database, statements: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the walks that are left when the planner is told to avoid them, as it would in a large table."""
+    with database.read() as connection:
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        for statement, parameters in statements.items():
+            for (line,) in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters):
+                found = re.search(r"Seq Scan on (\w+)", line)
+                if found is not None and found[1] in GROWING:
+                    yield f"{line}: {statement}"

@@ -1,0 +1,82 @@
+"""What a database has to offer, so that everything above it is the same statements on each.
+
+Two backends: ``sqlite.SqliteBackend`` and ``postgres.PostgresBackend``. What else differs between the dialects is in
+``dialect``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from sqlalchemy import Connection, Engine
+
+from shardbook.core.names import RunName
+from shardbook.errors import ShardbookError
+
+#: Gives the time in microseconds since the epoch.
+Clock = Callable[[], int]
+
+
+def system_clock() -> int:
+    """Returns this machine's time, microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+class Backend(Protocol):
+    """Engines of one database, and the few things that each database does its own way. Thread-safe."""
+
+    @property
+    def readers(self) -> Engine:
+        """Opens transactions that see one moment and refuse to write."""
+        ...
+
+    @property
+    def writer(self) -> Engine:
+        """Opens transactions in which ``lock_runs`` is the first statement."""
+        ...
+
+    @property
+    def single_writer(self) -> bool:
+        """True when write transactions follow each other, however many threads ask for one."""
+        ...
+
+    def prepare(self, connection: Connection, *, writes: bool) -> None:
+        """Sets what holds for one transaction, before anything else is said in it."""
+        ...
+
+    def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
+        """Keeps other writers off ``runs`` until the transaction ends; ``exclusive`` keeps off sharers too.
+
+        Statements after it see what the transactions committed that held the lock before.
+        """
+        ...
+
+    def lock_schema(self, connection: Connection) -> None:
+        """Keeps other migrators off until the transaction ends."""
+        ...
+
+    def now_us(self, connection: Connection) -> int:
+        """Returns the database's time, microseconds since the epoch; moves on inside a transaction."""
+        ...
+
+    def missing(self) -> str | None:
+        """Returns what is not there, for people, when there is no database to open; None when there is one."""
+        ...
+
+    def create(self) -> None:
+        """Makes what ``missing`` misses, as far as that is this program's to make."""
+        ...
+
+    def check_durability(self) -> None:
+        """Refuses a database that would lose what it has acknowledged.
+
+        Raises:
+            FailedPreconditionError: It would; reason ``NOT_DURABLE``.
+        """
+        ...
+
+    def translate(self, error: BaseException) -> ShardbookError | None:
+        """Returns the error of ours for one of the driver's; None for one that is nobody's but a bug's."""
+        ...

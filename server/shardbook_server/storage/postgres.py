@@ -1,0 +1,237 @@
+"""Postgres as Shardbook uses it: how a connection is made, what it locks, what its errors mean.
+
+Any number of stateless servers share one database. All state of a transaction is the transaction's own (advisory locks,
+settings), so connections may come through pgbouncer in transaction mode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, create_engine, func, select, text
+from sqlalchemy.pool import QueuePool
+
+from shardbook.core.names import RunName
+from shardbook.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    ShardbookError,
+    UnavailableError,
+)
+from shardbook_server.storage import deadline
+from shardbook_server.storage.backend import Clock
+
+#: Longest wait for a connection of the pool, seconds.
+_POOL_TIMEOUT_S: Final = 30.0
+#: A connection is replaced after this long, so that a cluster's new members get their share, seconds.
+_RECYCLE_S: Final = 1800
+_RETRY_S: Final = 0.5
+#: What is left for the answer when a call's deadline bounds its statements, seconds.
+_ANSWER_S: Final = 0.05
+#: Parameters of libpq that are set unless the URL sets them: a dead peer is noticed in seconds, a standby is passed by.
+_CONNECTION_DEFAULTS: Final = {
+    "application_name": "shardbook-server",
+    "connect_timeout": "5",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",
+    "target_session_attrs": "read-write",
+}
+_NOW_US: Final = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+_LOCK: Final = text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
+_LOCK_SHARED: Final = text("SELECT pg_advisory_xact_lock_shared(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
+
+# SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html; by class where a class says enough.
+_CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
+_TOO_BUSY: Final = frozenset({"53200", "53300", "53400", "55P03"})
+_AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030", "26000"})
+_NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703"})
+
+
+@dataclass(frozen=True)
+class PostgresOptions:
+    """How a server speaks to Postgres.
+
+    Attributes:
+        synchronous_commit: When a commit counts: ``on``, or a mode that waits for more or less of the standbys.
+        statement_timeout_s: Bound on a statement of no call's own, such as a batch's; a COMMIT is never cut short.
+        prepared_statements: Let the driver prepare statements; off for poolers that cannot keep them.
+    """
+
+    synchronous_commit: str = "on"
+    statement_timeout_s: float = 30.0
+    prepared_statements: bool = True
+
+
+class PostgresBackend:
+    """Transactions under READ COMMITTED, fenced by advisory locks; reads of one moment under REPEATABLE READ."""
+
+    single_writer = False
+
+    def __init__(self, url: str, *, connections: int, clock: Clock | None, options: PostgresOptions) -> None:
+        """Opens connections on first use.
+
+        Raises:
+            InvalidArgumentError: The URL is none that libpq can read.
+            FailedPreconditionError: The driver is not installed.
+        """
+        self._clock = clock
+        self._options = options
+        self.writer = create_engine(
+            "postgresql+psycopg://",
+            creator=_connector(url, options),
+            poolclass=QueuePool,
+            pool_size=connections,
+            max_overflow=0,
+            pool_timeout=_POOL_TIMEOUT_S,
+            pool_recycle=_RECYCLE_S,
+            pool_use_lifo=True,
+            use_native_hstore=False,
+            isolation_level="READ COMMITTED",
+            hide_parameters=True,
+        )
+        # One pool for both: what differs is said when a transaction begins.
+        self.readers = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    def prepare(self, connection: Connection, *, writes: bool) -> None:
+        """Bounds the statements of this transaction, and says when its commit counts.
+
+        Postgres takes the time limit off before it commits, so it can end a statement, never a COMMIT.
+        """
+        left_s = deadline.remaining_s() - _ANSWER_S
+        limit_s = min(self._options.statement_timeout_s, left_s if math.isfinite(left_s) else math.inf)
+        settings = [func.set_config("statement_timeout", str(max(1, round(limit_s * 1000))), True)]
+        if writes:
+            settings.append(func.set_config("synchronous_commit", self._options.synchronous_commit, True))
+        connection.execute(select(*settings))
+
+    def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
+        """Takes the advisory locks of runs, in one order, as a statement of its own.
+
+        Of its own, because a statement sees what was committed before it began: one that both waited for a lock and
+        read would read what was there before the wait.
+        """
+        if runs:
+            keys = sorted(_key(f"run/{run}") for run in runs)
+            connection.execute(_LOCK if exclusive else _LOCK_SHARED, {"keys": keys})
+
+    def lock_schema(self, connection: Connection) -> None:
+        """Waits for other migrators without a limit, then lets no statement wait for the locks of live servers."""
+        connection.execute(select(func.set_config("statement_timeout", "0", True)))
+        connection.execute(_LOCK, {"keys": [_key("schema")]})
+        connection.execute(select(func.set_config("lock_timeout", "5s", True)))
+
+    def now_us(self, connection: Connection) -> int:
+        """Returns the database's time, microseconds since the epoch: servers' clocks may be hours apart."""
+        if self._clock is not None:
+            return self._clock()
+        now_us: int = connection.execute(_NOW_US).scalar_one()
+        return now_us
+
+    def missing(self) -> str | None:
+        """Returns None: whether there is a database is what connecting tells."""
+        return None
+
+    def create(self) -> None:
+        """Nothing to do: a database of Postgres is made by its owner."""
+
+    def check_durability(self) -> None:
+        """Refuses ``fsync=off``."""
+        with self.readers.begin() as connection:
+            if connection.execute(text("SHOW fsync")).scalar_one() == "off":
+                raise FailedPreconditionError(
+                    "this Postgres runs with fsync=off: a crash would lose or tear checkpoints that were acknowledged. "
+                    "Set fsync=on in postgresql.conf and reload it",
+                    reason="NOT_DURABLE",
+                    field="database_url",
+                )
+
+    def translate(self, error: BaseException) -> ShardbookError | None:
+        """Returns the error of ours by SQLSTATE; one without is a connection that was lost or never made."""
+        state = getattr(error, "sqlstate", None)
+        if state is None:
+            return _away(error) if type(error).__name__ == "OperationalError" else None
+        if state == "53100":
+            return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
+        if state == "57014":
+            return _timed_out()
+        if state in _CONFLICTS:
+            return UnavailableError(
+                f"two transactions got into each other's way; try again: {error}",
+                reason="DATABASE_CONFLICT",
+                retry_delay_s=_RETRY_S,
+            )
+        if state in _TOO_BUSY:
+            return UnavailableError(
+                f"the database is busy; try again: {error}", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
+            )
+        if state in _AWAY or state.startswith("08"):
+            return _away(error)
+        if state in _NO_SCHEMA:
+            return FailedPreconditionError(
+                f"the schema is not the one that this server was started on: run `shardbook-server db check` ({error})",
+                reason="SCHEMA_STALE",
+            )
+        if state.startswith("28") or state == "3D000":
+            return FailedPreconditionError(f"the database cannot be opened: {error}", reason="DATABASE_REFUSED")
+        if state.startswith("XX"):
+            return InternalError(f"the database is damaged: {error}", reason="DATABASE_DAMAGED")
+        return None
+
+
+def _timed_out() -> ShardbookError:
+    if math.isfinite(deadline.remaining_s()):
+        return DeadlineExceededError("the database did not answer in time", reason="STATEMENT_TIMEOUT")
+    # The time limit of no call's own: whoever waited for it may well have time left.
+    return UnavailableError(
+        "the database did not answer in time; try again", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
+    )
+
+
+def _away(error: BaseException) -> UnavailableError:
+    return UnavailableError(
+        f"the database cannot be reached now: {str(error).strip()}",
+        reason="DATABASE_UNAVAILABLE",
+        retry_delay_s=2 * _RETRY_S,
+    )
+
+
+def _key(name: str) -> int:
+    """Returns the key of an advisory lock: two names that share one by chance would only wait for each other."""
+    digest = hashlib.sha256(f"shardbook/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _connector(url: str, options: PostgresOptions) -> Callable[[], Any]:
+    """Returns a function that opens one connection; libpq reads the URL, so it may name several hosts."""
+    try:
+        import psycopg
+        from psycopg import conninfo
+    except ImportError as error:
+        raise FailedPreconditionError(
+            "Postgres needs its driver: pip install 'shardbook[postgres]'", reason="MISSING_PACKAGE"
+        ) from error
+    try:
+        given = conninfo.conninfo_to_dict(url)
+    except psycopg.ProgrammingError as error:
+        raise InvalidArgumentError(
+            f"the URL of the database cannot be read ({str(error).strip()}): write postgresql://user@host:5432/name, "
+            "or postgresql://user@host1,host2/name for a cluster",
+            field="database_url",
+        ) from None
+    threshold = 5 if options.prepared_statements else None
+    # Later keywords win over the URL's own text, so only what it leaves out is added.
+    defaults: dict[str, Any] = {name: value for name, value in _CONNECTION_DEFAULTS.items() if name not in given}
+
+    def connect() -> Any:
+        return psycopg.connect(url, prepare_threshold=threshold, **defaults)
+
+    return connect
