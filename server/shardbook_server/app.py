@@ -35,9 +35,10 @@ from shardbook_server.rpc.registration import RegistrationHandlers
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.service.services import build_services
 from shardbook_server.service.views import AttemptCounts
-from shardbook_server.settings import Settings
+from shardbook_server.settings import Settings, default_data_dir
 from shardbook_server.storage import migrate
-from shardbook_server.storage.database import Database, PostgresOptions, is_postgres
+from shardbook_server.storage.database import Database, PostgresOptions
+from shardbook_server.storage.urls import is_postgres
 
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
@@ -71,6 +72,8 @@ def prepare_database(settings: Settings) -> str:
         InvalidArgumentError: The URL names no database that can be served.
     """
     with closing(open_database(settings, connections=1)) as database:
+        if settings.embedded:
+            default_data_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
         if settings.embedded or (not is_postgres(settings.database_url) and database.backend.missing() is not None):
             return migrate.upgrade(settings.database_url)
         database.backend.check_durability()

@@ -16,6 +16,7 @@ import typer
 
 from shardbook.errors import ShardbookError
 from shardbook_server.settings import Settings, load_settings
+from shardbook_server.storage.urls import shown_url
 
 app = typer.Typer(
     name="shardbook-server",
@@ -91,8 +92,7 @@ def _shown(url: str) -> str:
     """Returns a database's path, or its URL without the password."""
     if url.startswith("sqlite:///"):
         return str(Path(url.removeprefix("sqlite:///")).absolute())
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    return shown_url(url)
 
 
 def _reachable(address: str) -> str:

@@ -143,7 +143,7 @@ class Bridge:
     async def stream(self, call: Callable[P, Iterator[T]], *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
         """Yields what a service call yields, each step a call of the read lane; nothing is read ahead."""
         items = await self.read(call, *args, **kwargs)
-        while (item := await self.read(_next, items)) is not _END:
+        while (item := await self._step(items)) is not _END:
             yield cast("T", item)
 
     async def close(self) -> None:
@@ -153,6 +153,11 @@ class Bridge:
             await asyncio.wait(self._running)
         self._pool.shutdown()
         self._heavy.shutdown()
+
+    async def _step(self, items: Iterator[Any]) -> Any:
+        with self._admitted():
+            # Never again: a generator that has failed has ended, and would pass for one that is complete.
+            return await self._in(self._pool, _Job(lambda: next(items, _END), current_call(), again=False))
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -230,12 +235,8 @@ class Bridge:
             task.exception()
 
 
+#: Ends a stream: StopIteration cannot pass through a future.
 _END: Final = object()
-
-
-def _next(items: Iterator[Any]) -> Any:
-    # StopIteration cannot pass through a future.
-    return next(items, _END)
 
 
 class _Dropped(Exception):  # noqa: N818 - never seen: whoever would see it is gone
@@ -243,11 +244,12 @@ class _Dropped(Exception):  # noqa: N818 - never seen: whoever would see it is g
 
 
 class _Job(Generic[T]):
-    """Work for a thread, in the context of the task that asked for it."""
+    """Work for a thread, in the context of the task that asked for it; ``again`` says that it may be done again."""
 
-    __slots__ = ("_call", "_context", "_work", "abandoned")
+    __slots__ = ("_again", "_call", "_context", "_work", "abandoned")
 
-    def __init__(self, work: Callable[[], T], call: Call) -> None:
+    def __init__(self, work: Callable[[], T], call: Call, *, again: bool = True) -> None:
+        self._again = again
         self._work = work
         self._call = call
         self._context = contextvars.copy_context()
@@ -262,7 +264,7 @@ class _Job(Generic[T]):
 
     def _within_time(self) -> T:
         with statements_until(self._call.deadline_s):
-            for pause_s in (_AGAIN_PAUSE_S * (at + 1) for at in range(_AGAIN_COUNT)):
+            for pause_s in (_AGAIN_PAUSE_S * at for at in range(1, _AGAIN_COUNT + 1) if self._again):
                 try:
                     return self._work()
                 except UnavailableError as error:

@@ -42,7 +42,8 @@ class WantedBlobs:
             ids[want.project] = want.project_id
             uploads.setdefault(want.project, {}).update({blob.ref: blob for blob in want.checked.blobs})
             refs.setdefault(want.project, {}).update(dict.fromkeys(want.refs))
-        for project, project_id in ids.items():
+        # In one order, whatever the batch: two replicas that store the same blobs must not deadlock.
+        for project, project_id in sorted(ids.items(), key=lambda item: item[1]):
             blobs.store(connection, project, project_id, uploads[project].values(), now_us)
             found = blobs.find(connection, project, project_id, refs[project] | dict.fromkeys(uploads[project]))
             self._rows |= {(project, ref): row for ref, row in found.items()}

@@ -96,8 +96,9 @@ class Folder:
             head=encode_head(assembled),
             tensors=_tensors(assembled),
         )
-        # Content-addressed and of no effect until a commit names it, so it needs no lock of the run.
-        with self._database.write() as connection:
+        # Content-addressed and of no effect until a commit names it, so it needs no lock of the run. Two replicas
+        # that store tensors of one project do so one after the other: in unlike orders they would deadlock.
+        with self._database.write(lock=f"structures/{part.project_id}") as connection:
             now_us = self._database.now_us(connection)
             blob_rows.touch(connection, sorted(set(blob_ids.tolist())), now_us)
             return structure_rows.insert_structure(connection, part.project_id, new, now_us)

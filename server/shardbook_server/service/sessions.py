@@ -113,21 +113,26 @@ class SessionService:
         """Ends open attempts whose writers' lease has ended; returns how many. Called every ``period_s`` seconds.
 
         When the last call is much longer ago than ``period_s``, the service or its database was away: live leases
-        are extended by the gap first, and nothing is ended in that call.
+        are extended by the gap first, to a full lease at most, and nothing is ended in that call.
         """
         period_us = round(period_s * 1e6)
-        with self._database.write() as connection:
+        # One replica at a time, so that a gap is credited once.
+        with self._database.write(lock="reaper") as connection:
             now_us = self._database.now_us(connection)
             last_us = event_rows.read_reap_time(connection)
-            event_rows.write_reap_time(connection, now_us)
             gap_us = now_us - last_us
-            if last_us and gap_us > period_us + max(period_us, self._lease_ttl_us // 4):
-                session_rows.extend_leases(connection, last_us, gap_us)
-                return 0
-            ended = session_rows.ended_leases(connection, now_us, _REAP_COUNT)
-            forgotten = checkpoint_rows.find_stale_records(connection, now_us - _RECORD_TTL_US, _REAP_COUNT)
+            was_away = last_us > 0 and gap_us > period_us + max(period_us, self._lease_ttl_us // 4)
+            ended: list[int] = []
+            forgotten: list[tuple[int, int]] = []
+            if was_away:
+                session_rows.extend_leases(connection, last_us, gap_us, now_us + self._lease_ttl_us)
+            else:
+                ended = session_rows.ended_leases(connection, now_us, _REAP_COUNT)
+                forgotten = checkpoint_rows.find_stale_records(connection, now_us - _RECORD_TTL_US, _REAP_COUNT)
             parts = {*ended, *(part_id for _, part_id in forgotten)}
             names = {part_id: run_rows.part_by_id(connection, part_id).name for part_id in parts}
+            # Last, as in every transaction: the row is the one that all those with an event want.
+            event_rows.write_reap_time(connection, now_us)
         count = 0
         for part_id in ended:
             with self._database.write([names[part_id].run]) as connection:

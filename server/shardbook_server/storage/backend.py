@@ -53,6 +53,13 @@ class Backend(Protocol):
         """
         ...
 
+    def lock(self, connection: Connection, name: str) -> None:
+        """Keeps off others that take the lock of this name, until the transaction ends.
+
+        For what belongs to no run: structures of a project, the reaper's round. Taken before any row is written.
+        """
+        ...
+
     def lock_schema(self, connection: Connection) -> None:
         """Keeps other migrators off until the transaction ends."""
         ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select, tuple_, update
 
 from shardbook.core.structure import BlobKind
-from shardbook_server.storage.dialect import insert_ignore
+from shardbook_server.storage.dialect import insert_ignore, lock_rows
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import rank_structures
 
@@ -122,9 +122,13 @@ def read_payloads(
 def touch(connection: Connection, ids: Sequence[int], now_us: int) -> None:
     """Remembers that blobs are in use, at most once a day."""
     day = now_us // DAY_US
+    stale: list[int] = []
     for some in slices(sorted(ids)):
         where = (rank_structures.c.id.in_(some), rank_structures.c.last_used_day < day)
-        connection.execute(update(rank_structures).where(*where).values(last_used_day=day))
+        stale.extend(connection.scalars(select(rank_structures.c.id).where(*where)))
+    # A row that another transaction holds is being touched by it.
+    for some in slices(lock_rows(connection, rank_structures.c.id, stale, skip_locked=True)):
+        connection.execute(update(rank_structures).where(rank_structures.c.id.in_(some)).values(last_used_day=day))
 
 
 _COLUMNS = (

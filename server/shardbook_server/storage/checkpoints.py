@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, update
 
-from shardbook_server.storage.dialect import insert_ignore
+from shardbook_server.storage.dialect import insert_ignore, lock_rows
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import (
     IS_LIVE,
@@ -148,7 +148,7 @@ def reopen(connection: Connection, ids: Sequence[int], *, staged: bool = False) 
     ``staged`` is for one that was superseded, so that its staging has been emptied, and is now recorded as history.
     """
     values = {"state": OPEN, "staged": 1, "recovered": 1} if staged else {"state": OPEN}
-    for some in slices(sorted(ids)):
+    for some in slices(lock_rows(connection, checkpoints.c.id, ids)):
         where = and_(checkpoints.c.id.in_(some), checkpoints.c.state == EXPIRED)
         connection.execute(update(checkpoints).where(where).values(**values))
 

@@ -14,11 +14,7 @@ from shardbook_server.storage.backend import Backend, Clock, system_clock
 from shardbook_server.storage.failures import translate
 from shardbook_server.storage.postgres import PostgresBackend, PostgresOptions
 from shardbook_server.storage.sqlite import SqliteBackend
-
-
-def is_postgres(url: str) -> bool:
-    """Returns True when a database URL names a Postgres."""
-    return url.startswith(("postgresql://", "postgres://"))
+from shardbook_server.storage.urls import is_postgres, shown_url
 
 
 class Database:
@@ -51,8 +47,8 @@ class Database:
             self.backend = SqliteBackend(url, connections=connections, clock=clock)
         else:
             raise InvalidArgumentError(
-                f"{url.partition('://')[0]!r} is no database that Shardbook can serve: write sqlite:////absolute/path "
-                "or postgresql://user@host/database",
+                f"{shown_url(url)!r} is no database that Shardbook can serve: write sqlite:////absolute/path or "
+                "postgresql://user@host/database",
                 field="database_url",
             )
 
@@ -68,7 +64,7 @@ class Database:
             yield connection
 
     @contextmanager
-    def write(self, runs: Iterable[RunName] = (), *, exclusive: bool = True) -> Iterator[Connection]:
+    def write(self, runs: Iterable[RunName] = (), *, exclusive: bool = True, lock: str = "") -> Iterator[Connection]:
         """Yields a connection in one write transaction that commits when the block ends without an error.
 
         Each statement sees what was committed before it. An error at the commit itself may mean either: what is
@@ -78,6 +74,7 @@ class Database:
             runs: Runs to lock, before anything is read. Content-addressed writes need none.
             exclusive: False when the writes may go on beside other such writes to the same runs (plans and
                 registrations), True for those that must be alone (sessions, commits).
+            lock: A lock of another name to take, for writes that belong to no run.
 
         Raises:
             ShardbookError: The database failed; already translated.
@@ -85,6 +82,8 @@ class Database:
         with self._transaction(self.backend.writer) as connection:
             self.backend.prepare(connection, writes=True)
             self.backend.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
+            if lock:
+                self.backend.lock(connection, lock)
             yield connection
 
     def now_us(self, connection: Connection) -> int:

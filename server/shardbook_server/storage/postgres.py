@@ -123,10 +123,14 @@ class PostgresBackend:
             keys = sorted(_key(f"run/{run}") for run in runs)
             connection.execute(_LOCK if exclusive else _LOCK_SHARED, {"keys": keys})
 
+    def lock(self, connection: Connection, name: str) -> None:
+        """Takes an advisory lock."""
+        connection.execute(_LOCK, {"keys": [_key(name)]})
+
     def lock_schema(self, connection: Connection) -> None:
         """Waits for other migrators without a limit, then lets no statement wait for the locks of live servers."""
         connection.execute(select(func.set_config("statement_timeout", "0", True)))
-        connection.execute(_LOCK, {"keys": [_key("schema")]})
+        self.lock(connection, "schema")
         connection.execute(select(func.set_config("lock_timeout", "5s", True)))
 
     def now_us(self, connection: Connection) -> int:

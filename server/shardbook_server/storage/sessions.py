@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, and_, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, and_, case, delete, insert, select, tuple_, update
 
+from shardbook_server.storage.dialect import lock_rows
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import IS_RUNNING, leases, parts, sessions
 
@@ -91,13 +92,14 @@ def start_lease(connection: Connection, part_id: int, session: int, now_us: int,
 
 def renew_leases(connection: Connection, part_ids: Sequence[int], now_us: int, expire_time_us: int) -> None:
     """Renews the leases of parts, except those renewed a moment ago: the row would only be fought over."""
+    stale: list[int] = []
     for some in slices(part_ids):
-        stale = (leases.c.seen_time_us <= now_us - RENEW_AFTER_US) | (leases.c.expire_time_us <= now_us)
-        connection.execute(
-            update(leases)
-            .where(leases.c.part_id.in_(some), stale)
-            .values(seen_time_us=now_us, expire_time_us=expire_time_us, ended=0)
-        )
+        due = (leases.c.seen_time_us <= now_us - RENEW_AFTER_US) | (leases.c.expire_time_us <= now_us)
+        stale.extend(connection.scalars(select(leases.c.part_id).where(leases.c.part_id.in_(some), due)))
+    # One that another transaction holds is being renewed by it: only such writers touch it beside this one.
+    for some in slices(lock_rows(connection, leases.c.part_id, stale, skip_locked=True)):
+        values = {"seen_time_us": now_us, "expire_time_us": expire_time_us, "ended": 0}
+        connection.execute(update(leases).where(leases.c.part_id.in_(some)).values(**values))
 
 
 def end_lease(connection: Connection, part_id: int, now_us: int) -> None:
@@ -107,10 +109,14 @@ def end_lease(connection: Connection, part_id: int, now_us: int) -> None:
     )
 
 
-def extend_leases(connection: Connection, alive_at_us: int, by_us: int) -> None:
-    """Extends every lease that was alive at a time."""
-    where = and_(IS_RUNNING, leases.c.expire_time_us > alive_at_us)
-    connection.execute(update(leases).where(where).values(expire_time_us=leases.c.expire_time_us + by_us))
+def extend_leases(connection: Connection, alive_at_us: int, by_us: int, limit_us: int) -> None:
+    """Extends every lease that was alive at a time by ``by_us``, though not beyond ``limit_us``."""
+    alive = connection.scalars(select(leases.c.part_id).where(IS_RUNNING, leases.c.expire_time_us > alive_at_us))
+    extended = leases.c.expire_time_us + by_us
+    for some in slices(lock_rows(connection, leases.c.part_id, list(alive))):
+        where = and_(leases.c.part_id.in_(some), IS_RUNNING, leases.c.expire_time_us < limit_us)
+        later = case((extended < limit_us, extended), else_=limit_us)
+        connection.execute(update(leases).where(where).values(expire_time_us=later))
 
 
 def ended_leases(connection: Connection, now_us: int, limit: int) -> list[int]:

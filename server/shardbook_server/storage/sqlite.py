@@ -79,6 +79,9 @@ class SqliteBackend:
     def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
         """Nothing to do: the transaction began IMMEDIATE, and that is the lock on everything."""
 
+    def lock(self, connection: Connection, name: str) -> None:
+        """Nothing to do, as above."""
+
     def lock_schema(self, connection: Connection) -> None:
         """Nothing to do, as above."""
 

@@ -10,6 +10,7 @@ import structlog
 
 from shardbook_server.app import Server, running_server
 from tests.behaviour.rpc.api import Api, api_of, settings_in
+from tests.databases import Databases
 
 _numbers = itertools.count()
 
@@ -23,9 +24,10 @@ def _plain_log() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server in this process on a database of its own; no connection may be left checked out."""
-    with running_server(settings_in(tmp_path_factory.mktemp("server"))) as server:
+def server(tmp_path_factory: pytest.TempPathFactory, module_databases: Databases) -> Iterator[Server]:
+    """A server in this process on a database of its own, of either kind; no connection may be left checked out."""
+    settings = settings_in(tmp_path_factory.mktemp("server"), database_url=module_databases.new())
+    with running_server(settings) as server:
         yield server
         assert 0 == server.database.checked_out()
 

@@ -11,7 +11,8 @@ from sqlalchemy import Engine, event
 
 from shardbook_server.service.services import Services
 from shardbook_server.service.types import OnLive
-from shardbook_server.storage.database import Database, is_postgres
+from shardbook_server.storage.database import Database
+from shardbook_server.storage.urls import is_postgres
 from tests.behaviour.service.saves import Job, Model, whole
 
 #: Tables that grow with every save, run or structure.

@@ -12,7 +12,8 @@ from shardbook.core.extents import Extents, encode_extents
 from shardbook.core.structure import RankStructure
 from shardbook.core.table import TensorTable
 from shardbook_server.service.services import Services, build_services
-from shardbook_server.storage.database import Database, is_postgres
+from shardbook_server.storage.database import Database
+from shardbook_server.storage.urls import is_postgres
 from tests.behaviour.service.saves import Job, Model, RankBlobs, blobs_of, fine
 
 RANKS, TENSORS, SAVES = 256, 1000, 10
