@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.databases import Databases
 from tests.faults.server import ServerProcess
 from tests.torch.harness import RankPool
 
@@ -31,6 +32,13 @@ def later_pool() -> Iterator[RankPool]:
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose address stays; tests of the module may hurt it, and leave it alive and without faults."""
     with ServerProcess(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def either_server(tmp_path_factory: pytest.TempPathFactory, module_databases: Databases) -> Iterator[ServerProcess]:
+    """The same over a database of either kind."""
+    with ServerProcess(tmp_path_factory.mktemp("server"), module_databases.new()) as running:
         yield running
 
 

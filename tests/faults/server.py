@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from shardbook import Client, UnavailableError
 
@@ -20,7 +21,8 @@ class ServerProcess:
     """``shardbook-server serve`` on a port that stays the same.
 
     Args:
-        directory: Where its database is; made when it is not there.
+        directory: Where its SQLite database is; made when it is not there.
+        database_url: Another, migrated database instead.
         settings: Environment variables.
 
     Attributes:
@@ -28,9 +30,10 @@ class ServerProcess:
         failpoints: Where and how it fails, since it was started last.
     """
 
-    def __init__(self, directory: Path, **settings: str) -> None:
+    def __init__(self, directory: Path, database_url: str = "", **settings: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._database = directory / "shardbook.sqlite"
+        self._database_url = database_url or f"sqlite:///{directory / 'shardbook.sqlite'}"
+        self._log = directory / "server.log"
         self._settings = settings
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -56,7 +59,12 @@ class ServerProcess:
             failpoints: Where and how it is to fail, see ``shardbook_server.failpoints``.
         """
         self.failpoints = failpoints
-        self._process = subprocess.Popen(
+        with self._log.open("ab") as log:
+            self._process = self._spawn(log)
+        self._await_answer()
+
+    def _spawn(self, log: BinaryIO) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [
                 sys.executable,
                 "-c",
@@ -65,18 +73,20 @@ class ServerProcess:
                 "--listen",
                 self.address,
                 "--database-url",
-                f"sqlite:///{self._database}",
+                self._database_url,
             ],
-            env={**os.environ, **self._settings, "SHARDBOOK_FAILPOINTS": failpoints},
+            env={**os.environ, **self._settings, "SHARDBOOK_FAILPOINTS": self.failpoints},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=log,
         )
+
+    def _await_answer(self) -> None:
         end_s = time.monotonic() + _START_S
         while True:
             try:
                 list(Client(self.address, timeout_s=1.0).list_runs())
             except UnavailableError:
-                if time.monotonic() > end_s or self._process.poll() is not None:
+                if time.monotonic() > end_s or self.has_ended:
                     raise
                 time.sleep(0.1)
             else:
@@ -86,6 +96,18 @@ class ServerProcess:
     def has_ended(self) -> bool:
         """True when it was killed, or has ended by itself."""
         return self._process is None or self._process.poll() is not None
+
+    def stop(self) -> None:
+        """Ends it as an operator would: it drains first."""
+        assert self._process is not None
+        self._process.terminate()
+        assert 0 == self._process.wait(_START_S), self._log.read_text()[-2000:]
+        self._process = None
+
+    def freeze(self) -> None:
+        """Stops it where it is; ``kill`` ends it all the same."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def restart(self, failpoints: str = "") -> None:
         """Kills it when it still runs, and starts it over the same database."""

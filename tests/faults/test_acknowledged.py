@@ -61,18 +61,18 @@ class _Storm:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
-def test_an_acknowledged_registration_survives_a_kill(shared_server: ServerProcess, run: str, seed: int) -> None:
+def test_an_acknowledged_registration_survives_a_kill(either_server: ServerProcess, run: str, seed: int) -> None:
     """Acknowledged ranks are there after the restart; the others whole or absent; the attempt can be finished."""
     rng = random.Random(seed)
     kill_at, order = rng.randrange(1, _WORLD_SIZE - _THREADS), rng.sample(range(_WORLD_SIZE), _WORLD_SIZE)
     print(f"seed {seed}: killed after {kill_at} acknowledgements")
-    client = shared_server.client
-    with api_of(shared_server.address) as api:
+    client = either_server.client
+    with api_of(either_server.address) as api:
         job = Job.start(api, str(RunName.parse(run)), _WORLD_SIZE)
         storm = _Storm(job, job.rows())
         threads = storm.start(order)
         storm.await_acknowledged(kill_at)
-        shared_server.restart()
+        either_server.restart()
         for thread in threads:
             thread.join(DEADLINE_S)
             assert not thread.is_alive()

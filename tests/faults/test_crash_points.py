@@ -30,17 +30,17 @@ from tests.torch.harness import RankPool
 
 
 @pytest.fixture
-def server(shared_server: ServerProcess) -> Iterator[ServerProcess]:
+def server(either_server: ServerProcess) -> Iterator[ServerProcess]:
     """A server that ends where a test says; without faults again after the test."""
-    yield shared_server
-    if shared_server.has_ended or shared_server.failpoints:
-        shared_server.restart()
+    yield either_server
+    if either_server.has_ended or either_server.failpoints:
+        either_server.restart()
 
 
 @pytest.fixture
-def api(shared_server: ServerProcess) -> Iterator[Api]:
+def api(either_server: ServerProcess) -> Iterator[Api]:
     """Calls without retries."""
-    with api_of(shared_server.address) as calls:
+    with api_of(either_server.address) as calls:
         yield calls
 
 
