@@ -10,6 +10,8 @@ import pytest
 from shardbook import dcp
 from shardbook_server.app import running_server
 from shardbook_server.settings import Settings
+from tests.conftest import MakeDatabases
+from tests.databases import KINDS
 from tests.torch.harness import RankPool
 
 
@@ -21,11 +23,10 @@ def pool() -> Iterator[RankPool]:
     ranks.close()
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server on SQLite."""
-    database = tmp_path_factory.mktemp("server") / "shardbook.sqlite"
-    settings = Settings(listen="127.0.0.1:0", database_url=f"sqlite:///{database}")
+@pytest.fixture(scope="session", params=KINDS)
+def server(request: pytest.FixtureRequest, make_databases: MakeDatabases) -> Iterator[str]:
+    """Address of a server, on a database of either kind."""
+    settings = Settings(listen="127.0.0.1:0", database_url=make_databases(request.param).new())
     with running_server(settings) as running:
         yield running.address
 

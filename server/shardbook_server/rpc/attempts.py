@@ -79,7 +79,7 @@ def _is_small(ask: CheckAsk) -> bool:
 
 
 def _each(
-    decide: Callable[[int, int], PlanAnswer], asks: Sequence[tuple[int, int]]
+    decide: Callable[[int, int, int], PlanAnswer], asks: Sequence[tuple[int, int, int]]
 ) -> Sequence[PlanAnswer | ShardbookError]:
     """Returns a verdict for each; in a thread."""
     verdicts: list[PlanAnswer | ShardbookError] = []
@@ -143,8 +143,8 @@ class Attempts:
             if counts is None or not is_planned(counts):
                 return replace(answer, planned_count=counts.planned_count if counts else answer.planned_count)
         # The first to ask computes for all and may take long; then each rank's own part is looked up, many at a time.
-        ask = (answer.checkpoint_id, submission.rank)
-        await self._bridge.heavy("decide", answer.checkpoint_id, self._services.plans.decide, *ask)
+        ask = (answer.checkpoint_id, submission.rank, answer.opened_us)
+        await self._bridge.heavy("decide", (answer.checkpoint_id, answer.opened_us), self._services.plans.decide, *ask)
         return await self._decisions.submit(ask, 0)
 
     async def register(
@@ -258,7 +258,7 @@ class Attempts:
     async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
         return await self._bridge.look(self._services.blobs.check_batch, asks)
 
-    async def _decide_many(self, asks: Sequence[tuple[int, int]]) -> Sequence[PlanAnswer | ShardbookError]:
+    async def _decide_many(self, asks: Sequence[tuple[int, int, int]]) -> Sequence[PlanAnswer | ShardbookError]:
         return await self._bridge.look(_each, self._services.plans.decide, asks)
 
     async def _lease_ends(self, request: SessionStart, end_s: float) -> bool:

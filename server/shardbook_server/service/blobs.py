@@ -19,7 +19,7 @@ from shardbook.core.structure import (
     reference_of,
 )
 from shardbook.core.table import TensorTable, decode_table
-from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
+from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError, UnavailableError
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
 from shardbook_server.service.verdicts import about
@@ -241,6 +241,19 @@ class BlobService:
             ],
             now_us,
         )
+
+    @contextmanager
+    def doubted(self) -> Iterator[None]:
+        """Around a write that names blobs by key: forgets which are stored when the database knows better.
+
+        A failover may lose the last commits. The write that found out is made again, and then asks the database.
+        """
+        try:
+            yield
+        except UnavailableError as error:
+            if error.reason == "DATABASE_CONFLICT":
+                self._rows.clear()
+            raise
 
     def remember(self, project: str, rows: Iterable[BlobRow]) -> None:
         """Keeps in memory which blobs are stored; only after the transaction that read or stored them."""

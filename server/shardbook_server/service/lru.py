@@ -44,5 +44,11 @@ class BoundedCache(Generic[K, V]):
                 _, (_, dropped) = self._items.popitem(last=False)
                 self._weight -= dropped
 
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._items.clear()
+            self._weight = 0
+
     def __len__(self) -> int:
         return len(self._items)

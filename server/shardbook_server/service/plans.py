@@ -72,7 +72,8 @@ class PlanService:
         self._blobs = blobs
         self._lease_ttl_s = lease_ttl_s
         self._decisions: BoundedCache[tuple[str, bytes], _Decision] = BoundedCache(_DECISION_BYTES)
-        self._by_attempt: BoundedCache[int, tuple[str, bytes]] = BoundedCache(_ATTEMPT_COUNT)
+        # By key and time of the attempt: a database that lost its last commits hands out the same keys again.
+        self._by_attempt: BoundedCache[tuple[int, int], tuple[str, bytes]] = BoundedCache(_ATTEMPT_COUNT)
         self._deciding = threading.Lock()
 
     def plan_batch(self, entries: Sequence[PlanEntry]) -> list[PlanAnswer | ShardbookError]:
@@ -89,7 +90,7 @@ class PlanService:
             ShardbookError: The whole batch failed (the database cannot be written); nothing was stored.
         """
         runs = {entry.submission.key.part_name.run for entry in entries}
-        with self._database.write(runs, exclusive=False) as connection:
+        with self._blobs.doubted(), self._database.write(runs, exclusive=False) as connection:
             now_us = self._database.now_us(connection)
             attempts = open_attempts(connection, {entry.ask: None for entry in entries}, now_us, self._lease_ttl_s)
             fine = {at: found for at, entry in enumerate(entries) if isinstance(found := attempts[entry.ask], Attempt)}
@@ -152,31 +153,42 @@ class PlanService:
         if stored is None:
             return PlanAnswer(PlanState.STRUCTURE_UNKNOWN, unknown_refs(entry.wanted, entry.blobs))
         checkpoint_id = attempt.checkpoint.id
-        decision = self._held(checkpoint_id)
+        opened_us = attempt.checkpoint.create_time_us
+        decision = self._held(checkpoint_id, opened_us)
         if decision is not None:
             return PlanAnswer(PlanState.DECIDED, drop=decision.drops[stored.rank], checkpoint_id=checkpoint_id)
-        return PlanAnswer(PlanState.WAITING, planned_count=counts.get(checkpoint_id, 0), checkpoint_id=checkpoint_id)
+        return PlanAnswer(
+            PlanState.WAITING,
+            planned_count=counts.get(checkpoint_id, 0),
+            checkpoint_id=checkpoint_id,
+            opened_us=opened_us,
+        )
 
-    def _held(self, checkpoint_id: int) -> _Decision | None:
-        key = self._by_attempt.get(checkpoint_id)
+    def _held(self, checkpoint_id: int, opened_us: int) -> _Decision | None:
+        key = self._by_attempt.get((checkpoint_id, opened_us))
         return None if key is None else self._decisions.get(key)
 
-    def decide(self, checkpoint_id: int, rank: int) -> PlanAnswer:
+    def decide(self, checkpoint_id: int, rank: int, opened_us: int = 0) -> PlanAnswer:
         """Returns DECIDED for one rank once every rank of the attempt is in, else WAITING.
 
         Computed once per set of plans, whoever asks first; others wait for it. CPU work the first time, a look-up
         afterwards.
+
+        Args:
+            checkpoint_id: As in the answer to the plan.
+            rank: Whose part of the decision is wanted.
+            opened_us: As in that answer; without it the attempt is read first.
 
         Raises:
             NotFoundError: There is no such attempt.
             CheckpointClosedError: The attempt is closed.
             InvalidArgumentError: The ranks disagree on ``save_to_lowest_rank``.
         """
-        decision = self._held(checkpoint_id)
+        decision = self._held(checkpoint_id, opened_us)
         if decision is None:
             # Deciding is CPU work under the interpreter's lock: two at a time would take twice as long each.
             with self._deciding:
-                decided = self._held(checkpoint_id) or self._decide(checkpoint_id)
+                decided = self._held(checkpoint_id, opened_us) or self._decide(checkpoint_id)
             if isinstance(decided, int):
                 return PlanAnswer(PlanState.WAITING, planned_count=decided, checkpoint_id=checkpoint_id)
             decision = decided
@@ -208,7 +220,7 @@ class PlanService:
         if decision is None:
             decision = self._compute(project, digests, lowest_rank=lowest_rank)
             self._decisions.put(key, decision, sum(map(len, decision.drops)) + 64 * len(decision.drops))
-        self._by_attempt.put(checkpoint_id, key)
+        self._by_attempt.put((checkpoint_id, checkpoint.create_time_us), key)
         return decision
 
     def _compute(self, project: str, digests: Sequence[bytes], *, lowest_rank: bool) -> _Decision:

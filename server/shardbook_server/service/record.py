@@ -48,7 +48,7 @@ class RecordService:
         """
         shards = _check(request)
         run = request.key.part_name.run
-        with self._database.write([run]) as connection:
+        with self._blobs.doubted(), self._database.write([run]) as connection:
             now_us = self._database.now_us(connection)
             part = self._part(connection, request, now_us)
             wanted = tuple({shard.wanted: None for shard in shards})

@@ -65,7 +65,7 @@ class RegistrationService:
         shards = [_check(checker, entry) for entry in entries]
         sound = {at: shard for at, shard in enumerate(shards) if isinstance(shard, CheckedShard)}
         runs = {entries[at].registration.key.part_name.run for at in sound}
-        with self._database.write(runs, exclusive=False) as connection:
+        with self._blobs.doubted(), self._database.write(runs, exclusive=False) as connection:
             now_us = self._database.now_us(connection)
             asks = {entries[at].ask: None for at in sound}
             attempts = open_attempts(connection, asks, now_us, self._lease_ttl_s)

@@ -66,6 +66,7 @@ class PlanAnswer:
             call ``PlanService.decide``.
         checkpoint_id: Key of the attempt for ``PlanService.decide`` and ``ProgressService.counts``; 0 when nothing
             was stored.
+        opened_us: With WAITING: for ``PlanService.decide``.
     """
 
     state: PlanState
@@ -73,6 +74,7 @@ class PlanAnswer:
     drop: bytes = b""
     planned_count: int = 0
     checkpoint_id: int = 0
+    opened_us: int = 0
 
 
 @dataclass(frozen=True)
