@@ -10,6 +10,7 @@ from typing import Final
 from shardbook._trees import Tree
 from shardbook.core import directory as files
 from shardbook.core.container import read_index, read_section
+from shardbook.core.exported import TAIL_BYTES, Fingerprint, foreign_since, is_saved_over
 from shardbook.core.fold import FoldedAttempt, fold
 from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
 from shardbook.errors import CorruptManifestError
@@ -79,10 +80,23 @@ class FoundAttempt:
         content = manifest.to_bytes()
         self.tree.write(self._path(files.manifest_path(self.prefix)), content)
         newest = read_identity(self.tree, self._path(files.MANIFEST))
-        if newest is None or is_newer(manifest.identity, newest):
+        if (newest is None or is_newer(manifest.identity, newest)) and not self._is_saved_over():
             self.tree.write(self._path(files.MANIFEST), content)
             if export is not None:
-                self.tree.write(self._path(files.DCP_METADATA), export(self.directory, folded))
+                exported = export(self.directory, folded)
+                own = Fingerprint.of(len(exported), exported)
+                self.tree.write(self._path(files.EXPORTED), own.to_bytes())
+                self.tree.write(self._path(files.DCP_METADATA), exported)
+
+    def _is_saved_over(self) -> bool:
+        """True when plain DCP has saved into the directory since the ranks left their records."""
+        path = self._path(files.DCP_METADATA)
+        facts = self.tree.facts(path)
+        size_bytes = 0 if facts is None else facts.size_bytes
+        exported = self.tree.read(self._path(files.EXPORTED))
+        foreign_s = foreign_since(facts, lambda: self.tree.tail(path, size_bytes, TAIL_BYTES), exported)
+        records = [self._path(files.record_path(self.prefix, rank)) for rank in sorted(self.ranks)[:1]]
+        return any(is_saved_over(foreign_s, self.tree.facts(record)) for record in records)
 
     def _path(self, name: str) -> str:
         return f"{self.directory}/{name}"

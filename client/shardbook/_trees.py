@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shardbook.core.directory import ROOT, is_prefix
+from shardbook.core.exported import FileFacts
 from shardbook.errors import InvalidArgumentError, NotFoundError
 from shardbook.stores import normalized
 
@@ -26,6 +29,14 @@ class Tree(Protocol):
 
     def read(self, path: str, limit_bytes: int | None = None) -> bytes | None:
         """Returns a file's content, or its first bytes; None when it is not there."""
+        ...
+
+    def facts(self, path: str) -> FileFacts | None:
+        """Returns size and age of a file; None when it is not there."""
+        ...
+
+    def tail(self, path: str, size_bytes: int, count: int) -> bytes:
+        """Returns the last ``count`` bytes of a file of ``size_bytes``."""
         ...
 
     def write(self, path: str, content: bytes) -> None:
@@ -47,6 +58,21 @@ def open_tree(path: str | os.PathLike[str]) -> Tree:
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", reason="NO_DIRECTORY", field="directory")
     return _LocalTree(root)
+
+
+#: Under what names fsspec's filesystems say when a file was written, by kind of store.
+_TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+
+
+def facts_of(info: Mapping[str, Any]) -> FileFacts:
+    """Returns what an fsspec filesystem knows of a file."""
+    found = next((info[name] for name in _TIMES if info.get(name) is not None), None)
+    if isinstance(found, str):
+        with suppress(ValueError):
+            found = datetime.fromisoformat(found)
+    if isinstance(found, datetime):
+        found = found.timestamp()
+    return FileFacts(int(info.get("size") or 0), float(found) if isinstance(found, int | float) else None)
 
 
 class _LocalTree:
@@ -74,6 +100,18 @@ class _LocalTree:
                 return file.read(-1 if limit_bytes is None else limit_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    def facts(self, path: str) -> FileFacts | None:
+        try:
+            found = Path(path).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return FileFacts(found.st_size, found.st_mtime)
+
+    def tail(self, path: str, size_bytes: int, count: int) -> bytes:
+        with Path(path).open("rb") as file:
+            file.seek(max(0, size_bytes - count))
+            return file.read(count)
 
     def write(self, path: str, content: bytes) -> None:
         target = Path(path)
@@ -134,6 +172,16 @@ class _FsspecTree:
             content: bytes = self._fs.cat_file(self._inside(path), start=None, end=limit_bytes)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        return content
+
+    def facts(self, path: str) -> FileFacts | None:
+        try:
+            return facts_of(self._fs.info(self._inside(path)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def tail(self, path: str, size_bytes: int, count: int) -> bytes:
+        content: bytes = self._fs.cat_file(self._inside(path), start=max(0, size_bytes - count), end=size_bytes)
         return content
 
     def write(self, path: str, content: bytes) -> None:

@@ -49,7 +49,7 @@ class TestResult:
         """Data below the prefix, manifests beside it, records gone, nothing else."""
         result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
         assert f"{session.incarnation.hex()[:12]}-a1" == result.prefix
-        expected = [names.DCP_METADATA, names.MANIFEST, names.manifest_path(result.prefix)]
+        expected = [names.DCP_METADATA, names.EXPORTED, names.MANIFEST, names.manifest_path(result.prefix)]
         assert sorted([*expected, f"{result.prefix}/__0_0.distcp"]) == files_below(tmp_path / "1")
 
     def test_the_second_save_sends_digests(self, session: dcp.Session, tmp_path: Path) -> None:

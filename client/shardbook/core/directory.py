@@ -4,6 +4,7 @@
 
     .metadata                               DCP's own, for whoever knows only DCP
     .shardbook/manifest                     the newest attempt's manifest
+    .shardbook/exported                     by what Shardbook knows its own .metadata again
     .shardbook/{prefix}/manifest            manifest of one attempt
     .shardbook/{prefix}/rank-{rank}.record  registration record, until the manifest takes its place
     .shardbook/{prefix}/rank-{rank}.failed  why a rank gave up, for whoever waits for its record
@@ -22,6 +23,8 @@ from typing import Final
 ROOT: Final = ".shardbook"
 #: File that says which manifest counts.
 MANIFEST: Final = f"{ROOT}/manifest"
+#: File by which Shardbook knows the ``.metadata`` that it wrote, see ``shardbook.core.exported``.
+EXPORTED: Final = f"{ROOT}/exported"
 #: DCP's own metadata file.
 DCP_METADATA: Final = ".metadata"
 

@@ -19,6 +19,7 @@ from shardbook._attempts import is_newer
 from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.container import read_index, read_section
+from shardbook.core.exported import TAIL_BYTES, Fingerprint, foreign_since, is_saved_over
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks, unfold
 from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
 from shardbook.dcp.writer import CheckpointFiles
@@ -168,7 +169,9 @@ def publish(
 def _export(files: CheckpointFiles, folded: FoldedAttempt, metadata: Callable[[FoldedAttempt], Metadata]) -> list[str]:
     """Writes DCP's own file; its loss costs plain DCP the checkpoint, not Shardbook, so it fails no save."""
     try:
-        files.write(names.DCP_METADATA, pickle.dumps(metadata(folded)))
+        exported = pickle.dumps(metadata(folded))
+        files.write(names.EXPORTED, Fingerprint.of(len(exported), exported).to_bytes())
+        files.write(names.DCP_METADATA, exported)
     except (OSError, RuntimeError, pickle.PicklingError, ShardbookError) as error:
         _LOG.exception("%s was not written: plain DCP cannot load this checkpoint", names.DCP_METADATA)
         return [f"{names.DCP_METADATA} was not written: {error}"]
@@ -188,17 +191,18 @@ def read_identity(files: CheckpointFiles, path: str) -> AttemptIdentity | None:
 
 
 def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
-    """Returns the newest whole attempt of a directory; None when Shardbook left none here.
+    """Returns the newest whole attempt of a directory; None when Shardbook left none here, or DCP a newer save.
 
     That of the manifest, unless a newer one has left a complete set of records that nobody has folded yet.
 
     Raises:
         CorruptManifestError: What is there is damaged.
     """
+    foreign_s = _foreign_since(files)
     for _ in range(_LOOKS):
-        top = files.read(names.MANIFEST)
+        top = None if is_saved_over(foreign_s, files.facts(names.MANIFEST)) else files.read(names.MANIFEST)
         best = None if top is None else unfold(Manifest.from_bytes(top))
-        prefixes = list(filter(names.is_prefix, files.names(names.ROOT)))
+        prefixes = [one for one in _prefixes(files) if foreign_s is None or not _is_older(files, one, foreign_s)]
         for prefix in prefixes:
             known = best is not None and best.manifest.identity.prefix == prefix
             one = None if known else _read_one(files, prefix, only_records=best is not None)
@@ -208,6 +212,32 @@ def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
             return best
         # A coordinator may have folded the records between two looks: then its manifest is there by now.
     return None
+
+
+def _prefixes(files: CheckpointFiles) -> list[str]:
+    return list(filter(names.is_prefix, files.names(names.ROOT)))
+
+
+def _foreign_since(files: CheckpointFiles) -> float | None:
+    """Returns when plain DCP saved into the directory, seconds since the epoch; None when it did not."""
+    facts = files.facts(names.DCP_METADATA)
+    if facts is None:
+        return None
+    size_bytes = facts.size_bytes
+    return foreign_since(
+        facts, lambda: files.tail(names.DCP_METADATA, size_bytes, TAIL_BYTES), files.read(names.EXPORTED)
+    )
+
+
+def _is_older(files: CheckpointFiles, prefix: str, foreign_s: float) -> bool:
+    """Returns True when an attempt was written before plain DCP saved over it.
+
+    A sync may have made its manifest long afterwards, so one older file is enough.
+    """
+    folder = names.attempt_path(prefix)
+    records = [name for name in files.names(folder) if names.rank_of_record(name) is not None]
+    paths = [names.manifest_path(prefix), prefix, *(f"{folder}/{name}" for name in records[:1])]
+    return any(is_saved_over(foreign_s, files.facts(path)) for path in paths)
 
 
 def _read_one(files: CheckpointFiles, prefix: str, *, only_records: bool) -> FoldedAttempt | None:
@@ -233,7 +263,7 @@ def _read_one(files: CheckpointFiles, prefix: str, *, only_records: bool) -> Fol
 def incomplete_attempts(files: CheckpointFiles) -> Mapping[str, int]:
     """Returns how many records each attempt without a manifest has left, for messages to people."""
     counts = {}
-    for prefix in filter(names.is_prefix, files.names(names.ROOT)):
+    for prefix in _prefixes(files):
         listed = files.names(names.attempt_path(prefix))
         if "manifest" not in listed:
             counts[prefix] = sum(names.rank_of_record(name) is not None for name in listed)

@@ -13,12 +13,15 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from shardbook._trees import facts_of
+from shardbook.core.exported import FileFacts
 from shardbook.dcp._torch import FileSystem
 from shardbook.errors import UnsupportedWriterError
 
@@ -111,6 +114,28 @@ class CheckpointFiles:
             self.remove([temporary])
             raise
         self.sync_directory(path.rpartition("/")[0])
+
+    def facts(self, path: str) -> FileFacts | None:
+        """Returns size and age of a file; None when it is not there or the filesystem does not say."""
+        full = self._full(path)
+        try:
+            if isinstance(self.fs, FileSystem):
+                found = Path(full).stat()
+                return FileFacts(found.st_size, found.st_mtime)
+            info = getattr(getattr(self.fs, "fs", None), "info", None)
+            if info is None:
+                return None
+            self._forget_listings()
+            return facts_of(info(full))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def tail(self, path: str, size_bytes: int, count: int) -> bytes:
+        """Returns the last ``count`` bytes of a file of ``size_bytes``."""
+        with self.fs.create_stream(self._full(path), "rb") as stream:
+            stream.seek(max(0, size_bytes - count))
+            content: bytes = stream.read(count)
+            return content
 
     def exists(self, path: str) -> bool:
         """Returns True when a file or directory is there."""
