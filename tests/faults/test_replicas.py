@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from shardbook import Client
+from shardbook._address import ServerAddress
+from shardbook._channel import Connections
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.errors import NotFoundError, SessionFencedError
 from shardbook.recording import attempt_key
+from shardbook.v1 import catalog_pb2, types_pb2
 from shardbook.v1 import registration_pb2 as pb
-from shardbook.v1 import types_pb2
 from tests.behaviour.client.directories import identity
 from tests.behaviour.client.saves import register, save, start_session
 from tests.conftest import MakeDatabases
@@ -45,6 +48,23 @@ def test_each_rank_may_talk_to_another_replica(replicas: Replicas, run: str, tmp
     answer = clients[-1].commit_when_complete(pb.CommitCheckpointRequest(key=attempt_key(who)), timeout_s=CALL_S)
     seen = [p2_no_torn_checkpoint(client, run, has_files=False) for client in clients]
     assert [[Checkpoint.of(answer.checkpoint)]] * len(clients) == seen
+
+
+def test_clients_spread_over_the_replicas(replicas: Replicas) -> None:
+    """Each takes one at random and stays there; forty of them leave none without, but for one time in 100,000."""
+    address = ServerAddress.parse(replicas.address)
+    answered: Counter[str] = Counter()
+    for _ in range(40):
+        connection = Connections().get(address)
+        for _ in range(2):
+            _, call = connection.catalog.ListRuns.with_call(
+                catalog_pb2.ListRunsRequest(parent="projects/-"), timeout=CALL_S
+            )
+            found = {str(key): str(value) for key, value in call.trailing_metadata()}
+            answered[found["x-request-id"].partition("-")[0]] += 1  # ids begin with their server's own
+        connection.channel.close()
+    assert len(replicas.servers) == len(answered), answered
+    assert all(count % 2 == 0 and count >= 6 for count in answered.values()), answered
 
 
 def test_a_wait_on_one_replica_sees_a_commit_on_another(replicas: Replicas, run: str, tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ class Waits:
         self._changed: set[int] = set()
         self._wake = asyncio.Event()
         self._draining = asyncio.Event()
+        #: The last look failed; said once, not ten times a second.
+        self._blind = False
         self._poller: asyncio.Task[None] | None = None
 
     @property
@@ -174,8 +176,13 @@ class Waits:
         try:
             found = await self._look(attempts)
         except Exception as error:  # noqa: BLE001 - waiting goes on while the database is away; calls end in time
-            _log.warning("cannot look at awaited checkpoints", count=len(attempts), error=str(error))
+            if not self._blind:
+                _log.warning("cannot look at awaited checkpoints", count=len(attempts), error=str(error))
+            self._blind = True
             return
+        if self._blind:
+            _log.info("can look at awaited checkpoints again")
+        self._blind = False
         for attempt, counts in found.items():
             for waiter in self._waiters.get(attempt, ()):
                 waiter.seen = counts
