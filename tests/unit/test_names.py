@@ -50,7 +50,18 @@ def test_bad_segments_are_refused_with_the_field(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["llm/8b", "llm/8b@", "@1", "llm/8b@1.a2", "llm/8b@9223372036854775808", "llm@1", "a/b/c@1", "llm/8b@-1"]
+    "text",
+    [
+        "llm/8b",
+        "llm/8b@",
+        "@1",
+        "llm/8b@1.a2",
+        "llm/8b@9223372036854775808",
+        "llm/8b@1.s1.a2147483648",
+        "llm@1",
+        "a/b/c@1",
+        "llm/8b@-1",
+    ],
 )
 def test_texts_that_name_no_checkpoint_are_refused(text: str) -> None:
     """Nothing is guessed."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 #: Largest value of any count, offset, size, step or number: what int64 holds.
 INT64_MAX = 2**63 - 1
+#: Largest attempt number: what the wire's int32 holds.
+MAX_ATTEMPT = 2**31 - 1
 #: Most dimensions of a tensor (torch's own limit).
 MAX_NDIM = 64
 #: Most ranks of one save.

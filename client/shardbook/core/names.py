@@ -159,6 +159,8 @@ class CheckpointId:
         numbers = [None if group is None else int(group) for group in match.groups()[:3]]
         if any(number is not None and number > limits.INT64_MAX for number in numbers):
             raise _no_name(text, "a checkpoint: a number is 2**63 or more", field)
+        if numbers[2] is not None and numbers[2] > limits.MAX_ATTEMPT:
+            raise _no_name(text, "a checkpoint: the attempt is 2**31 or more", field)
         return cls(None, numbers[0], numbers[1], numbers[2], match[4])
 
     @classmethod

@@ -8,8 +8,6 @@ from shardbook.core import limits
 from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_segment
 from shardbook.errors import InvalidArgumentError
 
-#: Largest attempt number: what the wire's int32 holds.
-MAX_ATTEMPT = 2**31 - 1
 #: Largest session number that an attempt may be recorded with.
 MAX_RECORDED_SESSION = 2**62
 #: End of the year 9999, microseconds since the epoch: the last moment that a timestamp can say.

@@ -117,7 +117,7 @@ class AttemptKey:
         checks.check_int(self.step, "step")
         checks.check_int(self.session, "session")
         check_incarnation(self.incarnation)
-        checks.check_int(self.attempt, "attempt", smallest=1, largest=checks.MAX_ATTEMPT)
+        checks.check_int(self.attempt, "attempt", smallest=1, largest=limits.MAX_ATTEMPT)
         checks.check_int(self.world_size, "world_size", smallest=1, largest=limits.MAX_WORLD_SIZE)
 
     @cached_property
