@@ -33,6 +33,8 @@ _POOL_TIMEOUT_S: Final = 30.0
 #: A connection is replaced after this long, so that a cluster's new members get their share, seconds.
 _RECYCLE_S: Final = 1800
 _RETRY_S: Final = 0.5
+#: Longest wait of a migration for a lock that live servers hold: those behind it wait as long, seconds.
+_SCHEMA_LOCK_S: Final = 5.0
 #: What is left for the answer when a call's deadline bounds its statements, seconds.
 _ANSWER_S: Final = 0.05
 #: Parameters of libpq that are set unless the URL sets them: a dead peer is noticed in seconds, a standby is passed by.
@@ -51,7 +53,7 @@ _LOCK_SHARED: Final = text("SELECT pg_advisory_xact_lock_shared(key) FROM unnest
 
 # SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html; by class where a class says enough.
 _CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
-_TOO_BUSY: Final = frozenset({"53200", "53300", "53400", "55P03"})
+_TOO_BUSY: Final = frozenset({"53200", "53300", "53400"})
 _AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030", "26000"})
 _NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703"})
 
@@ -131,7 +133,7 @@ class PostgresBackend:
         """Waits for other migrators without a limit, then lets no statement wait for the locks of live servers."""
         connection.execute(select(func.set_config("statement_timeout", "0", True)))
         self.lock(connection, "schema")
-        connection.execute(select(func.set_config("lock_timeout", "5s", True)))
+        connection.execute(select(func.set_config("lock_timeout", f"{round(_SCHEMA_LOCK_S * 1000)}ms", True)))
 
     def now_us(self, connection: Connection) -> int:
         """Returns the database's time, microseconds since the epoch: servers' clocks may be hours apart."""
@@ -161,33 +163,41 @@ class PostgresBackend:
     def translate(self, error: BaseException) -> ShardbookError | None:
         """Returns the error of ours by SQLSTATE; one without is a connection that was lost or never made."""
         state = getattr(error, "sqlstate", None)
+        said = _said(error)
         if state is None:
-            return _away(error) if type(error).__name__ == "OperationalError" else None
+            return _away(said) if type(error).__name__ == "OperationalError" else None
         if state == "53100":
             return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
         if state == "57014":
             return _timed_out()
         if state in _CONFLICTS:
             return UnavailableError(
-                f"two transactions got into each other's way; try again: {error}",
+                f"two transactions got into each other's way; try again: {said}",
                 reason="DATABASE_CONFLICT",
+                retry_delay_s=_RETRY_S,
+            )
+        if state == "55P03":
+            # Only migrations say how long they wait for a lock.
+            return UnavailableError(
+                f"live servers held what is to be changed, so nothing was changed; run it again: {said}",
+                reason="DATABASE_BUSY",
                 retry_delay_s=_RETRY_S,
             )
         if state in _TOO_BUSY:
             return UnavailableError(
-                f"the database is busy; try again: {error}", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
+                f"the database is busy; try again: {said}", reason="DATABASE_BUSY", retry_delay_s=_RETRY_S
             )
         if state in _AWAY or state.startswith("08"):
-            return _away(error)
+            return _away(said)
         if state in _NO_SCHEMA:
             return FailedPreconditionError(
-                f"the schema is not the one that this server was started on: run `shardbook-server db check` ({error})",
+                f"the schema is not the one that this server was started on: run `shardbook-server db check` ({said})",
                 reason="SCHEMA_STALE",
             )
         if state.startswith("28") or state == "3D000":
-            return FailedPreconditionError(f"the database cannot be opened: {error}", reason="DATABASE_REFUSED")
+            return FailedPreconditionError(f"the database cannot be opened: {said}", reason="DATABASE_REFUSED")
         if state.startswith("XX"):
-            return InternalError(f"the database is damaged: {error}", reason="DATABASE_DAMAGED")
+            return InternalError(f"the database is damaged: {said}", reason="DATABASE_DAMAGED")
         return None
 
 
@@ -200,9 +210,14 @@ def _timed_out() -> ShardbookError:
     )
 
 
-def _away(error: BaseException) -> UnavailableError:
+def _said(error: BaseException) -> str:
+    """Returns the driver's message on one line."""
+    return " ".join(str(error).split())
+
+
+def _away(said: str) -> UnavailableError:
     return UnavailableError(
-        f"the database cannot be reached now: {str(error).strip()}",
+        f"the database cannot be reached now: {said}",
         reason="DATABASE_UNAVAILABLE",
         retry_delay_s=2 * _RETRY_S,
     )
@@ -226,11 +241,12 @@ def _connector(url: str, options: PostgresOptions) -> Callable[[], Any]:
     try:
         given = conninfo.conninfo_to_dict(url)
     except psycopg.ProgrammingError as error:
-        raise InvalidArgumentError(
-            f"the URL of the database cannot be read ({str(error).strip()}): write postgresql://user@host:5432/name, "
-            "or postgresql://user@host1,host2/name for a cluster",
-            field="database_url",
-        ) from None
+        # What libpq puts in quotes at the end may be the password, or the whole URL.
+        why, quoted, _ = str(error).partition(': "')
+        raise _unreadable(why if quoted else "it has a mistake") from None
+    if not all(port.isdecimal() for port in str(given.get("port", "0")).split(",") if port):
+        # It would be quoted when connecting, and may be the beginning of a password that has a slash.
+        raise _unreadable("a port is not a number")
     threshold = 5 if options.prepared_statements else None
     # Later keywords win over the URL's own text, so only what it leaves out is added.
     defaults: dict[str, Any] = {name: value for name, value in _CONNECTION_DEFAULTS.items() if name not in given}
@@ -239,3 +255,11 @@ def _connector(url: str, options: PostgresOptions) -> Callable[[], Any]:
         return psycopg.connect(url, prepare_threshold=threshold, **defaults)
 
     return connect
+
+
+def _unreadable(why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the URL of the database cannot be read ({why}): write postgresql://user@host:5432/name, or "
+        "postgresql://user@host1,host2/name for a cluster; in a password, %40 is an @ and %2F a slash",
+        field="database_url",
+    )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, urlencode, urlsplit
+import re
+from typing import Final
+from urllib.parse import parse_qsl, urlencode
 
-#: Parameters of a URL that are nobody else's business.
-_SECRETS = frozenset({"password", "passfile", "sslpassword"})
+#: As libpq reads one: whatever stands before an ``@`` is user and password, ``?`` and ``#`` in it too.
+_URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(?:[^/@]*@)?([^/?#@]*)(/[^?#@]*)?(?:\?([^#@]*))?")
+#: What names of secret parameters have in common: password, passfile, sslpassword, sslkey, oauth_client_secret, ...
+_SECRET: Final = re.compile("pass|key|secret", re.IGNORECASE)
 
 
 def is_postgres(url: str) -> bool:
@@ -14,13 +18,16 @@ def is_postgres(url: str) -> bool:
 
 
 def shown_url(url: str) -> str:
-    """Returns a database's URL as people may see it: without user and password."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return url.partition("://")[0]
-    kept = [(name, value) for name, value in parse_qsl(parts.query) if name not in _SECRETS]
-    netloc = parts.netloc.rpartition("@")[2]
-    # By hand: geturl() drops the slashes of an empty host, which SQLite's URLs have.
-    query = f"?{urlencode(kept)}" if kept else ""
-    return f"{parts.scheme}://{netloc}{parts.path}{query}"
+    """Returns a database's URL as people may see it: without user and password.
+
+    Of one that is not well-formed nobody can say where its password is, so only its kind is shown.
+    """
+    if url.startswith("sqlite:") or not set(url) & set("=@:"):
+        return url
+    match = _URL.fullmatch(url)
+    if match is None:
+        scheme, found, _ = url.partition("://")
+        return f"{scheme}://..." if found and scheme.isalnum() else "..."
+    scheme, hosts, path, query = match.groups(default="")
+    kept = [(name, value) for name, value in parse_qsl(query) if not _SECRET.search(name)]
+    return f"{scheme}://{hosts}{path}" + (f"?{urlencode(kept)}" if kept else "")
