@@ -122,7 +122,12 @@ def _command(words: str, command: Any) -> Iterator[str]:
     yield inspect.cleandoc(command.help or "")
     yield ""
     yield "    " + " ".join([words, *(p.metavar for p in arguments), "[OPTIONS]"])
-    yield from ("", "| | |", "|---|---|")
+    rows = list(_parameters(command, arguments))
+    if rows:
+        yield from ("", "| | |", "|---|---|", *rows)
+
+
+def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
     for argument in arguments:
         yield f"| `{argument.metavar}` | {_cell(argument.help or '')} |"
     for option in command.params:

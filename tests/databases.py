@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from shardbook_server.storage import migrate
+from shardbook_server.storage.database import Database
 from tests.postgres import Postgres
 
 #: The kinds that a test of stored behaviour runs on.
@@ -47,3 +51,14 @@ class Databases:
 
     def _next_path(self) -> Path:
         return self._folder / f"shardbook-{next(self._numbers)}.db"
+
+
+@contextmanager
+def opened(url: str, **options: Any) -> Iterator[Database]:
+    """Opens a database until the block ends; no connection may be left in use then."""
+    database = Database(url, **options)
+    try:
+        yield database
+        assert 0 == database.checked_out()
+    finally:
+        database.close()

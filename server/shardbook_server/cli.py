@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from shardbook.errors import ShardbookError
+from shardbook.errors import FailedPreconditionError, ShardbookError
 from shardbook_server.settings import Settings, load_settings
 from shardbook_server.storage.urls import shown_url
 
@@ -105,32 +105,66 @@ def _reachable(address: str) -> str:
 def upgrade(database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Create the schema, or bring it to the revision of this release."""
     with _reported():
-        settings = load_settings({"database_url": database_url}, config=config)
+        url = _migrated(database_url, config)
         from shardbook_server.storage import migrate
 
-        revision = migrate.upgrade(settings.database_url)
-        typer.echo(f"{_shown(settings.database_url)}: schema is at {revision}")
+        typer.echo(f"{_shown(url)}: schema is at {migrate.upgrade(url)}")
+
+
+@database.command()
+def downgrade(
+    revision: Annotated[
+        str, typer.Argument(metavar="REVISION", help="One that `db history` lists; base drops everything.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Drop what that revision has no place for.")] = False,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Take the schema back to an earlier revision. What that one has no place for is lost."""
+    with _reported():
+        url = _migrated(database_url, config)
+        if not yes:
+            raise FailedPreconditionError(
+                f"going back to {revision} drops data of {_shown(url)}: make a backup, then say --yes"
+            )
+        from shardbook_server.storage import migrate
+
+        typer.echo(f"{_shown(url)}: schema is at {migrate.downgrade(url, revision)}")
 
 
 @database.command()
 def current(database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Print the revision of the schema."""
     with _reported():
-        settings = load_settings({"database_url": database_url}, config=config)
+        url = _migrated(database_url, config)
         from shardbook_server.storage import migrate
 
-        typer.echo(migrate.current(settings.database_url))
+        typer.echo(migrate.current(url))
 
 
 @database.command()
 def check(database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Exit 1 unless this release can serve the schema; say which command helps."""
     with _reported():
-        settings = load_settings({"database_url": database_url}, config=config)
+        url = _migrated(database_url, config)
         from shardbook_server.storage import migrate
 
-        revision = migrate.check(settings.database_url)
-        typer.echo(f"{_shown(settings.database_url)}: schema is at {revision}, which this release serves")
+        typer.echo(f"{_shown(url)}: schema is at {migrate.check(url)}, which this release serves")
+
+
+@database.command()
+def history() -> None:
+    """List the revisions that this release knows, oldest first. Needs no database."""
+    from shardbook_server.storage import migrate
+
+    for revision, what in migrate.history():
+        typer.echo(f"{revision}  {what}")
+
+
+def _migrated(database_url: str | None, config: Path | None) -> str:
+    """Returns the database whose schema a command is about: the flag's, else that for migrations, else the server's."""
+    settings = load_settings({"database_url": database_url}, config=config)
+    return database_url or settings.migration_url or settings.database_url
 
 
 @contextmanager

@@ -39,9 +39,6 @@ def upgrade(url: str, revision: str = "head") -> str:
         UnavailableError: The database is away, or servers held a table for too long; run it again.
     """
     with _migrating(url, create=True) as connection:
-        current = _revision(connection)
-        if current is not None and current > HEAD:
-            raise _too_new(current)
         command.upgrade(_config(connection), revision)
         return _revision(connection) or ""
 
@@ -50,16 +47,18 @@ def downgrade(url: str, revision: str) -> str:
     """Takes the schema at ``url`` back to ``revision`` (``base`` drops everything); returns the revision it has.
 
     Raises:
-        FailedPreconditionError: There is no database.
-        InvalidArgumentError: The history has no such revision.
+        FailedPreconditionError: There is no database, or it is newer than this release (reason ``SCHEMA_TOO_NEW``).
+        InvalidArgumentError: The history has no such revision, or it is not an earlier one.
+        UnavailableError: As for ``upgrade``.
     """
+    # Alembic would also take the beginning of one, and steps and ranges.
+    if revision not in {"base", *(known for known, _ in history())}:
+        raise _no_target(f"{revision!r} is no revision")
     with _migrating(url, create=False) as connection:
         try:
             command.downgrade(_config(connection), revision)
         except CommandError as error:
-            raise InvalidArgumentError(
-                f"{error}: `shardbook-server db history` lists the revisions", field="revision"
-            ) from error
+            raise _no_target(str(error)) from error
         return _revision(connection) or "base"
 
 
@@ -105,7 +104,7 @@ def heads() -> tuple[str, ...]:
 
 @contextmanager
 def _migrating(url: str, *, create: bool) -> Iterator[Connection]:
-    """Opens the one transaction in which a schema is changed, alone."""
+    """Opens the one transaction in which a schema is changed, alone; of one that is newer nothing is known here."""
     with closing(Database(url, connections=1)) as database:
         if create:
             database.backend.create()
@@ -113,6 +112,9 @@ def _migrating(url: str, *, create: bool) -> Iterator[Connection]:
             raise _stale(f"there is no {missing}")
         with database.write() as connection:
             database.backend.lock_schema(connection)
+            current = _revision(connection)
+            if current is not None and current > HEAD:
+                raise _too_new(current)
             yield connection
 
 
@@ -150,3 +152,7 @@ def _too_new(current: str) -> FailedPreconditionError:
         "install the newer release with `pip install --upgrade shardbook`",
         reason="SCHEMA_TOO_NEW",
     )
+
+
+def _no_target(what: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{what}: `shardbook-server db history` lists the revisions", field="revision")
