@@ -1,27 +1,23 @@
-"""A database that the real migrations made."""
+"""Databases of either kind, bare and migrated: whoever asks for one runs once on each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database
+from tests.databases import Databases, opened
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    """The URL of a database that does not exist yet."""
-    return f"sqlite:///{tmp_path / 'shardbook.db'}"
+def url(databases: Databases) -> str:
+    """The URL of a database without a schema."""
+    return databases.bare()
 
 
 @pytest.fixture
-def database(url: str) -> Iterator[Database]:
+def database(databases: Databases) -> Iterator[Database]:
     """A migrated database; no connection may be left in use."""
-    migrate.upgrade(url)
-    database = Database(url)
-    yield database
-    assert database.checked_out() == 0
-    database.close()
+    with opened(databases.new(), connections=8) as database:
+        yield database

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 import shardbook_migrations
-from shardbook.errors import FailedPreconditionError
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError
 from shardbook_server.storage import migrate, tables
 from shardbook_server.storage.database import Database
-
-
-def schema(connection: Connection) -> dict[str, str]:
-    """Every table and index by name, as SQLite keeps it, without layout."""
-    rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-    kept = {name: re.sub(r"\s+", " ", sql).replace('"', "").strip() for name, sql in rows}
-    return {name: sql for name, sql in kept.items() if name != "alembic_version"}
+from tests.databases import Databases, opened
+from tests.storage.schemas import schema_at, schema_of, set_version
 
 
 def test_there_is_one_head_and_it_is_the_one_this_release_is_written_for() -> None:
@@ -33,85 +23,86 @@ def test_there_is_one_head_and_it_is_the_one_this_release_is_written_for() -> No
     assert (migrate.HEAD,) == migrate.heads()
 
 
-def test_the_model_equals_what_the_migrations_make(database: Database, tmp_path: Path) -> None:
-    """Statement for statement, and by Alembic's own comparison."""
-    other = Database(f"sqlite:///{tmp_path / 'model.db'}")
-    with other.write() as connection:
+def test_the_history_is_one_line_to_the_head() -> None:
+    """Each revision with what it does, oldest first."""
+    listed = migrate.history()
+    assert ("0001", "The first schema.") == listed[0]
+    assert migrate.HEAD == listed[-1][0]
+    assert sorted(listed) == list(listed)
+
+
+def test_the_model_equals_what_the_migrations_make(database: Database, url: str) -> None:
+    """Definition for definition, with collations and identity columns, and by Alembic's own comparison."""
+    with opened(url) as other, other.write() as connection:
         tables.metadata.create_all(connection)
-        expected = schema(connection)
-    other.close()
+        expected = schema_of(connection)
     with database.read() as connection:
-        assert expected == schema(connection)
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert [] == compare_metadata(context, tables.metadata)
+        assert expected == schema_of(connection)
+        options = {"compare_type": True, "compare_server_default": True}
+        assert [] == compare_metadata(MigrationContext.configure(connection, opts=options), tables.metadata)
+
+
+def test_names_are_ordered_by_code_point_and_ids_are_the_database_s_own(databases: Databases) -> None:
+    """Whatever the database's language is: pages and listings are the same on both."""
+    with opened(databases.new()) as database, database.write() as connection:
+        # Capitals, digits and marks: every language of a database orders them its own way.
+        names = ["b", "a-b", "A", "B", "a", "a.b", "a_b", "1"]
+        connection.execute(text("INSERT INTO projects (name) VALUES (:name)"), [{"name": name} for name in names])
+        found = connection.scalars(text("SELECT name FROM projects ORDER BY name")).all()
+        ids = connection.scalars(text("SELECT id FROM projects ORDER BY id")).all()
+    assert sorted(names) == list(found)
+    assert list(range(1, len(names) + 1)) == list(ids)
 
 
 def test_up_down_and_up_again(url: str) -> None:
     """Downgrading to the base leaves nothing behind."""
-    assert "0001" == migrate.upgrade(url)
-    database = Database(url)
-    with database.read() as connection:
-        first = schema(connection)
+    assert migrate.HEAD == migrate.upgrade(url)
+    first = schema_at(url)
     assert "base" == migrate.downgrade(url, "base")
-    with database.read() as connection:
-        assert {"sqlite_sequence"} >= set(schema(connection))
-    assert "0001" == migrate.upgrade(url)
-    with database.read() as connection:
-        assert first == schema(connection)
-    database.close()
+    assert {} == schema_at(url)
+    assert "base" == migrate.current(url)
+    assert migrate.HEAD == migrate.upgrade(url)
+    assert first == schema_at(url)
 
 
 def test_upgrading_again_changes_nothing(url: str) -> None:
     """Neither the epoch nor the data."""
     migrate.upgrade(url)
-    database = Database(url)
-    with database.read() as connection:
-        before = connection.execute(text("SELECT * FROM catalog")).all()
-    migrate.upgrade(url)
-    with database.read() as connection:
-        assert before == connection.execute(text("SELECT * FROM catalog")).all()
-    database.close()
+    with opened(url) as database:
+        with database.read() as connection:
+            before = connection.execute(text("SELECT * FROM catalog")).all()
+        migrate.upgrade(url)
+        with database.read() as connection:
+            assert before == connection.execute(text("SELECT * FROM catalog")).all()
     assert 1 == len(before)
 
 
-def test_every_database_has_its_own_epoch_and_key(tmp_path: Path) -> None:
+def test_every_database_has_its_own_epoch_and_key(databases: Databases) -> None:
     """Cursors and page tokens of one mean nothing to another."""
     found = set()
-    for name in ("a", "b"):
-        url = f"sqlite:///{tmp_path / name / 'shardbook.db'}"
+    for url in (databases.bare(), databases.bare()):
         migrate.upgrade(url)
-        database = Database(url)
-        with database.read() as connection:
-            found |= set(connection.execute(text("SELECT epoch, token_key FROM catalog")).one())
-        database.close()
+        with opened(url) as database, database.read() as connection:
+            found |= {bytes(one) for one in connection.execute(text("SELECT epoch, token_key FROM catalog")).one()}
     assert 4 == len(found)
 
 
 def test_two_migrators_at_once(url: str) -> None:
-    """The second waits for the first, and finds nothing to do."""
+    """The second waits for the first, and finds nothing to do; also when there was no schema."""
     code = f"from shardbook_server.storage import migrate; print(migrate.upgrade({url!r}))"
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert ["0001\n"] * 3 == [process.communicate(timeout=60)[0] for process in started]
-    assert "0001" == migrate.check(url)
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [f"{migrate.HEAD}\n"] * 2 == [process.communicate(timeout=60)[0] for process in started]
+    assert migrate.HEAD == migrate.check(url)
 
 
-def test_a_crash_in_the_middle_leaves_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of an upgrade is one transaction; a re-run starts anew."""
-
-    def upgrade_and_crash(config: Config, revision: str) -> None:
-        command.upgrade(config, revision)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        # After the tables are made, before the transaction ends.
-        patch.setattr(migrate, "command", SimpleNamespace(upgrade=upgrade_and_crash))
-        with pytest.raises(KeyboardInterrupt):
-            migrate.upgrade(url)
-    database = Database(url)
-    with database.read() as connection:
-        assert {} == schema(connection)
-    database.close()
-    assert "0001" == migrate.upgrade(url)
+@pytest.mark.parametrize("revision", ["0000", "nonsense", "0001:base", ""])
+def test_a_downgrade_to_what_is_no_revision_is_a_typed_error(url: str, revision: str) -> None:
+    """It names the command that lists them, and changes nothing."""
+    migrate.upgrade(url)
+    with pytest.raises(InvalidArgumentError, match="shardbook-server db history") as caught:
+        migrate.downgrade(url, revision)
+    assert ["revision"] == [violation.field for violation in caught.value.violations]
+    assert migrate.HEAD == migrate.check(url)
 
 
 def refusal(url: str) -> FailedPreconditionError:
@@ -121,42 +112,40 @@ def refusal(url: str) -> FailedPreconditionError:
     return caught.value
 
 
-def set_version(url: str, revision: str, oldest: str | None = None) -> None:
-    """Makes a schema claim another revision."""
-    database = Database(url)
-    with database.write() as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
-        if oldest is not None:
-            connection.execute(text("UPDATE schema_compat SET oldest = :oldest"), {"oldest": oldest})
-    database.close()
-
-
 def test_a_stale_schema_is_refused_with_the_command_to_run(url: str) -> None:
     """Also when there is no database, or an empty one."""
     messages = [refusal(url)]
-    database = Database(url)
-    with database.write() as connection:
+    with opened(url) as database, database.write() as connection:
         connection.execute(text("CREATE TABLE something (id INTEGER)"))
-    database.close()
     messages.append(refusal(url))
     migrate.upgrade(url)
     set_version(url, "0000")
     messages.append(refusal(url))
     assert ["SCHEMA_STALE"] * 3 == [error.reason for error in messages]
     assert all("run `shardbook-server db upgrade`" in error.message for error in messages)
-    assert "the schema is at 0000, this release needs 0001" in messages[2].message
+    assert f"the schema is at 0000, this release needs {migrate.HEAD}" in messages[2].message
 
 
 def test_a_newer_schema_is_served_as_long_as_it_says_so(url: str) -> None:
     """``schema_compat`` names the oldest server that may still serve: a rolling upgrade migrates first."""
     migrate.upgrade(url)
-    set_version(url, "0002", oldest="0001")
-    assert "0002" == migrate.check(url)
-    set_version(url, "0003", oldest="0002")
+    set_version(url, "9998", oldest=migrate.HEAD)
+    assert "9998" == migrate.check(url)
+    set_version(url, "9999", oldest="9998")
     assert "SCHEMA_TOO_NEW" == refusal(url).reason
     assert "pip install --upgrade shardbook" in refusal(url).message
-    with pytest.raises(FailedPreconditionError):
+
+
+def test_a_newer_schema_is_changed_by_its_own_release_only(url: str) -> None:
+    """Neither up nor down: what it holds is not known here."""
+    migrate.upgrade(url)
+    set_version(url, "9999", oldest=migrate.HEAD)
+    with pytest.raises(FailedPreconditionError) as up:
         migrate.upgrade(url)
+    with pytest.raises(FailedPreconditionError) as down:
+        migrate.downgrade(url, "base")
+    assert ["SCHEMA_TOO_NEW"] * 2 == [up.value.reason, down.value.reason]
+    assert "9999" == migrate.check(url)
 
 
 def test_migrations_travel_with_the_package() -> None:

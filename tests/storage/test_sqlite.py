@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,10 +19,11 @@ from shardbook.errors import (
     ShardbookError,
     UnavailableError,
 )
-from shardbook_server.storage import sqlite
+from shardbook_server.storage import migrate, sqlite
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.failures import translate
 from shardbook_server.storage.sqlite import SqliteBackend
+from tests.databases import opened
 
 MOUNTS = """\
 22 1 0:20 / / rw,relatime - ext4 /dev/sda1 rw
@@ -35,6 +37,15 @@ MOUNTS = """\
 garbage
 37 22 0:47
 """
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """A migrated file in a directory of its own."""
+    url = f"sqlite:///{tmp_path / 'shardbook.db'}"
+    migrate.upgrade(url)
+    with opened(url) as database:
+        yield database
 
 
 @pytest.mark.parametrize(

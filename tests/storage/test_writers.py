@@ -1,4 +1,4 @@
-"""SQLite with several writers, in threads and processes."""
+"""Several writers, in threads and processes, and readers beside them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from sqlalchemy import text
 
 from shardbook.errors import UnavailableError
 from shardbook_server.storage.database import Database
+from tests.databases import opened
 from tests.storage import writers
 
 PROCESSES = 2
 
 
 def test_no_update_is_lost_and_nobody_finds_the_database_locked(database: Database) -> None:
-    """Python's driver begins transactions late and deferred: that lost 118 of 160 updates silently.
+    """A read before the write that depends on it is what loses updates: 118 of 160, silently, with Python's own SQLite.
 
     4 threads in each of 2 processes read a number and write the next one; every one of them counts.
     """
@@ -34,26 +35,24 @@ def test_no_update_is_lost_and_nobody_finds_the_database_locked(database: Databa
 
 
 def test_a_writer_waits_for_a_slow_one(database: Database) -> None:
-    """It is not told "database is locked" within five seconds: it waits its turn."""
-    other = Database(database.url)
+    """It is not told "database is locked" within five seconds: it waits its turn, and sees what the other did."""
     begun, waited = threading.Event(), []
 
     def hold() -> None:
-        with database.write() as connection:
+        with database.write([writers.RUN]) as connection:
             connection.execute(text("UPDATE catalog SET cursor = cursor + 1"))
             begun.set()
-            time.sleep(1.0)
+            time.sleep(0.5)
 
     holder = threading.Thread(target=hold)
     holder.start()
     begun.wait(5)
-    start = time.monotonic()
-    with other.write() as connection:
+    start_s = time.monotonic()
+    with opened(database.url) as other, other.write([writers.RUN]) as connection:
         waited.append(connection.execute(text("SELECT cursor FROM catalog")).scalar_one())
     holder.join()
-    other.close()
     assert [1] == waited
-    assert time.monotonic() - start > 0.5
+    assert time.monotonic() - start_s > 0.2
 
 
 def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
@@ -91,5 +90,5 @@ def test_an_error_takes_the_whole_transaction_back(database: Database) -> None:
 
 def test_a_reading_connection_refuses_to_write(database: Database) -> None:
     """A write that went astray is found in the first test that makes it."""
-    with pytest.raises(UnavailableError, match="readonly"), database.read() as connection:
+    with pytest.raises(UnavailableError, match=r"read-?only"), database.read() as connection:
         connection.execute(text("UPDATE catalog SET cursor = 5"))

@@ -7,16 +7,19 @@ import threading
 
 from sqlalchemy import text
 
+from shardbook.core.names import RunName
 from shardbook_server.storage.database import Database
 
 THREADS, ROUNDS = 4, 20
+#: Whose lock they take: what keeps writers apart where BEGIN alone does not.
+RUN = RunName("llm", "8b")
 
 
 def increment(database: Database, failures: list[BaseException]) -> None:
     """Reads the number, then writes the next one: what loses updates when both are not one transaction."""
     try:
         for _ in range(ROUNDS):
-            with database.write() as connection:
+            with database.write([RUN]) as connection:
                 number = connection.execute(text("SELECT cursor FROM catalog")).scalar_one()
                 connection.execute(text("UPDATE catalog SET cursor = :next"), {"next": number + 1})
     except BaseException as error:  # noqa: BLE001 - the main thread tells
