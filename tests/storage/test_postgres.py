@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import pytest
@@ -15,14 +15,15 @@ from shardbook.core.names import RunName
 from shardbook.core.structure import BlobKind
 from shardbook.errors import DeadlineExceededError, UnavailableError
 from shardbook_server.service.services import build_services
-from shardbook_server.storage import blobs, registrations, runs
+from shardbook_server.storage import blobs, events, registrations, runs
 from shardbook_server.storage.blobs import NewBlob
 from shardbook_server.storage.database import Database, PostgresOptions
 from shardbook_server.storage.deadline import statements_until
-from tests.behaviour.rpc.api import wait_until
+from shardbook_server.storage.events import Event, EventKind
 from tests.behaviour.service.saves import Job, Model, whole
 from tests.conftest import MakeDatabases
 from tests.databases import opened
+from tests.storage.asides import Aside, await_waiting
 
 RUN, OTHER_RUN = RunName("llm", "8b"), RunName("llm", "70b")
 #: What a rank adds while its session is the current one: the condition and the insert in one statement.
@@ -43,50 +44,6 @@ def database(url: str) -> Iterator[Database]:
     """The same, opened; no connection may be left in use."""
     with opened(url, connections=6) as database:
         yield database
-
-
-def await_waiting(database: Database, event: str) -> None:
-    """Waits until a session of this database waits for a lock of a kind."""
-    statement = text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' "
-        "AND wait_event = :event"
-    )
-
-    def waits() -> bool:
-        with database.read() as connection:
-            return bool(connection.scalar(statement, {"event": event}))
-
-    wait_until(waits)
-
-
-class Aside:
-    """Runs something in a thread of its own; its result, or its error, is asked for at the end."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call = call
-        self._error: BaseException | None = None
-        self._result: object = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    @property
-    def ended(self) -> bool:
-        """True once it is over."""
-        return not self._thread.is_alive()
-
-    def result(self) -> object:
-        """Waits for the end; raises what it raised."""
-        self._thread.join(30)
-        assert self.ended
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def _run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:  # noqa: BLE001 - told by result()
-            self._error = error
 
 
 # ---------------------------------------------------------------- the run's lock
@@ -202,10 +159,14 @@ def test_locks_of_several_runs_are_taken_in_one_order(database: Database) -> Non
 
 def test_locks_end_with_their_transaction(database: Database) -> None:
     """As a pooler in transaction mode needs it: the next one on the connection has none of them."""
+    locks = text(
+        "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database AND d.datname = current_database() "
+        "WHERE locktype = 'advisory'"
+    )
     with database.write([RUN], lock="reaper") as connection:
-        assert 2 == connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"))
+        assert 2 == connection.scalar(locks)
     with database.read() as connection:
-        assert 0 == connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"))
+        assert 0 == connection.scalar(locks)
 
 
 # ---------------------------------------------------------------- transactions
@@ -249,29 +210,96 @@ def test_the_database_s_clock_moves_on_inside_a_transaction(database: Database) 
     assert abs(first_us / 1e6 - time.time()) < 60
 
 
-def new_blobs(round_number: int) -> list[NewBlob]:
-    """Blobs that nobody has stored yet."""
-    digests = (sha256(f"{round_number} {at}".encode()).digest() for at in range(60))
-    return [NewBlob(BlobKind.TABLE, digest, None, b"x") for digest in digests]
+ROUNDS, ROWS = 15, 500
+
+
+def in_unlike_orders(database: Database, store: Callable[[Connection, int, int], object]) -> None:
+    """Two threads store the same rows at once, round after round; one of them from the end.
+
+    Args:
+        database: Where.
+        store: Stores the rows of a round, in steps of 1 or -1.
+    """
+    barrier = threading.Barrier(2)
+
+    def store_all(step: int) -> None:
+        try:
+            for number in range(ROUNDS):
+                barrier.wait(30)
+                with database.write([RUN], exclusive=False) as connection:
+                    store(connection, number, step)
+        except BaseException:
+            # The other one need not wait for it.
+            barrier.abort()
+            raise
+
+    for one in (Aside(lambda: store_all(1)), Aside(lambda: store_all(-1))):
+        one.result()
 
 
 def test_the_same_blobs_in_unlike_orders_do_not_deadlock(database: Database) -> None:
     """Ranks of one world bring the same structures at once: rows are added in one order, whatever the batch's."""
     with database.write() as connection:
         project_id = connection.scalar(text("INSERT INTO projects (name) VALUES ('p') RETURNING id"))
-    rounds, barrier = 15, threading.Barrier(2)
 
-    def store(backwards: bool) -> None:
-        for number in range(rounds):
-            news = new_blobs(number)
-            barrier.wait(30)
-            with database.write() as connection:
-                blobs.insert_blobs(connection, project_id, news[::-1] if backwards else news, 0)
+    def store(connection: Connection, number: int, step: int) -> None:
+        digests = [sha256(f"{number} {at}".encode()).digest() for at in range(ROWS)]
+        news = [NewBlob(BlobKind.TABLE, digest, None, b"x") for digest in digests]
+        blobs.insert_blobs(connection, project_id, news[::step], 0)
 
-    for one in [Aside(lambda backwards=backwards: store(backwards)) for backwards in (False, True)]:  # type: ignore[misc]
-        one.result()
+    in_unlike_orders(database, store)
     with database.read() as connection:
-        assert rounds * 60 == connection.scalar(text("SELECT count(*) FROM rank_structures"))
+        assert ROUNDS * ROWS == connection.scalar(text("SELECT count(*) FROM rank_structures"))
+
+
+def test_the_same_registrations_in_unlike_orders_do_not_deadlock(race: Race) -> None:
+    """A rank that tries again on another replica is in two batches at once; one of them adds it."""
+    with race.database.read() as connection:
+        [first] = registrations.read_registrations(connection, race.checkpoint_id)
+    added: list[int] = []
+
+    def store(connection: Connection, number: int, step: int) -> None:
+        rows = [replace(first, rank=1 + number * ROWS + at) for at in range(ROWS)]
+        added.append(len(registrations.insert_registrations(connection, rows[::step])))
+
+    in_unlike_orders(race.database, store)
+    assert 1 + ROUNDS * ROWS == 1 + sum(added) == race.count()
+
+
+def test_a_sequence_would_lose_events(database: Database) -> None:
+    """Why the cursor is a row: numbers of a sequence are handed out before their transactions are committed.
+
+    A poller that has seen 2 never looks for 1 again.
+    """
+    with database.write() as connection:
+        connection.execute(text("CREATE TABLE numbered (id bigserial)"))
+    add, look = text("INSERT INTO numbered DEFAULT VALUES"), text("SELECT max(id) FROM numbered")
+    with database.write() as slow:
+        slow.execute(add)
+        with database.write() as fast:
+            fast.execute(add)
+        with database.read() as poller:
+            assert 2 == poller.scalar(look)
+    with database.read() as poller:
+        assert [1] == list(poller.scalars(text("SELECT id FROM numbered WHERE id < 2")))
+
+
+def test_events_wait_for_each_other_so_that_none_is_lost(database: Database) -> None:
+    """Whoever comes second waits for the row, and has the larger cursor; a poller never sees it alone."""
+
+    def append() -> None:
+        with database.write() as connection:
+            events.append(connection, [Event(EventKind.COMMITTED, 2, 2)], 1)
+
+    with database.write() as slow:
+        events.append(slow, [Event(EventKind.COMMITTED, 1, 1)], 1)
+        fast = Aside(append)
+        await_waiting(database, "transactionid")
+        with database.read() as poller:
+            assert [] == events.read_after(poller, 0, 100)
+    fast.result()
+    with database.read() as poller:
+        assert [(1, 1), (2, 2)] == [(one.cursor, one.event.part_id) for one in events.read_after(poller, 0, 100)]
 
 
 def test_a_row_that_changed_since_it_was_read_is_a_conflict_to_try_again(database: Database) -> None:

@@ -54,7 +54,8 @@ _LOCK_SHARED: Final = text("SELECT pg_advisory_xact_lock_shared(key) FROM unnest
 # SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html; by class where a class says enough.
 _CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
 _TOO_BUSY: Final = frozenset({"53200", "53300", "53400"})
-_AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030", "26000"})
+_AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030"})
+_PREPARED_ELSEWHERE: Final = frozenset({"26000", "42P05"})
 _NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703"})
 
 
@@ -189,6 +190,12 @@ class PostgresBackend:
             )
         if state in _AWAY or state.startswith("08"):
             return _away(said)
+        if state in _PREPARED_ELSEWHERE:
+            return FailedPreconditionError(
+                "a pooler between server and Postgres does not keep prepared statements: set "
+                f"SHARDBOOK_POSTGRES_PREPARED_STATEMENTS=false ({said})",
+                reason="PREPARED_STATEMENTS",
+            )
         if state in _NO_SCHEMA:
             return FailedPreconditionError(
                 f"the schema is not the one that this server was started on: run `shardbook-server db check` ({said})",
