@@ -356,3 +356,25 @@ def test_the_limit_of_a_batch_is_no_deadline_of_its_callers(url: str) -> None:
             connection.execute(text("SELECT pg_sleep(20)"))
         assert "DATABASE_BUSY" == caught.value.reason
         assert caught.value.retry_delay_s
+
+
+# ---------------------------------------------------------------- connections
+
+
+def test_there_are_as_many_connections_as_were_asked_for(url: str) -> None:
+    """No more: replicas share what Postgres allows. Whoever comes next waits for one to come back."""
+    with opened(url, connections=2) as database:
+        with database.read(), database.write():
+            third = Aside(database.ping)
+            assert 2 == database.checked_out()
+            time.sleep(0.1)
+            assert not third.ended
+        third.result()
+
+
+def test_a_url_wins_over_what_is_set_for_all(url: str) -> None:
+    """libpq's parameters: who is connected is told unless the URL tells it."""
+    own = url + ("&" if "?" in url else "?") + "application_name=mine&target_session_attrs=any"
+    for one, name in ((url, "shardbook-server"), (own, "mine")):
+        with opened(one) as database, database.read() as connection:
+            assert [name] == shown(connection, "application_name")

@@ -18,7 +18,9 @@ from typer.testing import CliRunner, Result
 
 from shardbook_server import cli
 from shardbook_server.storage import migrate
+from shardbook_server.storage.urls import shown_url
 from tests.behaviour.rpc.api import api_of
+from tests.databases import Databases
 
 COMMAND = [sys.executable, "-m", "shardbook_server.cli"]
 TIMEOUT_S = 30
@@ -90,10 +92,9 @@ def test_serve_on_a_socket(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stale(tmp_path: Path) -> str:
-    """A database that somebody migrated back."""
-    url = f"sqlite:///{tmp_path / 'stale.db'}"
-    migrate.upgrade(url)
+def stale(databases: Databases) -> str:
+    """A database of either kind that somebody migrated back."""
+    url = databases.new()
     migrate.downgrade(url, "base")
     return url
 
@@ -110,8 +111,9 @@ def test_a_stale_database_is_refused_with_the_command_that_helps(stale: str) -> 
     assert (0, "") == (upgraded.exit_code, upgraded.stderr)
     assert f"{migrate.HEAD}\n" == _run("db", "current", SHARDBOOK_DATABASE_URL=stale).stdout
     assert 0 == _run("db", "check", SHARDBOOK_DATABASE_URL=stale).exit_code
-    with _serving(SHARDBOOK_DATABASE_URL=stale):
-        pass
+    with _serving(SHARDBOOK_DATABASE_URL=stale) as lines:
+        shown = stale.removeprefix("sqlite:///") if stale.startswith("sqlite") else shown_url(stale)
+        assert shown == lines["data"]
 
 
 def test_the_embedded_database_is_upgraded_without_being_asked(tmp_path: Path) -> None:
