@@ -34,7 +34,8 @@ install: $(INSTALLED) ## make the environment and install everything into it
 demo: $(INSTALLED) ## the whole story on this machine: 4 ranks train, save, lose the server, load elsewhere
 	$(RUN) examples/demo.py $(ARGS)
 
-test: $(INSTALLED) ## every test
+test: $(INSTALLED) ## every test; installs pgbouncer where it is missing and apt-get may
+	@tests/tools.sh
 	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 check: lint types imports proto-check docs-check ## what CI runs beside the tests: lint, types, import rules, drift
