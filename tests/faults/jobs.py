@@ -210,3 +210,12 @@ def kill_coordinator(rank: Rank, start: dict[str, Any], path: str) -> dcp.SaveRe
         with _before("commit", lambda: os.kill(os.getpid(), signal.SIGKILL)):
             return dcp.save(fill(fsdp(rank)), checkpoint_id=path)
     return dcp.save(fill(fsdp(rank)), checkpoint_id=path)
+
+
+def disagree(rank: Rank, start: dict[str, Any], by_rank: list[dict[str, Any]], without_route: bool = False) -> Timed:
+    """Saves with arguments that each rank has of its own; ``without_route``, the coordinator alone has a service."""
+    dcp.init(**start)
+    if without_route and rank.rank:
+        current()._client = Client("127.0.0.1:1", timeout_s=1.0)
+    options = dict(by_rank[rank.rank])
+    return _timed(fill(fsdp(rank)), options.pop("path"), **options)

@@ -22,6 +22,7 @@ from shardbook.dcp.submission import Submitter
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import (
     CheckpointClosedError,
+    InvalidArgumentError,
     InvalidGeometryError,
     RankFailedError,
     RanksMissingError,
@@ -42,6 +43,9 @@ _LOOK_EVERY_S: Final = 10.0
 _FIRST_SLICE_S: Final = 2.0
 _LONGEST_SLICE_S: Final = 20.0
 
+#: What telling the service about a failure may take, seconds.
+_REPORT_S: Final = 5.0
+
 _VERDICTS: Final = (
     CheckpointClosedError,
     InvalidGeometryError,
@@ -53,7 +57,20 @@ _VERDICTS: Final = (
 
 def is_verdict(error: BaseException) -> bool:
     """True for what the service says about this very save; anything else is no reason to lose it."""
-    return isinstance(error, _VERDICTS)
+    return isinstance(error, _VERDICTS) or is_mismatch(error)
+
+
+def is_mismatch(error: BaseException) -> bool:
+    """True when the ranks of a save disagree about what they save: its step, its directory, how many they are."""
+    return isinstance(error, InvalidArgumentError) and error.reason == "ATTEMPT_MISMATCH"
+
+
+def report_mismatch(submitter: Submitter, phase: str, error: ShardbookError) -> None:
+    """Says so to the ranks that the service believed, else they would wait for this one."""
+    try:
+        submitter.report(phase, error.message, _REPORT_S, about=error)
+    except ShardbookError as failure:
+        _LOG.warning("the other ranks could not be told that they disagree: %s", failure)
 
 
 def explain(submitter: Submitter, error: ShardbookError) -> ShardbookError:
@@ -234,11 +251,26 @@ class Finisher:
         for missing in answer.progress.missing:
             record = read_record(self._files, self._attempt.prefix, missing.rank)
             if record is not None:
+                self._require_same(submitter, record)
                 submitter.register(record)
                 count += 1
         if count:
             _LOG.warning("%d ranks had no route to the service and were registered by the coordinator", count)
         return count
+
+    def _require_same(self, submitter: Submitter, record: RegistrationRecord) -> None:
+        """Refuses a record that a rank left for another save: both together would be a torn checkpoint."""
+        own, other = self._attempt.identity(submitter.session), record.identity
+        for name in ("run", "part", "step", "incarnation", "attempt", "world_size"):
+            mine, its = getattr(own, name), getattr(other, name)
+            if mine != its:
+                error = InvalidArgumentError(
+                    f"the ranks of this save disagree: rank {record.rank} said {name} {its!r}, this one says {mine!r}",
+                    reason="ATTEMPT_MISMATCH",
+                    field=name,
+                )
+                report_mismatch(submitter, "register", error)
+                raise error
 
     def _describe(self, record: RegistrationRecord, storage_meta: Callable[[], StorageMeta | None] | None) -> str:
         """Writes manifest and ``.metadata`` of a committed attempt; returns what went wrong, which undoes nothing."""

@@ -25,7 +25,7 @@ from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
 from shardbook.dcp.directory import has_records, write_failure, write_record
-from shardbook.dcp.finishing import Finisher, Outcome, explain, is_verdict
+from shardbook.dcp.finishing import Finisher, Outcome, explain, is_mismatch, is_verdict, report_mismatch
 from shardbook.dcp.items import PlannedItems, kept_items, plan_columns, structure_columns
 from shardbook.dcp.planner import set_up_planner, warn_of_unsafe_entries
 from shardbook.dcp.prepared import PreparedSave
@@ -177,8 +177,7 @@ class RankSave:
             self._fenced = error
             return None
         except ShardbookError as error:
-            if is_verdict(error):
-                raise explain(self._submitter, error) from error
+            self._raise_verdict("plan", self._submitter, error)
             self._go_without(error)
             return None
         if dropped is None:
@@ -190,7 +189,7 @@ class RankSave:
 
     def _await_decision(self, submitter: Submitter, encoded: EncodedPlan) -> BoolArray | None:
         """Waits for the other ranks' plans; no longer once a rank has left its record without having planned."""
-        end_s = time.monotonic() + self._runtime.config.plan_wait_s
+        end_s = time.monotonic() + min(self._runtime.config.plan_wait_s, self._prepared.options.timeout_s)
         slice_s = _FIRST_SLICE_S
         to_lowest_rank = bool(self._planner.dedup_save_to_lowest_rank)
         while True:
@@ -263,9 +262,15 @@ class RankSave:
             self._submitter.register(record)
             self._unregistered = ""  # what went wrong before cost some duplicates, no more
         except ShardbookError as error:
-            if is_verdict(error):
-                raise explain(self._submitter, error) from error
+            self._raise_verdict("register", self._submitter, error)
             self._go_without(error)
+
+    def _raise_verdict(self, phase: str, submitter: Submitter, error: ShardbookError) -> None:
+        """Raises what the service says about this very save; whatever else it is, the save goes on without it."""
+        if is_mismatch(error):
+            report_mismatch(submitter, phase, error)
+        if is_verdict(error):
+            raise explain(submitter, error) from error
 
     def _finish(self, record: RegistrationRecord) -> Outcome:
         options = self._prepared.options

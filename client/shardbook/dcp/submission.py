@@ -16,10 +16,10 @@ from shardbook.core.structure import BlobKind, RankPlan, RankStructure, encode_p
 from shardbook.core.table import encode_table
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.session import host_name
-from shardbook.errors import InternalError, InvalidArgumentError
+from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
-from shardbook.v1.types_pb2 import Blob, BlobRef, RankFailure
+from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef, RankFailure
 
 #: A blob up to this size is sent unasked the first time: that costs less than the round trip in which it is asked for.
 SMALL_BLOB_BYTES: Final = 1024
@@ -131,15 +131,26 @@ class Submitter:
         self.client.register_shards(request, self._source(record.blobs))
         self._known.update(_key(blob) for blob in record.blobs)
 
-    def report(self, phase: str, reason: str, deadline_s: float) -> None:
+    def report(self, phase: str, reason: str, deadline_s: float, *, about: ShardbookError | None = None) -> None:
         """Says that this rank cannot finish.
+
+        Args:
+            phase: ``plan``, ``write`` or ``register``.
+            reason: For people.
+            deadline_s: Seconds for the call.
+            about: Why it cannot, where the ranks disagree about their save: what it says of the others' is what fails.
 
         Raises:
             ShardbookError: What the server answered, or that it did not.
         """
         failure = RankFailure(rank=self.attempt.member.rank, host=host_name(), phase=phase, reason=reason)
+        key = AttemptKey()
+        key.CopyFrom(self.key)
+        for name in ("step", "world_size"):
+            if about is not None and name in about.metadata:
+                setattr(key, name, int(about.metadata[name]))
         self.client.report_failure(
-            pb.ReportFailureRequest(key=self.key, location=self.attempt.place(), failure=failure),
+            pb.ReportFailureRequest(key=key, location=self.attempt.place(), failure=failure),
             deadline_s=deadline_s,
         )
 

@@ -63,7 +63,9 @@ def open_attempts(
             verdicts[ask] = judged
         else:
             fine[ask] = judged
-    rows = _find_or_open(connection, fine, now_us)
+    rows, clashes = _find_or_open(connection, fine, now_us)
+    verdicts |= clashes
+    fine = {ask: part for ask, part in fine.items() if ask not in clashes}
     expired = [row.id for row in rows.values() if row.state == CheckpointState.EXPIRED and row.staged]
     if expired:
         # The session is current, so nobody has superseded these: their writers are back.
@@ -127,12 +129,19 @@ def disagreement(
         ]
     for field, first, now in (*pairs, *texts):
         if first != now:
-            return InvalidArgumentError(
-                f"the attempt was opened with {field.partition('.')[2]} {first!r}, this call says {now!r}",
-                reason="ATTEMPT_MISMATCH",
-                field=field,
-            )
+            return _mismatch(field, first, now)
     return None
+
+
+def _mismatch(field: str, first: object, now: object) -> InvalidArgumentError:
+    """Returns the error for a rank that says another thing about the save than the rank before it."""
+    name = field.partition(".")[2]
+    return InvalidArgumentError(
+        f"the ranks of this save disagree: another one said {name} {first!r}, this one says {now!r}",
+        reason="ATTEMPT_MISMATCH",
+        field=field,
+        metadata={name: str(first)} if field.startswith("key.") else {},
+    )
 
 
 def closed_error(row: CheckpointRow) -> CheckpointClosedError:
@@ -147,7 +156,8 @@ def closed_error(row: CheckpointRow) -> CheckpointClosedError:
 
 def _find_or_open(
     connection: Connection, asks: Mapping[Ask, PartRow], now_us: int
-) -> dict[checkpoint_rows.Key, CheckpointRow]:
+) -> tuple[dict[checkpoint_rows.Key, CheckpointRow], dict[Ask, InvalidArgumentError]]:
+    """Returns the rows of attempts, and the asks that clash with an attempt of another step."""
     wanted: dict[checkpoint_rows.Key, NewCheckpoint] = {}
     for (key, location), part in asks.items():
         natural = row_key(part.id, key)
@@ -158,11 +168,36 @@ def _find_or_open(
         )
     rows = checkpoint_rows.find_checkpoints(connection, list(wanted))
     absent = [natural for natural in wanted if natural not in rows]
+    clashes: dict[Ask, InvalidArgumentError] = {}
+    if absent:
+        clashes = _clashes(connection, {ask: part for ask, part in asks.items() if row_key(part.id, ask[0]) in absent})
+        refused = {row_key(asks[ask].id, ask[0]) for ask in clashes}
+        absent = [natural for natural in absent if natural not in refused]
     if absent:
         # Two replicas may do so at once, as both share the run's lock: the second finds what the first stored.
         checkpoint_rows.open_checkpoints(connection, [wanted[natural] for natural in absent], now_us)
         rows |= checkpoint_rows.find_checkpoints(connection, absent)
-    return rows
+    return rows, clashes
+
+
+def _clashes(connection: Connection, asks: Mapping[Ask, PartRow]) -> dict[Ask, InvalidArgumentError]:
+    """Returns the asks for a step whose files would lie where an open attempt of another step has its own.
+
+    An attempt's number is unique in a session and directory, so that is one save whose ranks count steps differently;
+    a checkpoint made of both would be torn.
+    """
+    taken = {
+        (row.part_id, row.session, row.incarnation, row.attempt, row.location, row.prefix): row.step
+        for row in checkpoint_rows.read_staged(connection, sorted({part.id for part in asks.values()}))
+    }
+    clashes: dict[Ask, InvalidArgumentError] = {}
+    for ask, part in asks.items():
+        key, location = ask
+        place = (part.id, key.session, key.incarnation, key.attempt, location.location, location.prefix)
+        first = taken.setdefault(place, key.step)
+        if first != key.step:
+            clashes[ask] = _mismatch("key.step", first, key.step)
+    return clashes
 
 
 def _by_key(rows: Iterable[CheckpointRow]) -> dict[checkpoint_rows.Key, CheckpointRow]:

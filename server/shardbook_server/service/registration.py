@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook_server.service import staging
-from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts
+from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts, row_key
 from shardbook_server.service.batches import Want, WantedBlobs
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
 from shardbook_server.service.checks import check_rank
 from shardbook_server.service.closing import fail_attempt, failure_text
 from shardbook_server.service.staging import CheckedShard, ShardChecker
-from shardbook_server.service.types import FailureReport, Registration
+from shardbook_server.service.types import AttemptLocation, FailureReport, Registration
 from shardbook_server.service.views import CheckpointState, RegistrationAnswer
+from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.blobs import BlobRow
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.registrations import RegistrationRow
@@ -121,7 +123,7 @@ class RegistrationService:
         """
         with self._database.write([report.key.part_name.run]) as connection:
             now_us = self._database.now_us(connection)
-            ask = (report.key, report.location)
+            ask = (report.key, self._known_location(connection, report) or report.location)
             attempt = open_attempts(connection, [ask], now_us, self._lease_ttl_s)[ask]
             if isinstance(attempt, ShardbookError):
                 raise attempt
@@ -129,6 +131,16 @@ class RegistrationService:
                 return attempt.state
             fail_attempt(connection, attempt.checkpoint, failure_text(report.failure), now_us, report.failure)
         return CheckpointState.FAILED
+
+    @staticmethod
+    def _known_location(connection: Connection, report: FailureReport) -> AttemptLocation | None:
+        """Returns where the attempt's files are: a rank may fail because it was told another place."""
+        part = run_rows.find_parts(connection, [report.key.part_name]).get(report.key.part_name)
+        if part is None:
+            return None
+        natural = row_key(part.id, report.key)
+        row = checkpoint_rows.find_checkpoints(connection, [natural]).get(natural)
+        return None if row is None else AttemptLocation(row.location, row.prefix)
 
 
 def _check(checker: ShardChecker, entry: RegistrationEntry) -> CheckedShard | ShardbookError:

@@ -142,6 +142,15 @@ def find_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, Checkpo
     return found
 
 
+def read_staged(connection: Connection, part_ids: Sequence[int]) -> list[CheckpointRow]:
+    """Returns the attempts of parts that may still be completed: few, whatever the parts hold."""
+    found: list[CheckpointRow] = []
+    for some in slices(part_ids):
+        rows = connection.execute(select(checkpoints).where(checkpoints.c.part_id.in_(some), IS_STAGED))
+        found.extend(map(_checkpoint, rows))
+    return found
+
+
 def reopen(connection: Connection, ids: Sequence[int], *, staged: bool = False) -> None:
     """Turns EXPIRED attempts OPEN again: their writers are back.
 
