@@ -10,6 +10,7 @@ The options with ``demo:`` in their help are the demo's: they compare, and they 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
 from pathlib import Path
@@ -116,6 +117,16 @@ def main() -> None:
         dist.init_process_group("gloo")
     if not arguments.no_save:
         dcp.init(run=arguments.run, resumed_from=arguments.resume)
+    train(arguments, rank)
+    if dist.is_initialized():
+        # What holds the group goes first, so that gloo's threads end here: one that still lets go of a collective's
+        # buffers while the interpreter ends takes the process down.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def train(arguments: argparse.Namespace, rank: int) -> None:
+    """Trains from the beginning, or from what is to be loaded."""
     trainer = Trainer()
     if arguments.resume:
         trainer.load(arguments.resume)
@@ -127,8 +138,6 @@ def main() -> None:
         say(rank, f"step {trainer.step}: loss {loss:.4f}")
         if not arguments.no_save:
             save(trainer, arguments, rank)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def save(trainer: Trainer, arguments: argparse.Namespace, rank: int) -> None:

@@ -206,7 +206,7 @@ class SavingCalls:
 
         A long deadline is for the server's work on a new structure: one that is away is given up like for other calls.
         """
-        return self._transport.call(RECORD, request, deadline_s=deadline_s, outage_s=self._transport.timeout_s)
+        return self._transport.call(RECORD, request, deadline_s=deadline_s)
 
     def _wait_until(self, key: AttemptKey, until: Progress.Until, timeout_s: float) -> pb.GetCheckpointProgressResponse:
         request = Progress(key=key, until=until)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,15 +17,21 @@ from shardbook._channel import Connection, connections
 from shardbook._retry import Backoff, is_retryable
 from shardbook._status import error_from_rpc
 from shardbook.breaker import GuardedCall, SaveBudget, is_outage
-from shardbook.errors import DeadlineExceededError, ShardbookError
+from shardbook.errors import DeadlineExceededError, ShardbookError, UnavailableError
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+
+_LOG = logging.getLogger(__name__)
 
 _BACKOFF: Final = Backoff()
 #: While a patient call is out, the server is asked this often whether it is alive, seconds.
 _LOOK_EVERY_S: Final = 2.0
 _LEAST_TIMEOUT_S: Final = 0.001
+#: Seconds for which a server that gives no sign of life is tried again, unless told otherwise: a restart takes less.
+OUTAGE_S: Final = 10.0
+#: Silence after which it is logged, seconds.
+_TELL_AFTER_S: Final = 2.0
 #: A last try of less than this proves nothing by its silence, seconds.
 _SHORT_TRY_S: Final = 2.0
 
@@ -49,6 +57,30 @@ class StreamRpc(Generic[Q, R]):
     on: Callable[[Connection], grpc.UnaryStreamMultiCallable[Q, R]]
 
 
+class _Silence:
+    """How long one call has met nobody at the other end; says so once to whoever looks at the log."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._since_s: float | None = None
+        self._told = False
+
+    def end_s(self, error: ShardbookError) -> float:
+        """Returns when to give up after one more failure, by ``time.monotonic``; never where it was an answer."""
+        # A server that answers says when to come back; without that, nobody was there.
+        if self._transport.budget is not None or not isinstance(error, UnavailableError) or error.retry_delay_s:
+            self._since_s = None
+            return math.inf
+        now_s = time.monotonic()
+        if self._since_s is None:
+            self._since_s = now_s
+        elif not self._told and now_s - self._since_s > _TELL_AFTER_S:
+            self._told = True
+            left_s = self._since_s + self._transport.outage_s - now_s
+            _LOG.warning("no Shardbook server answers at %s; trying for %.0f s more", self._transport.address, left_s)
+        return self._since_s + self._transport.outage_s
+
+
 @dataclass(frozen=True)
 class Transport:
     """How calls reach the server. Immutable and thread-safe; picklable unless it has a budget.
@@ -58,6 +90,8 @@ class Transport:
         token: Bearer token; None sends none.
         timeout_s: Deadline of calls that name none, seconds.
         budget: The save that unary calls are charged to; None charges nobody.
+        outage_s: Seconds for which a server that gives no sign of life at all is tried again, however long a call
+            may take that it answers; a budget has its own.
         backoff: Delays between attempts.
     """
 
@@ -65,21 +99,20 @@ class Transport:
     token: str | None = field(default=None, repr=False)
     timeout_s: float = 30.0
     budget: SaveBudget | None = field(default=None, repr=False, compare=False)
+    outage_s: float = OUTAGE_S
     backoff: Backoff = field(default=_BACKOFF, repr=False, compare=False)
 
     def unguarded(self) -> Transport:
         """Returns the same transport without a budget."""
         return replace(self, budget=None)
 
-    def call(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None, outage_s: float | None = None) -> R:
+    def call(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> R:
         """Returns the answer to ``request``, asking again until the deadline where that may help.
 
         Args:
             rpc: The call.
             request: Its request.
             deadline_s: Seconds for everything, retries included; a budget may allow less.
-            outage_s: Seconds for which a server that refuses is asked again, for calls whose deadline is long because
-                they are much work; up to the deadline when None.
 
         Raises:
             ShardbookError: What the server answered, or that it did not.
@@ -92,7 +125,7 @@ class Transport:
             def attempt(remaining_s: float) -> R:
                 return self._attempt(rpc, request, remaining_s, guarded)
 
-            return self._until_deadline(attempt, limit_s, outage_s=outage_s)
+            return self._until_deadline(attempt, limit_s)
 
     def call_patiently(
         self, rpc: Rpc[Q, R], request: Q, *, limit_s: float, is_alive: Callable[[Transport, float], object]
@@ -160,12 +193,10 @@ class Transport:
         attempt: Callable[[float], R],
         limit_s: float,
         guarded: GuardedCall | None = None,
-        *,
-        outage_s: float | None = None,
     ) -> R:
         """Repeats ``attempt``; with ``guarded``, only while the server's silence stays within what it allows."""
         end_s = time.monotonic() + limit_s
-        retry_end_s = end_s
+        silence = _Silence(self)
         failure_count = 0
         last: ShardbookError | None = None
         while True:
@@ -178,13 +209,11 @@ class Transport:
                     raise last from error
                 raise
             except ShardbookError as error:
-                if last is None and outage_s is not None:
-                    retry_end_s = min(end_s, time.monotonic() + outage_s)
                 last = error
                 failure_count += 1
                 delay_s = self.backoff.delay_s(failure_count, error)
                 # No sleep that the deadline would end: the caller learns what is wrong while it still has time.
-                if not is_retryable(error) or time.monotonic() + delay_s >= retry_end_s:
+                if not is_retryable(error) or time.monotonic() + delay_s >= min(end_s, silence.end_s(error)):
                     raise
                 if guarded is not None and guarded.quiet_s + delay_s >= guarded.silence_s:
                     raise

@@ -7,7 +7,7 @@ from typing import Final
 from shardbook._address import ServerAddress
 from shardbook._reading import ReadingCalls
 from shardbook._saving import SavingCalls
-from shardbook._transport import Transport
+from shardbook._transport import OUTAGE_S, Transport
 from shardbook.breaker import SaveBudget
 from shardbook.errors import InvalidArgumentError
 
@@ -23,14 +23,15 @@ class Client(SavingCalls, ReadingCalls):
     forked from one that had made a call, every call raises ForkedClientError at once; the parent works on.
 
     Every call raises subclasses of ``shardbook.errors.ShardbookError``, chosen by the reason the server gave. A server
-    that cannot be reached is UnavailableError, one that does not answer in time DeadlineExceededError. Calls are
-    idempotent, so they are retried until their deadline where that may help.
+    that cannot be reached is UnavailableError after ``outage_s``, one that does not answer in time
+    DeadlineExceededError. Calls are idempotent, so they are retried until their deadline where that may help.
 
     Args:
         target: ``host:port``; ``a:port,b:port`` for replicas, tried in random order; ``unix:/path``. None reads
             ``SHARDBOOK_SERVER`` and the configuration file.
         token: Bearer token; with ``target=None`` the configured one is used when this is None.
         timeout_s: Deadline of calls that name none, seconds.
+        outage_s: Seconds for which a server that gives no sign of life is tried again, however long a call may take.
         budget: See ``guarded``.
 
     Raises:
@@ -43,13 +44,14 @@ class Client(SavingCalls, ReadingCalls):
         *,
         token: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        outage_s: float = OUTAGE_S,
         budget: SaveBudget | None = None,
     ) -> None:
         if target is None:
             target, token = _configured(token)
         if not timeout_s > 0:
             raise InvalidArgumentError(f"timeout_s is {timeout_s}, not above 0", field="timeout_s")
-        self._transport = Transport(ServerAddress.parse(target), token, timeout_s, budget)
+        self._transport = Transport(ServerAddress.parse(target), token, timeout_s, budget, outage_s)
 
     @property
     def target(self) -> str:
@@ -67,17 +69,18 @@ class Client(SavingCalls, ReadingCalls):
         Streams and catalogue lists may be called on it too; only calls that a save makes are bounded. The result is
         thread-safe and not picklable.
         """
-        return Client(self.target, token=self._transport.token, timeout_s=self.timeout_s, budget=budget)
+        own = self._transport
+        return Client(self.target, token=own.token, timeout_s=own.timeout_s, outage_s=own.outage_s, budget=budget)
 
     def __repr__(self) -> str:
         return f"Client({self.target!r}, timeout_s={self.timeout_s})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.target, self._transport.token, self.timeout_s)
+        return _rebuild, (self.target, self._transport.token, self.timeout_s, self._transport.outage_s)
 
 
-def _rebuild(target: str, token: str | None, timeout_s: float) -> Client:
-    return Client(target, token=token, timeout_s=timeout_s)
+def _rebuild(target: str, token: str | None, timeout_s: float, outage_s: float) -> Client:
+    return Client(target, token=token, timeout_s=timeout_s, outage_s=outage_s)
 
 
 def _configured(token: str | None) -> tuple[str, str | None]:

@@ -170,7 +170,7 @@ class ClientConfig:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ClientConfig:
         """Returns the settings of this process.
 
-        An unset and an empty variable are the same. Says once, at level INFO, when no server is configured.
+        An unset and an empty variable are the same.
 
         Args:
             environ: Environment to read; the process's own when None.
@@ -185,10 +185,7 @@ class ClientConfig:
             if text:
                 values[setting.name] = _parsed(setting, text, setting.variable)
         values["stores"] = Stores(MappingProxyType(values.get("stores", {})))
-        config = cls(**values)
-        if config.server is None and config.mode is Mode.OFFLINE and "mode" not in values:
-            _LOG.info("no Shardbook server is configured (SHARDBOOK_SERVER): checkpoints are described offline only")
-        return config
+        return cls(**values)
 
     def breaker(self) -> CircuitBreaker:
         """Returns a new circuit breaker with these settings' numbers; make one per process."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from shardbook import dcp
-from shardbook.errors import (
-    NotFoundError,
-)
+from shardbook import Client, dcp
+from shardbook.errors import NotFoundError, UnavailableError
 from tests.torch.alone import blank_state, loads, some_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
@@ -37,6 +36,18 @@ class TestLoad:
         """A path without a checkpoint, and a ref without one."""
         with pytest.raises(NotFoundError):
             dcp.load(blank_state(), tmp_path)
+
+    def test_a_run_without_a_checkpoint(self, session: dcp.Session) -> None:
+        """What is missing is named, rather than a file that nobody spoke of."""
+        with pytest.raises(NotFoundError, match=f"{session.run}@latest"):
+            dcp.load(blank_state(), session.run)
+
+    def test_a_server_that_is_away(self, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Said soon, with the way around it."""
+        monkeypatch.setenv("SHARDBOOK_SERVER", "127.0.0.1:1")
+        monkeypatch.setattr("shardbook.dcp.loading.Client", partial(Client, outage_s=0.5))
+        with pytest.raises(UnavailableError, match="can be loaded without a server"):
+            dcp.load(blank_state(), f"{run}@1")
 
     def test_an_unknown_ref(self, session: dcp.Session) -> None:
         """As the catalogue says."""

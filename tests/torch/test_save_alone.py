@@ -20,6 +20,7 @@ from shardbook.errors import (
     InvalidArgumentError,
     UnregisteredError,
 )
+from tests.behaviour.rpc.api import wait_until
 from tests.torch.alone import blank_state, loads, some_state
 from tests.torch.harness import files_below
 
@@ -66,6 +67,14 @@ class TestResult:
         assert SaveState.COMMITTED == response.upload_completion.result(20).state == response.result(20).state
         assert response.done()
         assert response.exception() is None
+
+    def test_a_background_save_that_fails_is_logged(
+        self, session: dcp.Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Also where nobody asks for its result."""
+        response = dcp.async_save({"f": lambda: 1}, checkpoint_id=tmp_path / "step-3")
+        assert response.exception(30) is not None
+        wait_until(lambda: any("background save of step 3" in one.getMessage() for one in caplog.records))
 
     def test_async_save_copies_first(self, session: dcp.Session, tmp_path: Path) -> None:
         """What is changed after the copy is not saved."""

@@ -52,6 +52,20 @@ class TestInit:
         with pytest.raises(FailedPreconditionError, match="init_process_group"):
             dcp.init(run=run, mode="offline")
 
+    def test_a_forgotten_server_is_named_once(
+        self, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Aloud, with the line that helps; not to those who chose to be offline."""
+        dcp.init(run=run, mode="offline")
+        monkeypatch.setenv("SHARDBOOK_MODE", "offline")
+        dcp.init(run=run)
+        assert [] == [one for one in caplog.records if one.levelname == "WARNING"]
+        monkeypatch.delenv("SHARDBOOK_MODE")
+        dcp.init(run=run)
+        dcp.close()
+        (warning,) = (one.getMessage() for one in caplog.records if one.levelname == "WARNING")
+        assert "export SHARDBOOK_SERVER" in warning
+
     @pytest.mark.parametrize("arguments", [{"on_live": "maybe"}, {"mode": "sometimes"}, {"part": "a/b"}])
     def test_arguments_that_mean_nothing(self, run: str, arguments: dict[str, Any]) -> None:
         """They are named."""

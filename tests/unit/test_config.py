@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import pickle
 from pathlib import Path
 
@@ -107,19 +106,9 @@ def test_bad_file_is_refused(content: str, match: str, tmp_path: Path) -> None:
         ClientConfig.from_env({"SHARDBOOK_CLIENT_CONFIG": str(path)})
 
 
-def test_no_server_means_offline_and_one_log_line(nowhere: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing configured is a way to work, said once."""
-    with caplog.at_level(logging.INFO, "shardbook"):
-        assert Mode.OFFLINE is ClientConfig.from_env(nowhere).mode
-    assert 1 == len(caplog.records)
-    assert "SHARDBOOK_SERVER" in caplog.text
-
-
-def test_offline_on_purpose_is_not_logged(nowhere: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """Who asked for offline need not be told."""
-    with caplog.at_level(logging.INFO, "shardbook"):
-        config = ClientConfig.from_env({**nowhere, "SHARDBOOK_MODE": "offline"})
-    assert (Mode.OFFLINE, 0) == (config.mode, len(caplog.records))
+def test_no_server_means_offline(nowhere: dict[str, str]) -> None:
+    """Nothing configured is a way to work; ``init`` says what it means."""
+    assert Mode.OFFLINE is ClientConfig.from_env(nowhere).mode
 
 
 def test_disabled_stays_disabled_without_a_server(nowhere: dict[str, str]) -> None:

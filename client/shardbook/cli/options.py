@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import typer
 
@@ -24,6 +24,8 @@ Server = Annotated[
 Timeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.01, help="Longest time that one call may take.")
 ]
+#: Somebody sits at the terminal: a server that does not answer is named soon.
+_OUTAGE_S: Final = 2.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (docs/cli.md) instead of a table.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, metavar="N", help="Rows at most; 0 for all.")]
 
@@ -43,7 +45,7 @@ def client_of(server: str | None, timeout_s: float) -> tuple[Client, ClientConfi
             reason="NO_SERVER",
             field="server",
         )
-    return Client(address, token=config.token, timeout_s=timeout_s), config
+    return Client(address, token=config.token, timeout_s=timeout_s, outage_s=_OUTAGE_S), config
 
 
 def page_size(limit: int) -> int:

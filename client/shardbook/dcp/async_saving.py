@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from shardbook.dcp.saving import plain_state
 from shardbook.dcp.standing_aside import async_save_by_torch, stands_aside
 from shardbook.errors import InvalidArgumentError
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass
 class AsyncSaveResponse(state_dict_saver.AsyncSaveResponse):
@@ -30,7 +33,8 @@ class AsyncSaveResponse(state_dict_saver.AsyncSaveResponse):
 
     Attributes:
         staging_completion: Done when the state dict is copied and may be changed.
-        upload_completion: Done when the save is: committed, or whatever ``save`` would have returned or raised.
+        upload_completion: Done when the save is: committed, or whatever ``save`` would have returned or raised. A
+            failure is logged as an error too, for those who never ask.
     """
 
     upload_completion: Future[SaveResult]  # type: ignore[assignment] # DCP's promises less
@@ -121,10 +125,25 @@ def async_save(
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
     upload = executor.submit(_upload, prepared, staged)
     executor.shutdown(wait=False)
-    upload.add_done_callback(lambda _: _close(owned))
+    upload.add_done_callback(lambda done: _ended(done, prepared, owned))
     if not isinstance(staged, Future) and async_stager.should_synchronize_after_execute:
         async_stager.synchronize_staging()
     return AsyncSaveResponse(_staging_future(staged), upload)
+
+
+def _ended(done: Future[SaveResult], prepared: PreparedSave, stager: AsyncStager | None) -> None:
+    """Says what would go unseen where nobody asks for the result."""
+    _close(stager)
+    error = done.exception()
+    if error is not None:
+        _LOG.error(
+            "the background save of step %d to %s failed on rank %d: %s: %s",
+            prepared.attempt.step,
+            prepared.attempt.path,
+            prepared.attempt.member.rank,
+            type(error).__name__,
+            error,
+        )
 
 
 def _usual_stager(state_dict: dict[str, Any]) -> AsyncStager:

@@ -27,7 +27,7 @@ from shardbook.core.extents import decode_segment
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.head import decode_head, decode_metadata_header
 from shardbook.core.locate import locate
-from shardbook.core.names import CheckpointName, is_ref
+from shardbook.core.names import CheckpointName, RunName, is_ref
 from shardbook.dcp._torch import storage_reader_for
 from shardbook.dcp.directory import incomplete_attempts, read_attempt
 from shardbook.dcp.metadata import CheckpointColumns, default_header
@@ -35,7 +35,7 @@ from shardbook.dcp.pickled import read_pickled_metadata
 from shardbook.dcp.planner import LoadPlanner
 from shardbook.dcp.runtime import current_config, is_distributed
 from shardbook.dcp.writer import CheckpointFiles
-from shardbook.errors import InvalidArgumentError, NotFoundError
+from shardbook.errors import InvalidArgumentError, NotFoundError, UnavailableError
 
 #: What fetching the metadata of a whole checkpoint may take, seconds.
 _METADATA_S: Final = 300.0
@@ -105,7 +105,19 @@ def _name_of(target: str | os.PathLike[str] | CheckpointName | None) -> Checkpoi
         return CheckpointName.parse(target)
     if target.startswith("projects/") and "/checkpoints/" in target:
         return CheckpointName.parse(target)
+    if not Path(target).exists() and _is_run(target):
+        raise NotFoundError(
+            f"{target} is no directory here; if it is a run, say which of its checkpoints: {target}@latest",
+            field="checkpoint_id",
+        )
     return None
+
+
+def _is_run(text: str) -> bool:
+    try:
+        return RunName.parse(text).ref == text
+    except InvalidArgumentError:
+        return False
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
@@ -121,7 +133,15 @@ def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> Chec
     """
     config = current_config() if config is None else config
     client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
-    return _columns(client.get_metadata(name, deadline_s=_METADATA_S), config)
+    try:
+        stored = client.get_metadata(name, deadline_s=_METADATA_S)
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"{error.message} A checkpoint's directory can be loaded without a server: dcp.load(state, '/its/path')",
+            reason=error.reason,
+            metadata=error.metadata,
+        ) from error
+    return _columns(stored, config)
 
 
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:

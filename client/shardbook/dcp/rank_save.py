@@ -131,9 +131,20 @@ class RankSave:
             return None
 
     def _go_without(self, error: ShardbookError) -> None:
-        """Notes that the save goes on without the service, at least for this call."""
-        if not self._unregistered:
-            _LOG.warning("the save of step %d goes on without the service: %s", self._attempt.step, error)
+        """Notes that the save goes on without the service, at least for this call.
+
+        Said once an outage, and aloud by one rank: thousands of them would say the same, save after save.
+        """
+        if not self._runtime.outage_told:
+            self._runtime.outage_told = True
+            _LOG.log(
+                logging.WARNING if self._attempt.member.is_coordinator else logging.INFO,
+                "step %d and those to come are saved without the service until it answers: %s. The data is safe; the "
+                "first save that reaches the service records what it missed, or run `shardbook sync %s`",
+                self._attempt.step,
+                error,
+                self._attempt.path,
+            )
         self._unregistered = f"{error.reason}: {error}"
 
     @contextmanager
@@ -260,6 +271,7 @@ class RankSave:
             return
         try:
             self._submitter.register(record)
+            self._runtime.outage_told = False
             self._unregistered = ""  # what went wrong before cost some duplicates, no more
         except ShardbookError as error:
             self._raise_verdict("register", self._submitter, error)

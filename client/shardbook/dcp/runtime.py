@@ -76,6 +76,8 @@ class Runtime:
         self.breaker = config.breaker()
         #: Saves that the service does not know yet: path of the directory by (part, step).
         self.unregistered: dict[tuple[str, int], str] = {}
+        #: The server did not answer the last save, and that was said.
+        self.outage_told = False
         #: Names of entries that were looked at for what `load` will refuse.
         self.checked_entries: set[str] = set()
         #: Blobs that the server has from this process, so that later saves send digests alone.

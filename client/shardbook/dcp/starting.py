@@ -77,6 +77,8 @@ def init(
         if run is None:
             raise InvalidArgumentError("name the run: init(run='project/run')", field="run")
         mine = new_session(run, config, part=part, resumed_from=resumed_from, on_live=on_live, job_id=job_id)
+        if mode is None and config.mode is Mode.OFFLINE and _member_or(alone, process_group).is_coordinator:
+            _warn_of_no_server(mine.run)
         limit_s = min(live_wait_s, group_timeout_s(process_group) / 2) if is_distributed() else live_wait_s
         session = _started(mine, config, process_group, limit_s)
     elif run is not None and Session(run, incarnation=session.incarnation).run != session.run:
@@ -108,6 +110,16 @@ def _config(server: str | None, mode: str | None, session: Session | None) -> Cl
     if mode is not None:
         environ["SHARDBOOK_MODE"] = mode
     return ClientConfig.from_env(environ)
+
+
+def _warn_of_no_server(run: str) -> None:
+    """Says what a forgotten variable costs, unless somebody chose to be without a server."""
+    if not os.environ.get("SHARDBOOK_MODE"):
+        _LOG.warning(
+            "no Shardbook server is configured, so saves of %s are described in their directories only: export "
+            "SHARDBOOK_SERVER as `shardbook-server serve` prints it, or SHARDBOOK_MODE=offline to be without one",
+            run,
+        )
 
 
 def _place(
@@ -176,5 +188,9 @@ def _asked(session: Session, config: ClientConfig, live_wait_s: float) -> Sessio
     except ShardbookError as error:
         if not is_outage(error):
             raise
-        _LOG.warning("%s: the Shardbook server does not answer; saves stay unregistered until it does", error)
+        _LOG.warning(
+            "the Shardbook server does not answer (%s): saves of %s stay in their directories until it does",
+            error,
+            session.run,
+        )
         return replace(session, number=0)

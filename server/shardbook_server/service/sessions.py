@@ -162,7 +162,9 @@ def _busy(request: SessionStart, held: tuple[SessionRow, LeaseRow] | None, now_u
     seen = datetime.fromtimestamp(lease.seen_time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return RunBusyError(
         f"{request.part_name.ref} is being written by {session.user or 'someone'} on {session.host or 'some host'}, "
-        f"last seen {seen}; wait for it, stop it, or take the run over with on_live=TAKEOVER",
+        f"last seen {seen}; its lease ends in {(lease.expire_time_us - now_us) / 1e6:.0f} s unless it goes on. "
+        'Wait for that with init(on_live="wait"), stop that job, or take the run over with init(on_live="takeover"); a '
+        "restarted job is known again by its job_id and need not wait",
         metadata={"host": session.host, "user": session.user, "job_id": session.job_id, "last_seen": seen},
         retry_delay_s=(lease.expire_time_us - now_us) / 1e6,
     )

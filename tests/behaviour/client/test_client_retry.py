@@ -101,6 +101,31 @@ def test_server_that_comes_back_on_its_address_is_found_within_the_deadline(free
     assert [OK] == done
 
 
+def test_a_server_that_is_not_there_is_given_up_long_before_a_long_deadline(
+    free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A call may be allowed minutes of work; nobody waits that long where nobody works. And the wait is said."""
+    client = Client(f"127.0.0.1:{free_port}", outage_s=3.0)
+    began_s = time.monotonic()
+    with pytest.raises(errors.UnavailableError, match="cannot reach a Shardbook server"):
+        client.get_metadata("a/b@1", deadline_s=300)
+    assert 2.0 < time.monotonic() - began_s < 15
+    assert 1 == sum("no Shardbook server answers" in one.getMessage() for one in caplog.records)
+
+
+def test_a_server_that_answers_may_refuse_for_longer(free_port: int) -> None:
+    """RetryInfo is a sign of life."""
+
+    def handle(_: Any, context: grpc.ServicerContext) -> pb.KeepAliveResponse:
+        if time.monotonic() < began_s + 1.5:
+            refuse(context, grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE", retry_delay_s=0.1)
+        return OK
+
+    with scripted_server(KeepAlive=handle) as server:
+        began_s = time.monotonic()
+        Client(server.target, outage_s=0.2).keep_alive(pb.KeepAliveRequest(), deadline_s=20)
+
+
 def test_several_addresses_are_tried_until_one_answers(free_port: int) -> None:
     """With a list of replicas, a dead one costs nothing but the try."""
     with scripted_server(KeepAlive=lambda *_: OK) as server:
