@@ -86,6 +86,7 @@ def test_database_is_healthy_only_over_tcp() -> None:
 def test_database_keeps_what_it_acknowledged() -> None:
     """Rule: fsync is on, data lies in a named volume, and stopping gives it time."""
     db = SERVICES["db"]
+    assert "postgres:16" == db["image"]
     assert {"fsync=on", "full_page_writes=on", "synchronous_commit=on"} == set(db["command"][2::2])
     (volume,) = db["volumes"]
     name, _, folder = volume.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -21,12 +23,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shardbook_server.settings import Settings
 from tests.deploy.dockerfile import read_stages
 from tests.deploy.files import COMPOSE, DOCKERFILE, ROOT, read_yaml, version
 from tests.deploy.image import Machine
 from tests.postgres import Postgres, unprivileged_user
 
-pytestmark = pytest.mark.slow
+# Packages come over the network where pip has none of them yet.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FINAL = read_stages(DOCKERFILE)[-1]
 #: A server is up, or down, within this, seconds.
@@ -174,6 +178,30 @@ def test_image_serves_the_embedded_database_as_anybody(image: Image) -> None:
     assert database.exists()
     if image.user is not None:
         assert image.user == database.owner()
+
+
+@pytest.mark.skipif("http_listen" not in Settings.model_fields, reason="the server has no HTTP yet")
+def test_health_check_believes_the_server(image: Image) -> None:
+    """Rule: what the image asks is what its server answers, while it serves and no longer."""
+    http = _free_address()
+    _, _, words = FINAL.only("HEALTHCHECK").text.partition(" ")
+    python, flag, code = json.loads(words)
+    program = shutil.which(python, path=image.environment["PATH"])
+    assert program is not None
+    command = [program, flag, code.replace(", 7071,", f", {http.rpartition(':')[2]},")]
+
+    def healthy() -> bool:
+        asked = subprocess.run(
+            command, check=False, env=image.environment, cwd=image.home, user=image.user, stderr=subprocess.DEVNULL
+        )
+        return asked.returncode == 0
+
+    with image.serving("serve", environment={**_listening(), "SHARDBOOK_HTTP_LISTEN": http}):
+        end_s = time.monotonic() + SOON_S
+        while not healthy():
+            assert time.monotonic() < end_s
+            time.sleep(0.2)
+    assert not healthy()
 
 
 def test_services_of_compose_run_over_postgres(image: Image, postgres: Postgres) -> None:
