@@ -23,6 +23,7 @@ PAGES = (
     "docs/SETTINGS.md",
     "docs/cli.md",
     "docs/decisions/README.md",
+    "deploy/README.md",
 )
 
 
