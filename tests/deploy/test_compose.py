@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,20 +48,6 @@ def test_schema_would_find_a_mistake(tmp_path: Path) -> None:
     done = _check_schema(wrong)
     assert 1 == done.returncode
     assert "stop_grace_perod" in done.stdout
-
-
-def test_compose_itself_reads_it() -> None:
-    """Rule: where Compose is installed, it resolves the file; this needs no engine."""
-    commands = [["docker", "compose"], ["docker-compose"]]
-    for command in commands:
-        known = shutil.which(command[0]) is not None
-        if known and subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
-            done = subprocess.run(
-                [*command, "--file", str(COMPOSE), "config", "--quiet"], capture_output=True, text=True, check=False
-            )
-            assert (0, "") == (done.returncode, done.stderr)
-            return
-    pytest.skip("Compose is not installed; its schema is checked all the same")
 
 
 def test_the_order_is_database_schema_servers() -> None:
