@@ -38,6 +38,7 @@ class Demo:
             **os.environ,
             "SHARDBOOK_SERVER": f"127.0.0.1:{self.port}",
             "SHARDBOOK_LISTEN": f"127.0.0.1:{self.port}",
+            "SHARDBOOK_HTTP_LISTEN": "off",
             "SHARDBOOK_DATABASE_URL": f"sqlite:///{folder / 'shardbook.db'}",
             "SHARDBOOK_LOG_LEVEL": "warning",
             "OMP_NUM_THREADS": "1",

@@ -30,6 +30,8 @@ def _no_settings_from_outside(tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setenv("XDG_DATA_HOME", str(home / "data"))
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+        # Servers of parallel tests would all want the same port; tests of HTTP ask for one of their own.
+        patch.setenv("SHARDBOOK_HTTP_LISTEN", "off")
         # Ranks and workers share few cores: one thread each.
         patch.setenv("OMP_NUM_THREADS", "1")
         # A terminal's width and colours are no part of an output.

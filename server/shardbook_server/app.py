@@ -24,6 +24,8 @@ from shardbook.v1.catalog_pb2_grpc import add_CatalogServiceServicer_to_server
 from shardbook.v1.metadata_pb2_grpc import add_MetadataServiceServicer_to_server
 from shardbook.v1.registration_pb2_grpc import add_RegistrationServiceServicer_to_server
 from shardbook_server.failpoints import Failpoints
+from shardbook_server.observer import SILENT, Observer
+from shardbook_server.operations import Operations
 from shardbook_server.rpc.attempts import Attempts
 from shardbook_server.rpc.batcher import BatchLimits
 from shardbook_server.rpc.bridge import Bridge
@@ -33,12 +35,14 @@ from shardbook_server.rpc.interceptors import EdgeInterceptor
 from shardbook_server.rpc.metadata import MetadataHandlers
 from shardbook_server.rpc.registration import RegistrationHandlers
 from shardbook_server.rpc.waits import Waits
+from shardbook_server.rpc.watch import AccessLog
 from shardbook_server.service.services import build_services
 from shardbook_server.service.views import AttemptCounts
 from shardbook_server.settings import Settings, default_data_dir
 from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database, PostgresOptions
 from shardbook_server.storage.urls import is_postgres
+from shardbook_server.tracing import Tracing
 
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
@@ -80,7 +84,7 @@ def prepare_database(settings: Settings) -> str:
     return migrate.check(settings.database_url)
 
 
-def open_database(settings: Settings, *, connections: int) -> Database:
+def open_database(settings: Settings, *, connections: int, observer: Observer = SILENT) -> Database:
     """Returns the database of the settings; nothing is connected yet.
 
     Raises:
@@ -91,7 +95,7 @@ def open_database(settings: Settings, *, connections: int) -> Database:
         statement_timeout_s=settings.postgres_statement_timeout_s,
         prepared_statements=settings.postgres_prepared_statements,
     )
-    return Database(settings.database_url, connections=connections, postgres=options)
+    return Database(settings.database_url, connections=connections, postgres=options, observer=observer)
 
 
 class Server:
@@ -99,22 +103,39 @@ class Server:
 
     Attributes:
         database: For tests, which look behind the API.
+        address: Where gRPC is served, as clients use it; empty before ``start``.
     """
 
-    def __init__(self, settings: Settings, *, failpoints: Failpoints | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        failpoints: Failpoints | None = None,
+        tracing: Tracing | None = None,
+        schema: str = "",
+    ) -> None:
         """Wires everything; nothing is bound yet.
 
         Args:
             settings: What to serve and how.
             failpoints: Faults to inject; those of the environment when None.
+            tracing: Where spans go; as the settings and the environment say when None.
+            schema: Revision of the database's schema, for the metrics.
+
+        Raises:
+            FailedPreconditionError: Tracing is asked for and not installed.
         """
         connections = settings.worker_threads + settings.heavy_threads
         self._settings = settings
-        self.database = open_database(settings, connections=connections)
+        self._tracing = Tracing() if tracing is None and settings.otel else tracing
+        self._health = HealthHandlers(SERVICES)
+        self._operations = Operations(settings, self._health, lambda: open_database(settings, connections=1), schema)
+        observer = self._operations.recorder
+        self.database = open_database(settings, connections=connections, observer=observer)
         # On Postgres one thread is kept for reads: writers waiting for each other must not take them all.
         alone = self.database.backend.single_writer
         writers = _SQLITE_WRITERS if alone else max(1, settings.worker_threads - 1)
-        self._services = build_services(self.database, lease_ttl_s=settings.lease_ttl_s)
+        self._services = build_services(self.database, lease_ttl_s=settings.lease_ttl_s, observer=observer)
         self._bridge = Bridge(
             threads=settings.worker_threads,
             heavy_threads=settings.heavy_threads,
@@ -130,18 +151,26 @@ class Server:
             queue_bytes=settings.batch_queue_bytes,
         )
         in_flight = _SQLITE_WRITERS if alone else _POSTGRES_BATCHES
-        self._attempts = Attempts(self._services, self._bridge, self._waits, limits, in_flight=in_flight)
-        self._health = HealthHandlers(SERVICES)
+        self._attempts = Attempts(
+            self._services, self._bridge, self._waits, limits, in_flight=in_flight, observer=observer
+        )
+        self._operations.watch(self._waits, self._bridge, self._attempts)
         self._server = self._build()
         self._reaper: asyncio.Task[None] | None = None
         self.address = ""
 
+    @property
+    def http_address(self) -> str:
+        """Where HTTP is served, ``host:port``; empty when it is off."""
+        return self._operations.http_address
+
     async def start(self) -> str:
-        """Binds the address and serves; returns the address that clients use.
+        """Binds the addresses and serves; returns the one that clients use.
 
         Raises:
-            UnavailableError: The address cannot be bound.
+            UnavailableError: An address cannot be bound.
         """
+        await self._operations.bind()
         listen = self._settings.listen
         try:
             port = self._server.add_insecure_port(listen)
@@ -152,6 +181,7 @@ class Server:
             ) from error
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
         await self._server.start()
+        self._operations.serve(self.address)
         self._reaper = asyncio.get_running_loop().create_task(self._reap())
         return self.address
 
@@ -162,6 +192,7 @@ class Server:
             grace_s: How long calls in progress may take; ``drain_s`` of the settings when None.
         """
         self._health.drain()
+        self._operations.drain()
         if self._reaper is not None:
             self._reaper.cancel()
         self._waits.drain()
@@ -169,15 +200,20 @@ class Server:
         await self._attempts.close()
         await self._bridge.close()
         await self._waits.close()
+        await self._operations.close()
         self.database.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def cut(self) -> None:
         """Ends the calls in progress of a server that is being stopped."""
         await self._server.stop(0)
 
     def _build(self) -> grpc.aio.Server:
+        edge = EdgeInterceptor(self._operations.recorder, AccessLog(self._settings.access_log))
         server = grpc.aio.server(
-            interceptors=[EdgeInterceptor()],
+            # Spans around everything else, so that they hold the time and the status that clients see.
+            interceptors=[edge] if self._tracing is None else [self._tracing.interceptor, edge],
             options=_options(self._settings),
             maximum_concurrent_rpcs=self._settings.max_concurrent_rpcs,
         )
@@ -247,10 +283,12 @@ def _ms(value_s: float) -> int:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, *, failpoints: Failpoints | None = None) -> AsyncIterator[Server]:
+async def serving(
+    settings: Settings, *, failpoints: Failpoints | None = None, tracing: Tracing | None = None
+) -> AsyncIterator[Server]:
     """Runs a server on this event loop until the block ends: ``server.address`` says where."""
-    await asyncio.to_thread(prepare_database, settings)
-    server = Server(settings, failpoints=failpoints)
+    schema = await asyncio.to_thread(prepare_database, settings)
+    server = Server(settings, failpoints=failpoints, tracing=tracing, schema=schema)
     try:
         await server.start()
         yield server
@@ -258,25 +296,27 @@ async def serving(settings: Settings, *, failpoints: Failpoints | None = None) -
         await server.stop()
 
 
-async def serve(settings: Settings, ready: Callable[[str], None]) -> None:
+async def serve(settings: Settings, ready: Callable[[Server], None], *, schema: str = "") -> None:
     """Serves until SIGTERM or SIGINT, then drains; another signal after a second cuts what is in progress.
 
     Args:
         settings: What to serve and how; the database is prepared already.
-        ready: Called with the address once the server answers.
+        ready: Called with the server once it answers.
+        schema: What ``prepare_database`` returned.
 
     Raises:
-        UnavailableError: The address cannot be bound.
+        UnavailableError: An address cannot be bound.
+        FailedPreconditionError: Tracing is asked for and not installed.
     """
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    server = Server(settings)
+    server = Server(settings, schema=schema)
     try:
-        address = await server.start()
+        await server.start()
         _spare_the_collector()
-        ready(address)
+        ready(server)
         await signals.get()
         _log.info("draining", grace_s=settings.drain_s)
     finally:
@@ -296,7 +336,9 @@ async def _cut_on_second_signal(server: Server, signals: asyncio.Queue[int]) -> 
 
 
 @contextmanager
-def running_server(settings: Settings, *, failpoints: Failpoints | None = None) -> Iterator[Server]:
+def running_server(
+    settings: Settings, *, failpoints: Failpoints | None = None, tracing: Tracing | None = None
+) -> Iterator[Server]:
     """Runs a server in a thread of its own until the block ends; for tests and tools that are synchronous.
 
     ``server.address`` says where, with the port that was found when the settings ask for port 0.
@@ -304,7 +346,7 @@ def running_server(settings: Settings, *, failpoints: Failpoints | None = None) 
     started: Future[tuple[Server, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def run() -> None:
-        async with serving(settings, failpoints=failpoints) as server:
+        async with serving(settings, failpoints=failpoints, tracing=tracing) as server:
             ended = asyncio.Event()
             started.set_result((server, asyncio.get_running_loop(), ended))
             await ended.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,8 @@ from typing import Annotated
 import typer
 
 from shardbook.errors import FailedPreconditionError, ShardbookError
-from shardbook_server.settings import Settings, load_settings
+from shardbook_server.print_config import as_toml
+from shardbook_server.settings import Settings, load_settings, load_with_sources
 from shardbook_server.storage.urls import shown_url
 
 app = typer.Typer(
@@ -58,31 +60,48 @@ def _root(
 def serve(
     listen: Annotated[str | None, typer.Option(help="Address: host:port, [ipv6]:port or unix:/path.")] = None,
     database_url: DatabaseUrl = None,
+    http_listen: Annotated[
+        str | None, typer.Option(help="Address for /healthz, /readyz and /metrics: host:port, or off.")
+    ] = None,
     config: Config = None,
     reflection: Annotated[
         bool | None, typer.Option("--reflection/--no-reflection", help="Serve gRPC reflection, for grpcurl.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every setting and where it comes from, as TOML, and exit.")
+    ] = False,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Needs no options: data lies in one place below your home, which is printed."""
     with _reported():
-        settings = load_settings(
-            {"listen": listen, "database_url": database_url, "reflection": reflection, "log_level": log_level},
-            config=config,
-        )
+        flags = {
+            "listen": listen,
+            "http_listen": http_listen,
+            "database_url": database_url,
+            "reflection": reflection,
+            "log_level": log_level,
+        }
+        loaded = load_with_sources(flags, config=config)
+        if print_config:
+            typer.echo(as_toml(loaded), nl=False)
+            return
+        settings = loaded.settings
         # What serving needs is heavy; `--help` and `--version` answer without it.
         from shardbook_server import app as server
         from shardbook_server.logs import configure_logging
 
         configure_logging(settings)
-        server.prepare_database(settings)
-        asyncio.run(server.serve(settings, lambda address: _announce(settings, address)))
+        schema = server.prepare_database(settings)
+        announce = partial(_announce, settings)
+        asyncio.run(server.serve(settings, lambda one: announce(one.address, one.http_address), schema=schema))
 
 
-def _announce(settings: Settings, address: str) -> None:
+def _announce(settings: Settings, address: str, http_address: str) -> None:
     """Says where the data is, where the server answers, and the line for the shells of its users."""
     typer.echo(f"data      {_shown(settings.database_url)}")
     typer.echo(f"address   {address}")
+    if http_address:
+        typer.echo(f"http      http://{_reachable(http_address)}")
     typer.echo(f"export SHARDBOOK_SERVER={_reachable(address)}")
     # Output to a file or a pipe is buffered, and somebody waits for these lines.
     typer.get_text_stream("stdout").flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -22,6 +23,9 @@ from shardbook.errors import FieldViolation, InvalidArgumentError
 CONFIG_VARIABLE: Final = "SHARDBOOK_CONFIG"
 ENVIRONMENT_PREFIX: Final = "SHARDBOOK_"
 DEFAULT_LISTEN: Final = "127.0.0.1:7070"
+DEFAULT_HTTP_LISTEN: Final = "127.0.0.1:7071"
+#: Says that HTTP is off where an empty text says that nothing was set, as in the environment.
+OFF: Final = "off"
 
 _Count = Annotated[int, Field(ge=1, le=1 << 31)]
 _Threads = Annotated[int, Field(ge=1, le=1024)]
@@ -54,6 +58,11 @@ class Settings(BaseModel):
         default=DEFAULT_LISTEN,
         description="Address to serve gRPC on: host:port (port 0 takes a free one), [ipv6]:port or unix:/path. "
         "The default is reachable from this machine only.",
+    )
+    http_listen: str = Field(
+        default=DEFAULT_HTTP_LISTEN,
+        description="Address to serve HTTP on, for /healthz, /readyz and /metrics: host:port (port 0 takes a free one) "
+        "or [ipv6]:port; `off`, or empty, for none.",
     )
     database_url: str = Field(
         default_factory=default_database_url,
@@ -136,6 +145,16 @@ class Settings(BaseModel):
     max_connection_age_grace_s: _Seconds = Field(
         default=60.0, description="How long calls may go on over a connection that was asked to reconnect."
     )
+    access_log: Annotated[str, Field(pattern="^(none|problems|all)$")] = Field(
+        default="problems",
+        description="Calls that get a log line: none, problems (refused, failed, cancelled, or slower than 1 s without "
+        "their waiting) or all. Bugs are always logged.",
+    )
+    otel: bool = Field(
+        default=False,
+        description="Make an OpenTelemetry span of each call and export it as the standard OTEL_* variables say. Needs "
+        "the extra shardbook[otel].",
+    )
     log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
         default="info", description="Least severe log lines that are written: debug, info, warning or error."
     )
@@ -150,9 +169,17 @@ class Settings(BaseModel):
             if len(value) == len("unix:"):
                 raise ValueError("the path is missing: write unix:/path/of/socket")
             return value
-        host, _, port = value.rpartition(":")
-        if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        if not _is_host_and_port(value):
             raise ValueError("write host:port, [ipv6]:port or unix:/path")
+        return value
+
+    @pydantic.field_validator("http_listen")
+    @classmethod
+    def _check_http_listen(cls, value: str) -> str:
+        if value in ("", OFF):
+            return ""
+        if not _is_host_and_port(value):
+            raise ValueError("write host:port, [ipv6]:port, or off")
         return value
 
     @property
@@ -161,13 +188,41 @@ class Settings(BaseModel):
         return self.database_url == default_database_url()
 
 
+def _is_host_and_port(value: str) -> bool:
+    host, _, port = value.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and int(port) <= 65_535
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings, and where each that is not a default comes from.
+
+    Attributes:
+        settings: All of them.
+        sources: By name, for people: ``flag``, the environment variable, or the file.
+    """
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+
 def load_settings(
     flags: Mapping[str, object] | None = None,
     *,
     config: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Reads all sources.
+    """Reads all sources; see ``load_with_sources``."""
+    return load_with_sources(flags, config=config, environment=environment).settings
+
+
+def load_with_sources(
+    flags: Mapping[str, object] | None = None,
+    *,
+    config: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Reads all sources, and remembers which one said what.
 
     Args:
         flags: Settings given on the command line, by name; None values were not given.
@@ -182,10 +237,16 @@ def load_settings(
         config = Path(environment[CONFIG_VARIABLE])
     named = {f"{ENVIRONMENT_PREFIX}{name.upper()}": name for name in Settings.model_fields}
     values: dict[str, object] = _read_toml(config) if config is not None else {}
-    values |= {named[variable]: value for variable, value in environment.items() if variable in named and value}
-    values |= {name: value for name, value in (flags or {}).items() if value is not None}
+    sources = dict.fromkeys(values, str(config))
+    for variable, value in environment.items():
+        if variable in named and value:
+            values[named[variable]] = value
+            sources[named[variable]] = variable
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    values |= given
+    sources |= dict.fromkeys(given, "flag")
     try:
-        return Settings.model_validate(values)
+        return Loaded(Settings.model_validate(values), sources)
     except pydantic.ValidationError as error:
         wrong = [(".".join(map(str, e["loc"])), str(e["msg"])) for e in error.errors(include_input=False)]
         raise InvalidArgumentError(

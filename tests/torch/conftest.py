@@ -26,7 +26,7 @@ def pool() -> Iterator[RankPool]:
 @pytest.fixture(scope="session", params=KINDS)
 def server(request: pytest.FixtureRequest, make_databases: MakeDatabases) -> Iterator[str]:
     """Address of a server, on a database of either kind."""
-    settings = Settings(listen="127.0.0.1:0", database_url=make_databases(request.param).new())
+    settings = Settings(listen="127.0.0.1:0", http_listen="", database_url=make_databases(request.param).new())
     with running_server(settings) as running:
         yield running.address
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from shardbook.errors import InvalidArgumentError, RanksMissingError, RunBusyError, ShardbookError
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.rpc.batcher import Batcher, BatchLimits
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.limits import (
@@ -100,21 +101,43 @@ class Attempts:
         waits: The poller.
         limits: Sizes of the batches and of the queues before them.
         in_flight: Batches of each kind in the database at a time.
+        observer: Told of batches, and of commits that were given up.
     """
 
     def __init__(
-        self, services: Services, bridge: Bridge, waits: Waits, limits: BatchLimits, *, in_flight: int = 1
+        self,
+        services: Services,
+        bridge: Bridge,
+        waits: Waits,
+        limits: BatchLimits,
+        *,
+        in_flight: int = 1,
+        observer: Observer = SILENT,
     ) -> None:
         self._services = services
         self._bridge = bridge
         self._waits = waits
-        self._plans = Batcher("plans", self._write_plans, limits, in_flight=in_flight)
-        self._registrations = Batcher("registrations", self._write_registrations, limits, in_flight=in_flight)
-        self._checks = Batcher("uploads", self._check_many, replace(limits, batch_count=CHECKS_AT_ONCE))
-        self._decisions = Batcher("decisions", self._decide_many, limits)
+        self._observer = observer
+        self._plans = Batcher("plans", self._write_plans, limits, in_flight=in_flight, observer=observer)
+        self._registrations = Batcher(
+            "registrations", self._write_registrations, limits, in_flight=in_flight, observer=observer
+        )
+        few = replace(limits, batch_count=CHECKS_AT_ONCE)
+        self._checks = Batcher("uploads", self._check_many, few, observer=observer)
+        self._decisions = Batcher("decisions", self._decide_many, limits, observer=observer)
         self._views: dict[AttemptKey, tuple[float, Progress]] = {}
         self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._upload_bytes = ByteBudget("uploads", limits.queue_bytes)
+
+    def queues(self) -> Mapping[str, tuple[int, float]]:
+        """Returns depth and age of the oldest entry, seconds, of each queue. May be asked from any thread."""
+        batchers: dict[str, Batcher[Any, Any]] = {
+            "plans": self._plans,
+            "registrations": self._registrations,
+            "uploads": self._checks,
+            "decisions": self._decisions,
+        }
+        return {kind: (batcher.queued_count, batcher.oldest_age_s) for kind, batcher in batchers.items()}
 
     async def start_session(self, request: SessionStart, wait_s: float) -> SessionInfo:
         """Starts a session; with WAIT, tries again when the other job's lease has ended.
@@ -215,6 +238,7 @@ class Attempts:
                 left_s = end_s - time.monotonic()
                 # An expired attempt can still be committed, but nobody may be there to complete it.
                 if closed or left_s <= 0:
+                    self._observer.commit_ended("ranks_missing")
                     raise
                 view = await self._bridge.read(self._services.progress.progress, key)
                 counts = await self._waits.until(view.checkpoint_id, is_registered, left_s)

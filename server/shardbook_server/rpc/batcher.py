@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from shardbook.errors import InternalError, ResourceExhaustedError, ShardbookError, UnavailableError
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.rpc.call import Call, current_call
 
 E = TypeVar("E")
@@ -50,6 +51,7 @@ class _Waiting(Generic[E, V]):
     size_bytes: int
     call: Call
     verdict: asyncio.Future[V]
+    since_s: float
 
 
 class Batcher(Generic[E, V]):
@@ -60,6 +62,7 @@ class Batcher(Generic[E, V]):
         run: Writes a batch durably and answers a verdict for each entry, in order.
         limits: Sizes.
         in_flight: Batches in the database at a time.
+        observer: Told the size of each batch.
     """
 
     def __init__(
@@ -69,11 +72,13 @@ class Batcher(Generic[E, V]):
         limits: BatchLimits,
         *,
         in_flight: int = 1,
+        observer: Observer = SILENT,
     ) -> None:
         self._name = name
         self._run = run
         self._limits = limits
         self._in_flight = in_flight
+        self._observer = observer
         self._queue: deque[_Waiting[E, V]] = deque()
         self._queued_bytes = 0
         self._batches: set[asyncio.Task[None]] = set()
@@ -83,6 +88,14 @@ class Batcher(Generic[E, V]):
     def queued_count(self) -> int:
         """Entries that are in no batch yet."""
         return len(self._queue)
+
+    @property
+    def oldest_age_s(self) -> float:
+        """How long the first of them has been queued, seconds; 0 when there is none. May be asked from any thread."""
+        try:
+            return max(0.0, time.monotonic() - self._queue[0].since_s)
+        except IndexError:
+            return 0.0
 
     async def submit(self, entry: E, size_bytes: int) -> V:
         """Returns the entry's verdict once its batch is durable.
@@ -96,7 +109,7 @@ class Batcher(Generic[E, V]):
         """
         self._admit(size_bytes)
         verdict: asyncio.Future[V] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(entry, size_bytes, current_call(), verdict)
+        waiting = _Waiting(entry, size_bytes, current_call(), verdict, time.monotonic())
         self._queue.append(waiting)
         self._queued_bytes += size_bytes
         self._start()
@@ -136,6 +149,7 @@ class Batcher(Generic[E, V]):
         # One turn of the loop: whoever is about to submit joins the first batch.
         await asyncio.sleep(0)
         while batch := self._take():
+            self._observer.batch(self._name, len(batch))
             began_s = time.monotonic()
             verdicts: Sequence[V | Exception]
             try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from shardbook.errors import DeadlineExceededError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call in progress.
 
@@ -18,11 +18,15 @@ class Call:
         method: Full name, such as ``/shardbook.v1.CatalogService/GetRun``.
         request_id: Told to the client and written to the log with every error.
         deadline_s: On ``time.monotonic``'s clock; infinite when the client set none.
+        principal: Who calls; empty as long as there are no tokens.
+        waited_s: How long it has waited for others, which is no time of the server's.
     """
 
     method: str
     request_id: str
     deadline_s: float = math.inf
+    principal: str = ""
+    waited_s: float = 0.0
 
     def remaining_s(self) -> float:
         """Returns the seconds until the deadline; negative when it has passed, infinite when there is none."""

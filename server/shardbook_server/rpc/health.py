@@ -1,4 +1,4 @@
-"""grpc.health.v1: serving, until the server drains.
+"""grpc.health.v1: serving while the database answers, until the server drains.
 
 The servicer of grpcio-health-checking keeps a Watch open for ever, so that one watching client would make every
 drain take its whole time.
@@ -26,11 +26,21 @@ class HealthHandlers(health_pb2_grpc.HealthServicer):
 
     def __init__(self, services: Iterable[str]) -> None:
         self._names = frozenset(("", *services))
-        self._draining = asyncio.Event()
+        self._serving = True
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    def set_serving(self, serving: bool) -> None:
+        """Says whether calls can be answered now, and tells who watches when that is news."""
+        if serving != self._serving and not self._draining:
+            self._serving = serving
+            self._tell()
 
     def drain(self) -> None:
         """Turns everything NOT_SERVING for good, tells who watches, and ends their calls."""
-        self._draining.set()
+        self._draining = True
+        self._serving = False
+        self._tell()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Any:
         """Answers once; NOT_FOUND for a service that is not here."""
@@ -39,13 +49,22 @@ class HealthHandlers(health_pb2_grpc.HealthServicer):
         return self._answer(request.service)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> AsyncIterator[Any]:
-        """Answers at once and when the state changes, which ends the call."""
-        yield self._answer(request.service)
-        if not self._draining.is_set():
-            await self._draining.wait()
-            yield self._answer(request.service)
+        """Answers at once and whenever the state changes; draining ends the call."""
+        told: bool | None = None
+        while True:
+            if told != self._serving:
+                told = self._serving
+                yield self._answer(request.service)
+            elif self._draining:
+                return
+            else:
+                await self._changed.wait()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _answer(self, name: str) -> Any:
         if name not in self._names:
             return health_pb2.HealthCheckResponse(status=_UNKNOWN)
-        return health_pb2.HealthCheckResponse(status=_NOT_SERVING if self._draining.is_set() else _SERVING)
+        return health_pb2.HealthCheckResponse(status=_SERVING if self._serving else _NOT_SERVING)

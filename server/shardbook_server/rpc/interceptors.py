@@ -1,4 +1,4 @@
-"""What every call of ``shardbook.v1`` passes: a request id, its deadline, and the mapping of errors.
+"""What every call of ``shardbook.v1`` passes: a request id, its deadline, the mapping of errors, and its watch.
 
 A ``ShardbookError`` becomes its status with details. Anything else, and ``InternalError``, is a bug: INTERNAL with a
 request id and no more, the traceback goes to the log. A request that does not parse is INVALID_ARGUMENT, which gRPC by
@@ -18,13 +18,14 @@ from typing import Any, Final, TypeVar
 
 import grpc
 import grpc.aio
-import structlog
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.rpc.call import Call, set_current_call
 from shardbook_server.rpc.status import rich_status
+from shardbook_server.rpc.watch import AccessLog, Watch
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Unary = Callable[[Any, Context], Awaitable[Any]]
@@ -40,7 +41,6 @@ PREFIX: Final = "/shardbook.v1."
 _PROCESS_ID: Final = uuid.uuid4().hex[:12]
 _NUMBERS: Final = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_log = structlog.get_logger(__name__)
 
 
 class _Malformed:
@@ -48,9 +48,16 @@ class _Malformed:
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler of ``shardbook.v1``, once."""
+    """Wraps every handler of ``shardbook.v1``, once.
 
-    def __init__(self) -> None:
+    Args:
+        observer: Told of every call.
+        access_log: Which calls get a log line.
+    """
+
+    def __init__(self, observer: Observer = SILENT, access_log: AccessLog = AccessLog.PROBLEMS) -> None:
+        self._observer = observer
+        self._access_log = access_log
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
@@ -66,42 +73,57 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(PREFIX):
             return handler  # type: ignore[no-any-return]  # handlers are untyped here
-        self._wrapped[method] = _wrap(method, handler)
+        watch = Watch(method, self._observer, self._access_log, streams=bool(handler.response_streaming))
+        self._wrapped[method] = _wrap(method, handler, watch)
         return self._wrapped[method]
 
 
-def _wrap(method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _wrap(method: str, handler: Any, watch: Watch) -> grpc.RpcMethodHandler[Any, Any]:
     parse = _lenient(handler.request_deserializer)
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(
-            _stream(method, handler.unary_stream), parse, handler.response_serializer
+            _stream(method, handler.unary_stream, watch), parse, handler.response_serializer
         )
-    return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), parse, handler.response_serializer)
+    return grpc.unary_unary_rpc_method_handler(
+        _unary(method, handler.unary_unary, watch), parse, handler.response_serializer
+    )
 
 
-def _unary(method: str, behaviour: Unary) -> Unary:
+def _unary(method: str, behaviour: Unary, watch: Watch) -> Unary:
     async def answer(request: Any, context: Context) -> Any:
+        began_s = watch.begin()
         call = _begin(method, context)
         try:
-            return await behaviour(_parsed(request), context)
-        except (grpc.aio.AbortError, asyncio.CancelledError):
+            response = await behaviour(_parsed(request), context)
+        except asyncio.CancelledError:
+            watch.cancelled(call, began_s)
             raise
         except Exception as error:  # noqa: BLE001 - the one place where everything becomes a status
-            await _abort(call, error, context)
+            await _abort(call, began_s, error, context, watch)
+        else:
+            watch.answered(call, began_s)
+            return response
 
     return answer
 
 
-def _stream(method: str, behaviour: Stream) -> Stream:
+def _stream(method: str, behaviour: Stream, watch: Watch) -> Stream:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
+        began_s = watch.begin()
         call = _begin(method, context)
         try:
             async for response in behaviour(_parsed(request), context):
+                sent_s = time.perf_counter()
                 yield response
-        except (grpc.aio.AbortError, asyncio.CancelledError):
+                # A client that takes its time does not make the call slow.
+                call.waited_s += time.perf_counter() - sent_s
+        except (asyncio.CancelledError, GeneratorExit):
+            watch.cancelled(call, began_s)
             raise
         except Exception as error:  # noqa: BLE001 - as above
-            await _abort(call, error, context)
+            await _abort(call, began_s, error, context, watch)
+        else:
+            watch.answered(call, began_s)
 
     return answer
 
@@ -124,13 +146,13 @@ def _request_id(context: Context) -> str:
     return f"{_PROCESS_ID}-{next(_NUMBERS)}"
 
 
-async def _abort(call: Call, error: Exception, context: Context) -> None:
+async def _abort(call: Call, began_s: float, error: Exception, context: Context, watch: Watch) -> None:
     if isinstance(error, ShardbookError) and not isinstance(error, InternalError):
-        _log.debug("refused", method=call.method, status=error.status, reason=error.reason, message=error.message)
         refusal = error
+        watch.refused(call, began_s, refusal)
     else:
-        _log.error("bug", method=call.method, request_id=call.request_id, exc_info=error)
         refusal = InternalError(f"a bug in Shardbook: report the server's log of request {call.request_id}")
+        watch.broken(call, began_s, refusal, error)
     status: Any = rpc_status.to_status(rich_status(refusal, call.request_id))
     await context.abort(status.code, status.details, (*status.trailing_metadata, (REQUEST_ID_KEY, call.request_id)))
 

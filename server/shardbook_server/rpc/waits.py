@@ -19,6 +19,7 @@ from typing import Final
 import structlog
 
 from shardbook.errors import ResourceExhaustedError, UnavailableError
+from shardbook_server.rpc.call import current_call
 from shardbook_server.service.views import AttemptCounts
 
 Look = Callable[[Sequence[int]], Awaitable[Mapping[int, AttemptCounts]]]
@@ -133,10 +134,12 @@ class Waits:
                 retry_delay_s=RETRY_S,
             )
         self._count += 1
+        began_s = time.monotonic()
         try:
             yield
         finally:
             self._count -= 1
+            current_call().waited_s += time.monotonic() - began_s
 
     def _forget(self, attempt: int, waiter: _Waiter) -> None:
         self._waiters[attempt].discard(waiter)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +18,7 @@ from shardbook.errors import (
     RanksMissingError,
     ShardbookError,
 )
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service import present
 from shardbook_server.service.attempts import closed_error, disagreement, find_current, renew, row_key
 from shardbook_server.service.blobs import BlobService
@@ -50,11 +54,14 @@ class CommitService:
     Unknown structures are assembled outside the transaction, one at a time in a process.
     """
 
-    def __init__(self, database: Database, blobs: BlobService, *, lease_ttl_s: float) -> None:
+    def __init__(
+        self, database: Database, blobs: BlobService, *, lease_ttl_s: float, observer: Observer = SILENT
+    ) -> None:
         """Keeps no state of its own."""
         self._database = database
         self._folder = Folder(database, blobs)
         self._lease_ttl_s = lease_ttl_s
+        self._observer = observer
 
     def commit(self, key: AttemptKey, *, recovered: bool = False) -> CheckpointInfo:
         """Assembles, validates and commits; answers at once, ``RANKS_MISSING`` is for the caller to wait on.
@@ -74,22 +81,48 @@ class CommitService:
             FailedPreconditionError: ``recovered``, and a later session holds the step (``STEP_SUPERSEDED``).
             CheckpointClosedError, SessionFencedError, SessionUnknownError, InvalidArgumentError: As for writes.
         """
-        found = self._prepare(key, recovered=recovered)
-        if isinstance(found, CheckpointInfo):
-            return found
         try:
-            folded = self._folder.fold(found.part, found.rows)
+            checkpoint, is_new = self._commit(key, recovered=recovered)
+        except RanksMissingError:
+            # No outcome yet: whoever waits for the ranks asks again.
+            raise
+        except ShardbookError as error:
+            self._observer.commit_ended(error.reason.lower())
+            raise
+        self._observer.commit_ended("committed" if is_new else "repeated")
+        if is_new and recovered:
+            self._observer.recorded_late()
+        return checkpoint
+
+    def _commit(self, key: AttemptKey, *, recovered: bool) -> tuple[CheckpointInfo, bool]:
+        """Returns the checkpoint, and whether this call committed it."""
+        with self._phase("read"):
+            found = self._prepare(key, recovered=recovered)
+        if isinstance(found, CheckpointInfo):
+            return found, False
+        try:
+            with self._phase("fold"):
+                folded = self._folder.fold(found.part, found.rows)
         except (InvalidGeometryError, InvalidArgumentError) as error:
             self._refuse(key, error, recovered=recovered)
             raise
-        with self._database.write([key.part_name.run]) as connection:
+        with self._phase("transaction"), self._database.write([key.part_name.run]) as connection:
             now_us = self._database.now_us(connection)
             part, row = _find(connection, key, recovered=recovered)
-            if row.state != CheckpointState.COMMITTED:
+            is_new = row.state != CheckpointState.COMMITTED
+            if is_new:
                 self._judge(connection, key, row, now_us, recovered=recovered)
                 _require_complete(connection, row)
                 commit_attempt(connection, part, row, folded, now_us, recovered=recovered)
-            return present.checkpoint_info(connection, row.id)
+            checkpoint = present.checkpoint_info(connection, row.id)
+        return checkpoint, is_new
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Tells how long the block took, when it ended well."""
+        began_s = time.perf_counter()
+        yield
+        self._observer.commit_phase(name, time.perf_counter() - began_s)
 
     def _prepare(self, key: AttemptKey, *, recovered: bool) -> CheckpointInfo | _Ready:
         """Reads what is to be committed, or the answer when it is already."""
@@ -118,6 +151,7 @@ class CommitService:
             _, row = _find(connection, key, recovered=recovered)
             self._judge(connection, key, row, now_us, recovered=recovered)
             fail_attempt(connection, row, prose(error.message, 2 * limits.MAX_REASON_CHARS), now_us)
+        self._observer.attempt_failed()
 
     def abort(self, key: AttemptKey, reason: str) -> CheckpointInfo:
         """Gives the attempt up: the checkpoint is FAILED. Aborting again returns the same checkpoint.
@@ -133,10 +167,14 @@ class CommitService:
             _, row = _find(connection, key)
             if row.state == CheckpointState.COMMITTED:
                 raise closed_error(row)
-            if row.state != CheckpointState.FAILED:
+            is_news = row.state != CheckpointState.FAILED
+            if is_news:
                 renew(connection, [_require_current(connection, key)], now_us, self._lease_ttl_s)
                 fail_attempt(connection, row, text, now_us)
-            return present.checkpoint_info(connection, row.id)
+            checkpoint = present.checkpoint_info(connection, row.id)
+        if is_news:
+            self._observer.attempt_failed()
+        return checkpoint
 
 
 def _find(connection: Connection, key: AttemptKey, *, recovered: bool = False) -> tuple[PartRow, CheckpointRow]:

@@ -13,6 +13,7 @@ from shardbook.core.digest import ordered_digest
 from shardbook.core.planning import ALGORITHM_VERSION, decide
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts
 from shardbook_server.service.batches import Want, WantedBlobs
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
@@ -66,11 +67,14 @@ class _Decision:
 class PlanService:
     """Takes plans and decides what is dropped. Thread-safe."""
 
-    def __init__(self, database: Database, blobs: BlobService, *, lease_ttl_s: float) -> None:
+    def __init__(
+        self, database: Database, blobs: BlobService, *, lease_ttl_s: float, observer: Observer = SILENT
+    ) -> None:
         """Starts with no decision in memory; each is made anew from the stored plans when it is asked for."""
         self._database = database
         self._blobs = blobs
         self._lease_ttl_s = lease_ttl_s
+        self._observer = observer
         self._decisions: BoundedCache[tuple[str, bytes], _Decision] = BoundedCache(_DECISION_BYTES)
         # By key and time of the attempt: a database that lost its last commits hands out the same keys again.
         self._by_attempt: BoundedCache[tuple[int, int], tuple[str, bytes]] = BoundedCache(_ATTEMPT_COUNT)
@@ -98,6 +102,7 @@ class PlanService:
             stored = self._insert(connection, entries, fine, known)
             counts = plan_rows.count_plans(connection, sorted({attempt.checkpoint.id for attempt in fine.values()}))
         known.remember()
+        self._observer.planned(sum(isinstance(row, PlanRow) for row in stored.values()))
         return [self._answer(entry, attempts[entry.ask], stored.get(at), counts) for at, entry in enumerate(entries)]
 
     def _wanted(

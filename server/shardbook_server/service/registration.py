@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service import staging
 from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts, row_key
 from shardbook_server.service.batches import Want, WantedBlobs
@@ -47,11 +48,14 @@ _Outcome = RegistrationRow | ShardbookError | None
 class RegistrationService:
     """Takes registrations and failures. Thread-safe."""
 
-    def __init__(self, database: Database, blobs: BlobService, *, lease_ttl_s: float) -> None:
+    def __init__(
+        self, database: Database, blobs: BlobService, *, lease_ttl_s: float, observer: Observer = SILENT
+    ) -> None:
         """Keeps no state of its own."""
         self._database = database
         self._blobs = blobs
         self._lease_ttl_s = lease_ttl_s
+        self._observer = observer
 
     def register_batch(self, entries: Sequence[RegistrationEntry]) -> list[RegistrationAnswer | ShardbookError]:
         """Stores registrations in one transaction; one verdict an entry, in order.
@@ -79,6 +83,7 @@ class RegistrationService:
             known = WantedBlobs(self._blobs, connection, wants, now_us)
             outcomes = self._stage(connection, entries, sound, fine, known)
         known.remember()
+        self._observer.registered(sum(isinstance(outcome, RegistrationRow) for outcome in outcomes.values()))
         answers: list[RegistrationAnswer | ShardbookError] = []
         for at, (entry, shard) in enumerate(zip(entries, shards, strict=True)):
             if isinstance(shard, ShardbookError):
@@ -130,6 +135,7 @@ class RegistrationService:
             if attempt.state is not CheckpointState.OPEN:
                 return attempt.state
             fail_attempt(connection, attempt.checkpoint, failure_text(report.failure), now_us, report.failure)
+        self._observer.attempt_failed()
         return CheckpointState.FAILED
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.commit import CommitService
@@ -37,16 +38,20 @@ class Services:
 
 
 def build_services(
-    database: Database, *, lease_ttl_s: float = LEASE_TTL_S, blob_cache_bytes: int = BLOB_CACHE_BYTES
+    database: Database,
+    *,
+    lease_ttl_s: float = LEASE_TTL_S,
+    blob_cache_bytes: int = BLOB_CACHE_BYTES,
+    observer: Observer = SILENT,
 ) -> Services:
     """Returns the services over ``database``."""
     blobs = BlobService(database, cache_bytes=blob_cache_bytes)
-    commits = CommitService(database, blobs, lease_ttl_s=lease_ttl_s)
+    commits = CommitService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer)
     return Services(
-        sessions=SessionService(database, lease_ttl_s=lease_ttl_s),
+        sessions=SessionService(database, lease_ttl_s=lease_ttl_s, observer=observer),
         blobs=blobs,
-        plans=PlanService(database, blobs, lease_ttl_s=lease_ttl_s),
-        registrations=RegistrationService(database, blobs, lease_ttl_s=lease_ttl_s),
+        plans=PlanService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),
+        registrations=RegistrationService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),
         progress=ProgressService(database),
         commits=commits,
         records=RecordService(database, blobs, commits, lease_ttl_s=lease_ttl_s),

@@ -7,6 +7,7 @@ from typing import Final
 
 from shardbook.core.names import CheckpointName
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, RunBusyError, ShardbookError
+from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service import closing, present
 from shardbook_server.service.attempts import find_current, renew
 from shardbook_server.service.types import OnLive, SessionKey, SessionStart
@@ -29,10 +30,11 @@ _RECORD_TTL_US: Final = 86_400_000_000
 class SessionService:
     """Starts sessions, keeps their leases, ends what outlived them. Thread-safe."""
 
-    def __init__(self, database: Database, *, lease_ttl_s: float) -> None:
+    def __init__(self, database: Database, *, lease_ttl_s: float, observer: Observer = SILENT) -> None:
         """Keeps no state of its own."""
         self._database = database
         self._lease_ttl_s = lease_ttl_s
+        self._observer = observer
         self._lease_ttl_us = round(lease_ttl_s * 1e6)
 
     def start(self, request: SessionStart) -> SessionInfo:
@@ -50,18 +52,24 @@ class SessionService:
             now_us = self._database.now_us(connection)
             part = run_rows.ensure_part(connection, request.part_name, now_us)
             held = session_rows.find_session(connection, part.id, incarnation=request.incarnation)
+            before = expired_count = 0
             if held is None:
                 busy = _busy(request, session_rows.current_lease(connection, part.id), now_us)
                 if busy is not None:
                     raise busy
-                part = self._take(connection, part, request, now_us)
+                before = part.session
+                part, expired_count = self._take(connection, part, request, now_us)
             elif held.number == part.session:
                 renew(connection, [part], now_us, self._lease_ttl_s)
             number = part.session if held is None else held.number
             latest = "" if part.latest_id is None else present.checkpoint_info(connection, part.latest_id).name
+        if before:
+            self._observer.session_fenced()
+        self._observer.attempts_expired(expired_count)
         return SessionInfo(number, self._lease_ttl_s, number == part.session, latest)
 
-    def _take(self, connection: Connection, part: PartRow, request: SessionStart, now_us: int) -> PartRow:
+    def _take(self, connection: Connection, part: PartRow, request: SessionStart, now_us: int) -> tuple[PartRow, int]:
+        """Makes the request's session the current one; returns the part, and how many open attempts that expired."""
         number = part.last_session + 1
         session = SessionRow(part.id, number, request.incarnation, request.job_id, request.host, request.user, now_us)
         session_rows.insert_session(connection, session)
@@ -76,7 +84,7 @@ class SessionService:
                 run_rows.set_latest(connection, part.id, resumed)
                 events.append(Event(EventKind.LATEST_MOVED, part.id, resumed))
         event_rows.append(connection, events, now_us)
-        return run_rows.part_by_id(connection, part.id)
+        return run_rows.part_by_id(connection, part.id), len(open_ids)
 
     def lease_remaining_s(self, request: SessionStart) -> float:
         """Returns how long ``start`` would still be refused with RUN_BUSY, seconds; 0 when it would not.
@@ -148,6 +156,7 @@ class SessionService:
                 if checkpoint_rows.expire_record(connection, checkpoint_id):
                     closing.empty_staging(connection, [checkpoint_id])
                     count += 1
+        self._observer.attempts_expired(count)
         return count
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from sqlalchemy import Connection, Engine
@@ -22,6 +23,21 @@ Clock = Callable[[], int]
 def system_clock() -> int:
     """Returns this machine's time, microseconds since the epoch."""
     return time.time_ns() // 1000
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a database takes on its disk; None where its user may not know.
+
+    Attributes:
+        database_bytes: Without the log.
+        wal_bytes: The write-ahead log as it lies on the disk.
+        wal_written_bytes: All that was ever written to the log; a counter, of Postgres.
+    """
+
+    database_bytes: int
+    wal_bytes: int | None
+    wal_written_bytes: int | None
 
 
 class Backend(Protocol):
@@ -82,6 +98,10 @@ class Backend(Protocol):
         Raises:
             FailedPreconditionError: It would; reason ``NOT_DURABLE``.
         """
+        ...
+
+    def sizes(self, connection: Connection) -> Sizes:
+        """Returns what the database takes on its disk."""
         ...
 
     def translate(self, error: BaseException) -> ShardbookError | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Connection, Engine, exc, select
+from sqlalchemy import Connection, Engine, RootTransaction, exc, select
 from sqlalchemy.pool import QueuePool
 
 from shardbook.core.names import RunName
 from shardbook.errors import InvalidArgumentError
-from shardbook_server.storage.backend import Backend, Clock, system_clock
+from shardbook_server.observer import SILENT, Observer
+from shardbook_server.storage.backend import Backend, Clock, Sizes, system_clock
 from shardbook_server.storage.failures import translate
 from shardbook_server.storage.postgres import PostgresBackend, PostgresOptions
 from shardbook_server.storage.sqlite import SqliteBackend
@@ -27,6 +29,7 @@ class Database:
         connections: int = 4,
         clock: Clock | None = None,
         postgres: PostgresOptions | None = None,
+        observer: Observer = SILENT,
     ) -> None:
         """Opens connections on first use.
 
@@ -35,11 +38,13 @@ class Database:
             connections: Connections, and so threads that use them at a time, at most; SQLite's writer is one more.
             clock: Stands in for the database's clock, in tests.
             postgres: How to speak to a Postgres.
+            observer: Told how long connections and commits are waited for.
 
         Raises:
             InvalidArgumentError: The URL names no database that can be served; the reason is in the message.
         """
         self.url = url
+        self._observer = observer
         if is_postgres(url):
             options = PostgresOptions() if postgres is None else postgres
             self.backend: Backend = PostgresBackend(url, connections=connections, clock=clock, options=options)
@@ -59,7 +64,7 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
-        with self._transaction(self.backend.readers) as connection:
+        with self._transaction(self.backend.readers, writes=False) as connection:
             self.backend.prepare(connection, writes=False)
             yield connection
 
@@ -79,7 +84,7 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
-        with self._transaction(self.backend.writer) as connection:
+        with self._transaction(self.backend.writer, writes=True) as connection:
             self.backend.prepare(connection, writes=True)
             self.backend.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
             if lock:
@@ -99,6 +104,10 @@ class Database:
         with self.read() as connection:
             connection.execute(select(1)).scalar_one()
 
+    def sizes(self, connection: Connection) -> Sizes:
+        """Returns what the database takes on its disk."""
+        return self.backend.sizes(connection)
+
     def checked_out(self) -> int:
         """Returns how many connections are in use; tests assert that none is left behind."""
         return sum(pool.checkedout() for pool in self._pools())
@@ -108,15 +117,25 @@ class Database:
         self.backend.readers.dispose()
         self.backend.writer.dispose()
 
+    def _commit(self, transaction: RootTransaction) -> None:
+        began_s = time.perf_counter()
+        transaction.commit()
+        self._observer.transaction_committed(time.perf_counter() - began_s)
+
     def _pools(self) -> set[QueuePool]:
         engines = (self.backend.readers, self.backend.writer)
         return {engine.pool for engine in engines if isinstance(engine.pool, QueuePool)}
 
     @contextmanager
-    def _transaction(self, engine: Engine) -> Iterator[Connection]:
+    def _transaction(self, engine: Engine, *, writes: bool) -> Iterator[Connection]:
+        asked_s = time.perf_counter()
         try:
-            with engine.begin() as connection:
-                yield connection
+            with engine.connect() as connection:
+                self._observer.connection_taken(time.perf_counter() - asked_s)
+                with connection.begin() as transaction:
+                    yield connection
+                    if writes:
+                        self._commit(transaction)
         except exc.SQLAlchemyError as error:
             raise translate(error, self.backend) from error
 

@@ -26,7 +26,7 @@ from shardbook.errors import (
     UnavailableError,
 )
 from shardbook_server.storage import deadline
-from shardbook_server.storage.backend import Clock
+from shardbook_server.storage.backend import Clock, Sizes
 
 #: Longest wait for a connection of the pool, seconds.
 _POOL_TIMEOUT_S: Final = 30.0
@@ -48,6 +48,12 @@ _CONNECTION_DEFAULTS: Final = {
     "target_session_attrs": "read-write",
 }
 _NOW_US: Final = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+#: Only members of pg_monitor may list the log's files; anybody may ask how far it has come.
+_MAY_LIST_LOG: Final = text("SELECT has_function_privilege('pg_ls_waldir()', 'execute')")
+_LOG_BYTES: Final = text("SELECT sum(size)::bigint FROM pg_ls_waldir()")
+_SIZES: Final = text(
+    "SELECT pg_database_size(current_database()), pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"
+)
 _LOCK: Final = text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
 _LOCK_SHARED: Final = text("SELECT pg_advisory_xact_lock_shared(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
 
@@ -160,6 +166,12 @@ class PostgresBackend:
                     reason="NOT_DURABLE",
                     field="database_url",
                 )
+
+    def sizes(self, connection: Connection) -> Sizes:
+        """Asks for this database's size, and for the whole cluster's log."""
+        database_bytes, written_bytes = connection.execute(_SIZES).one()
+        may_list = connection.execute(_MAY_LIST_LOG).scalar_one()
+        return Sizes(database_bytes, connection.execute(_LOG_BYTES).scalar_one() if may_list else None, written_bytes)
 
     def translate(self, error: BaseException) -> ShardbookError | None:
         """Returns the error of ours by SQLSTATE; one without is a connection that was lost or never made."""

@@ -26,7 +26,7 @@ from shardbook.errors import (
     ShardbookError,
     UnavailableError,
 )
-from shardbook_server.storage.backend import Clock, system_clock
+from shardbook_server.storage.backend import Clock, Sizes, system_clock
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +100,10 @@ class SqliteBackend:
     def check_durability(self) -> None:
         """Nothing to ask: every connection sets ``synchronous = FULL``."""
 
+    def sizes(self, connection: Connection) -> Sizes:  # noqa: ARG002
+        """Returns the sizes of the two files."""
+        return Sizes(_file_bytes(self._path), _file_bytes(self._path.with_name(self._path.name + "-wal")), None)
+
     def translate(self, error: BaseException) -> ShardbookError | None:
         """Returns the error of ours by SQLite's result code."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -118,6 +122,14 @@ class SqliteBackend:
         if code in (_CORRUPT, _NOTADB):
             return InternalError(f"the database file is damaged: {error}", reason="DATABASE_DAMAGED")
         return None
+
+
+def _file_bytes(path: Path) -> int:
+    """The log comes and goes with its writers: a file that is not there has no size."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _engine(connect: Callable[[], Any], size: int, begin: str) -> Engine:

@@ -30,7 +30,9 @@ FIRST, SECOND, THIRD = b"1" * 16, b"2" * 16, b"3" * 16
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with a database of its own."""
     folder = tmp_path_factory.mktemp("server")
-    with running_server(Settings(listen="127.0.0.1:0", database_url=f"sqlite:///{folder / 'db'}", drain_s=5)) as one:
+    database_url = f"sqlite:///{folder / 'db'}"
+    settings = Settings(listen="127.0.0.1:0", http_listen="", database_url=database_url, drain_s=5)
+    with running_server(settings) as one:
         yield one
         assert 0 == one.database.checked_out()
 
