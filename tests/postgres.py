@@ -114,6 +114,8 @@ class Cluster:
 
     def freeze(self) -> None:
         """Stops every process of it where it is."""
+        # Twice: the postmaster may have made one more while its children were being counted.
+        self._signal_all(signal.SIGSTOP)
         self._signal_all(signal.SIGSTOP)
 
     def thaw(self) -> None:

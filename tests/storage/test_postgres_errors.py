@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 from sqlalchemy import text
 
@@ -161,3 +162,11 @@ def test_no_error_shows_what_a_statement_carried(database: Database) -> None:
     with pytest.raises(ShardbookError) as caught, database.write() as connection:
         connection.execute(text("INSERT INTO absent VALUES (:value)"), {"value": PASSWORD})
     assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("kind", [psycopg.OperationalError, psycopg.errors.ConnectionTimeout])
+def test_a_connection_that_is_never_made_is_no_bug(database: Database, kind: type[psycopg.Error]) -> None:
+    """Rule: refused, lost or timed out: UNAVAILABLE, and the call is made again. Errors of libpq have no SQLSTATE."""
+    error = database.backend.translate(kind("connection timeout expired"))
+    assert isinstance(error, UnavailableError)
+    assert "DATABASE_UNAVAILABLE" == error.reason

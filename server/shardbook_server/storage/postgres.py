@@ -178,7 +178,8 @@ class PostgresBackend:
         state = getattr(error, "sqlstate", None)
         said = _said(error)
         if state is None:
-            return _away(said) if type(error).__name__ == "OperationalError" else None
+            # By name, since the driver is an extra; a connection that took too long is a kind of its own below it.
+            return _away(said) if any(kind.__name__ == "OperationalError" for kind in type(error).__mro__) else None
         if state == "53100":
             return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
         if state == "57014":

@@ -36,7 +36,12 @@ DEADLINE_S = 30.0
 
 def settings_in(folder: Path, **changes: object) -> Settings:
     """Returns settings of a server on a free port and a database of its own, without HTTP."""
-    values = {"listen": "127.0.0.1:0", "http_listen": "", "database_url": f"sqlite:///{folder / 'shardbook.db'}", "drain_s": 5}
+    values = {
+        "listen": "127.0.0.1:0",
+        "http_listen": "",
+        "database_url": f"sqlite:///{folder / 'shardbook.db'}",
+        "drain_s": 5,
+    }
     return Settings.model_validate(values | changes)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from grpc_health.v1 import health_pb2
@@ -48,7 +51,9 @@ def _serving(*arguments: str, **environment: str) -> Iterator[dict[str, str]]:
     )
     try:
         assert process.stdout is not None
-        lines = [process.stdout.readline().split(maxsplit=1) for _ in range(3)]
+        lines = [process.stdout.readline().split(maxsplit=1)]
+        while lines[-1] and lines[-1][0] != "export":
+            lines.append(process.stdout.readline().split(maxsplit=1))
         assert all(lines), process.communicate()[1]
         yield {line[0]: line[1].strip() for line in lines}
         process.send_signal(signal.SIGTERM)
@@ -72,6 +77,37 @@ def test_serve_without_options_keeps_its_data_in_one_printed_place(tmp_path: Pat
                     health_pb2.HealthCheckResponse.SERVING == api.health.Check(health_pb2.HealthCheckRequest()).status
                 )
     assert 0o700 == (tmp_path / "shardbook").stat().st_mode & 0o777
+
+
+def test_serve_prints_where_http_is_and_ends_with_it(tmp_path: Path) -> None:
+    """Rule: pages are there once the lines are printed; SIGTERM is the server's own, and its exit code 0."""
+    with _serving(XDG_DATA_HOME=str(tmp_path), SHARDBOOK_HTTP_LISTEN="127.0.0.1:0") as lines:
+        with urlopen(f"{lines['http']}/readyz", timeout=TIMEOUT_S) as page:
+            assert 200 == page.status
+        with urlopen(f"{lines['http']}/metrics", timeout=TIMEOUT_S) as page:
+            assert b'schema="0001"' in page.read()
+
+
+def test_an_http_address_that_is_taken_is_refused(tmp_path: Path) -> None:
+    """Rule: exit 1 with one line that names the flag."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        ran = _run_serve("--http-listen", listen, SHARDBOOK_DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
+    assert 1 == ran.returncode
+    assert "--http-listen" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_print_config_says_what_is_in_effect_and_exits(tmp_path: Path) -> None:
+    """Rule: TOML on standard output, nothing is opened or made; a setting that is wrong is refused as ever."""
+    url = f"sqlite:///{tmp_path}/absent/x.db"
+    ran = _run("serve", "--print-config", "--database-url", url, SHARDBOOK_ACCESS_LOG="none")
+    assert 0 == ran.exit_code
+    printed = tomllib.loads(ran.stdout)
+    assert (url, "none") == (printed["database_url"], printed["access_log"])
+    assert f'database_url = "{url}"  # flag' in ran.stdout.splitlines()
+    assert not (tmp_path / "absent").exists()
+    assert 1 == _run("serve", "--print-config", "--listen", "nowhere").exit_code
 
 
 def test_serve_on_every_interface_prints_an_address_that_can_be_used(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pydantic
 import pytest
 
 from shardbook.errors import InvalidArgumentError
-from shardbook_server.settings import Settings, default_data_dir, load_settings
+from shardbook_server.print_config import as_toml
+from shardbook_server.settings import Settings, default_data_dir, load_settings, load_with_sources
 
 
 def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
@@ -36,6 +37,9 @@ def test_the_client_s_variables_and_empty_ones_are_not_settings() -> None:
         ('log_level = "loud"', "log_level"),
         ('listen = "nowhere"', "listen"),
         ('listen = "host:99999"', "listen"),
+        ('http_listen = "nowhere"', "http_listen"),
+        ('http_listen = "unix:/tmp/x"', "http_listen"),
+        ('access_log = "some"', "access_log"),
         ("no_such_setting = 1", "no_such_setting"),
         ("not toml", "config"),
     ],
@@ -61,6 +65,35 @@ def test_secrets_are_not_repeated() -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         load_settings(environment={"SHARDBOOK_LOG_LEVEL": "hunter2"})
     assert "hunter2" not in str(refused.value)
+
+
+def test_what_is_in_effect_can_be_printed_and_read_again(tmp_path: Path) -> None:
+    """Rule: `--print-config` is TOML of every setting with its source, and means the same when it is read."""
+    file = tmp_path / "server.toml"
+    file.write_text('access_log = "all"\nworker_threads = 3\nhttp_listen = ""\n')
+    environment = {"SHARDBOOK_WORKER_THREADS": "5", "SHARDBOOK_CONFIG": str(file)}
+    loaded = load_with_sources({"listen": "127.0.0.1:3"}, environment=environment)
+    text = as_toml(loaded)
+    lines = text.splitlines()
+    assert 'listen = "127.0.0.1:3"  # flag' in lines
+    assert "worker_threads = 5  # SHARDBOOK_WORKER_THREADS" in lines
+    assert f'access_log = "all"  # {file}' in lines
+    assert "drain_s = 10.0  # default" in lines
+    assert "# migration_url is not set" in lines
+    assert len(Settings.model_fields) == len(lines)
+    printed = tmp_path / "printed.toml"
+    printed.write_text(text)
+    assert loaded.settings == load_settings(config=printed, environment={})
+
+
+def test_what_is_printed_has_no_password() -> None:
+    """Rule: URLs of databases are shown without user, password and other secrets."""
+    url = "postgresql://ada:hunter2@db/shardbook?sslpassword=hunter3&sslmode=require"
+    text = as_toml(load_with_sources({"database_url": url, "migration_url": url}, environment={}))
+    shown = '"postgresql://db/shardbook?sslmode=require"'
+    assert f"database_url = {shown}  # flag" in text
+    assert f"migration_url = {shown}  # flag" in text
+    assert not re.search("hunter|ada", text)
 
 
 def test_settings_do_not_change() -> None:

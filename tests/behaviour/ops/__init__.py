@@ -1,0 +1,1 @@
+"""What operators see of a running server: pages over HTTP, metrics, log lines, spans, settings."""
