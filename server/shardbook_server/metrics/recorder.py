@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 
 from shardbook_server.observer import MethodObserver, Observer
 
@@ -16,7 +16,21 @@ _COMMIT_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 _DISK_BUCKETS_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 _BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _METHOD_LABELS: Final = ("grpc_type", "grpc_service", "grpc_method")
+#: Reasons that alerts look for: they exist from the start, or the first of each would be no increase.
+WATCHED_REASONS: Final = (
+    "DATABASE_DAMAGED",
+    "INTERNAL",
+    "QUEUE_FULL",
+    "SERVER_BUSY",
+    "SESSION_FENCED",
+    "STORAGE_FULL",
+    "WAITERS_FULL",
+)
 _PHASES: Final = ("read", "fold", "transaction")
+
+
+# When a series was made is of no use to anybody, and would be a second series of each.
+disable_created_metrics()
 
 
 class _Calls(MethodObserver):
@@ -68,6 +82,8 @@ class Recorder(Observer):
         self._refusals = Counter(
             "shardbook_refusals", "Calls that ended with an error, by its reason.", ("reason",), registry=registry
         )
+        for reason in WATCHED_REASONS:
+            self._refusals.labels(reason)
         self._registrations = Counter(
             "shardbook_registrations", "Registrations that became durable, repeated ones included.", registry=registry
         )

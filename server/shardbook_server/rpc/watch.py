@@ -89,9 +89,11 @@ class Watch:
     def broken(self, call: Call, began_s: float, refusal: ShardbookError, bug: Exception) -> None:
         """A call met a bug; that is logged whatever the setting."""
         duration_s = time.perf_counter() - began_s
+        # The client is told no more than INTERNAL, operators are: a damaged database is no ordinary bug.
+        reason = bug.reason if isinstance(bug, ShardbookError) else refusal.reason
         self._calls.ended(refusal.status, duration_s)
-        self._observer.refused(refusal.reason)
-        _log.error("bug", **_facts(call, refusal.status, refusal.reason, duration_s), exc_info=bug)
+        self._observer.refused(reason)
+        _log.error("bug", **_facts(call, refusal.status, reason, duration_s), exc_info=bug)
 
 
 def _facts(call: Call, code: str, reason: str, duration_s: float) -> dict[str, object]:

@@ -12,11 +12,13 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from shardbook.errors import InternalError
 from shardbook.v1 import catalog_pb2, metadata_pb2, types_pb2
 from shardbook.v1 import registration_pb2 as pb
 from shardbook_server.metrics import state
 from shardbook_server.metrics.recorder import Recorder
 from shardbook_server.service import vitals
+from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.services import build_services
 from shardbook_server.storage.database import Database
 from tests.behaviour.ops.conftest import Ops, running_ops
@@ -74,6 +76,21 @@ def test_refusals_are_counted_by_status_and_reason(ops: Ops) -> None:
     error = refusal(ops.api.catalog.GetRun, catalog_pb2.GetRunRequest(name="projects/test/runs/none"))
     assert "NOT_FOUND" == error.reason
     assert (1, 1) == (status(), missing())
+
+
+def test_a_damaged_database_is_told_to_operators_alone(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: the client is told INTERNAL and a request id; the reason is counted, because an alert looks for it."""
+
+    def fail(*_: object) -> None:
+        raise InternalError("the database file is damaged", reason="DATABASE_DAMAGED")
+
+    monkeypatch.setattr(CatalogService, "get_run", fail)
+    damaged = _grown(ops, "shardbook_refusals_total", reason="DATABASE_DAMAGED")
+    status = _grown(ops, "grpc_server_handled_total", grpc_code="Internal")
+    with pytest.raises(grpc.RpcError) as caught:
+        ops.api.catalog.GetRun(catalog_pb2.GetRunRequest(name="a/b"))
+    assert "damaged" not in str(caught.value.details())
+    assert (1, 1) == (damaged(), status())
 
 
 def test_streams_and_cancelled_calls_are_counted(ops: Ops, run: str) -> None:
