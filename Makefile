@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Pytest's worker processes: the tests with real ranks start up to eight processes each.
 WORKERS ?= 2
-EXTRAS ?= torch,cli,server,postgres,dev
+EXTRAS ?= torch,cli,server,postgres,otel,dev
 ARGS ?=
 
 BIN := $(VENV)/bin

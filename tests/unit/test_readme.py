@@ -20,6 +20,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/ARCHITECTURE.md",
+    "docs/RUNBOOK.md",
     "docs/SETTINGS.md",
     "docs/cli.md",
     "docs/decisions/README.md",

@@ -64,7 +64,7 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
-        with self._transaction(self.backend.readers, writes=False) as connection:
+        with self._transaction(self.backend.readers) as connection:
             self.backend.prepare(connection, writes=False)
             yield connection
 
@@ -84,7 +84,7 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
-        with self._transaction(self.backend.writer, writes=True) as connection:
+        with self._transaction(self.backend.writer) as connection:
             self.backend.prepare(connection, writes=True)
             self.backend.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
             if lock:
@@ -127,14 +127,14 @@ class Database:
         return {engine.pool for engine in engines if isinstance(engine.pool, QueuePool)}
 
     @contextmanager
-    def _transaction(self, engine: Engine, *, writes: bool) -> Iterator[Connection]:
+    def _transaction(self, engine: Engine) -> Iterator[Connection]:
         asked_s = time.perf_counter()
         try:
             with engine.connect() as connection:
                 self._observer.connection_taken(time.perf_counter() - asked_s)
                 with connection.begin() as transaction:
                     yield connection
-                    if writes:
+                    if engine is self.backend.writer:
                         self._commit(transaction)
         except exc.SQLAlchemyError as error:
             raise translate(error, self.backend) from error

@@ -68,7 +68,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Collector]:
     """A collector that the standard variables name."""
     servicer = _Collector()
     server = grpc.server(ThreadPoolExecutor(1))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
+    add(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
