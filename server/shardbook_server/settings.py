@@ -93,7 +93,7 @@ class Settings(BaseModel):
     heavy_threads: _Threads = Field(
         default=2,
         description="Threads that commit, assemble and decide plans, which can take seconds. A database connection "
-        "is kept for each of these and of the worker threads.",
+        "is kept for each of these and of the worker threads, and two more for looks of the server's own.",
     )
     max_message_bytes: _Bytes = Field(
         default=16 << 20, description="Largest request; a larger one is RESOURCE_EXHAUSTED."

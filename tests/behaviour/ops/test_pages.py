@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,18 @@ def test_an_address_that_is_taken_is_refused_by_name(ops: Ops, tmp_path: Path) -
     # The refused server let go of everything: the next one starts over the same database.
     with running_ops(tmp_path) as next_one:
         assert 200 == next_one.http.get("/readyz").status_code
+
+
+def test_http_is_closed_when_grpc_cannot_be_served(ops: Ops, tmp_path: Path) -> None:
+    """Rule: HTTP is bound first; a server that is refused its other address leaves nothing behind."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        listen = f"127.0.0.1:{probe.getsockname()[1]}"
+    settings = settings_in(tmp_path, listen=ops.server.address, http_listen=listen)
+    with pytest.raises(UnavailableError) as refused, running_server(settings):
+        pass
+    assert "--listen" in refused.value.message
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://{listen}/healthz")
 
 
 def test_http_speaks_over_ipv6_too(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, event
 
 from shardbook_server.service.services import Services
 from shardbook_server.service.types import OnLive
+from shardbook_server.service.vitals import VitalsService
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.urls import is_postgres
 from tests.behaviour.service.saves import Job, Model, whole
@@ -59,6 +60,7 @@ def test_no_growing_table_is_walked_through(services: Services, database: Databa
     services.progress.counts([1])
     services.progress.progress(job.key(9))
     services.sessions.expire_leases(period_s=10)
+    assert 1 == VitalsService(database).measure().staging_rows
     for name in ("llm/8b@1", "llm/8b@1.s1", "llm/8b@1.s1.a1", "llm/8b@latest"):
         services.catalog.get_checkpoint(name)
         assert list(services.metadata.get_metadata(name, b"model"))
