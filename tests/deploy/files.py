@@ -20,13 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
 COMPOSE = ROOT / "docker-compose.yml"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-#: The setting of another branch: take this away when it is there.
-_COMING = {"SHARDBOOK_HTTP_LISTEN"}
 #: Environment variables that a server reads.
-SERVER_VARIABLES = _COMING | {
-    CONFIG_VARIABLE,
-    *(f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.model_fields),
-}
+SERVER_VARIABLES = {CONFIG_VARIABLE, *(f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.model_fields)}
 #: Those of servers and clients.
 VARIABLES = SERVER_VARIABLES | {setting.variable for setting in SETTINGS}
 

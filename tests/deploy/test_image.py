@@ -23,7 +23,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shardbook_server.settings import Settings
 from tests.deploy.dockerfile import read_stages
 from tests.deploy.files import COMPOSE, DOCKERFILE, ROOT, read_yaml, version
 from tests.deploy.image import Machine
@@ -180,7 +179,6 @@ def test_image_serves_the_embedded_database_as_anybody(image: Image) -> None:
         assert image.user == database.owner()
 
 
-@pytest.mark.skipif("http_listen" not in Settings.model_fields, reason="the server has no HTTP yet")
 def test_health_check_believes_the_server(image: Image) -> None:
     """Rule: what the image asks is what its server answers, while it serves and no longer."""
     http = _free_address()

@@ -9,6 +9,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from shardbook_server.rpc.health import PROCESS
 from tests.deploy.files import (
     KUBERNETES,
     SERVER_VARIABLES,
@@ -178,7 +179,7 @@ def test_ports_are_those_that_the_server_listens_on() -> None:
     for port in SERVICE["spec"]["ports"]:
         assert ports[port["targetPort"]] == port["port"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert {"port": ports["grpc"]} == container[probe]["grpc"]
+        assert {"port": ports["grpc"], "service": PROCESS} == container[probe]["grpc"]
     policy = read_yaml(KUBERNETES / "network-policy.yaml")["spec"]
     assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == set(ports)
 

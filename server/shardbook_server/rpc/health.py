@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -20,12 +20,18 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
+#: Asked for by probes that restart a process or take it out of a service: a database that is away is no reason to.
+PROCESS: Final = "process"
+
 
 class HealthHandlers(health_pb2_grpc.HealthServicer):
-    """Answers for the server as a whole (the empty name) and for each service; all have the same state."""
+    """Answers for the server as a whole (the empty name), for each service, and for the process alone.
+
+    The first two have the same state, which follows the database; the process serves until it drains.
+    """
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._names = frozenset(("", *services))
+        self._names = frozenset(("", PROCESS, *services))
         self._serving = True
         self._draining = False
         self._changed = asyncio.Event()
@@ -39,22 +45,22 @@ class HealthHandlers(health_pb2_grpc.HealthServicer):
     def drain(self) -> None:
         """Turns everything NOT_SERVING for good, tells who watches, and ends their calls."""
         self._draining = True
-        self._serving = False
         self._tell()
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> Any:
         """Answers once; NOT_FOUND for a service that is not here."""
         if request.service not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r}")
-        return self._answer(request.service)
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> AsyncIterator[Any]:
         """Answers at once and whenever the state changes; draining ends the call."""
-        told: bool | None = None
+        told: Any = None
         while True:
-            if told != self._serving:
-                told = self._serving
-                yield self._answer(request.service)
+            status = self._status(request.service)
+            if status != told:
+                told = status
+                yield health_pb2.HealthCheckResponse(status=status)
             elif self._draining:
                 return
             else:
@@ -64,7 +70,8 @@ class HealthHandlers(health_pb2_grpc.HealthServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _answer(self, name: str) -> Any:
+    def _status(self, name: str) -> Any:
         if name not in self._names:
-            return health_pb2.HealthCheckResponse(status=_UNKNOWN)
-        return health_pb2.HealthCheckResponse(status=_SERVING if self._serving else _NOT_SERVING)
+            return _UNKNOWN
+        serves = not self._draining and (self._serving or name == PROCESS)
+        return _SERVING if serves else _NOT_SERVING

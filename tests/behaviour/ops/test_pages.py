@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2
 from shardbook.errors import UnavailableError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
-from shardbook_server.app import running_server, serving
+from shardbook_server.app import SERVICES, running_server, serving
+from shardbook_server.rpc.health import PROCESS
 from shardbook_server.storage import migrate
 from tests.behaviour.ops.conftest import Ops, running_ops
 from tests.behaviour.rpc.api import Job, api_of, settings_in, wait_until
@@ -61,7 +62,8 @@ def test_a_database_that_stands_still_takes_readiness_away_until_it_is_back(clus
             assert 200 == ops.http.get("/healthz").status_code
             assert 0 == ops.sample("shardbook_ready")
             assert NOT_SERVING == next(watch).status
-            assert NOT_SERVING == ops.api.health.Check(health_pb2.HealthCheckRequest()).status
+            for name, expected in (("", NOT_SERVING), (SERVICES[0], NOT_SERVING), (PROCESS, SERVING)):
+                assert expected == ops.api.health.Check(health_pb2.HealthCheckRequest(service=name)).status
             assert time.monotonic() - began_s < 2, "a page waited for the database"
         finally:
             cluster.thaw()

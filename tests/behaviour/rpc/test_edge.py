@@ -26,7 +26,7 @@ GET_RUN = "/shardbook.v1.CatalogService/GetRun"
 
 def test_health_knows_every_service(api: Api) -> None:
     """Rule: grpc.health.v1 answers for the server and for each service, and not for others."""
-    for name in ("", *SERVICES):
+    for name in ("", "process", *SERVICES):
         status = api.health.Check(health_pb2.HealthCheckRequest(service=name)).status
         assert health_pb2.HealthCheckResponse.SERVING == status
     with pytest.raises(grpc.RpcError) as unknown:
