@@ -135,7 +135,12 @@ class Server:
         # On Postgres one thread is kept for reads: writers waiting for each other must not take them all.
         alone = self.database.backend.single_writer
         writers = _SQLITE_WRITERS if alone else max(1, settings.worker_threads - 1)
-        self._services = build_services(self.database, lease_ttl_s=settings.lease_ttl_s, observer=observer)
+        self._services = build_services(
+            self.database,
+            lease_ttl_s=settings.lease_ttl_s,
+            reap_interval_s=settings.reap_interval_s,
+            observer=observer,
+        )
         self._bridge = Bridge(
             threads=settings.worker_threads,
             heavy_threads=settings.heavy_threads,
@@ -232,16 +237,16 @@ class Server:
 
     async def _reap(self) -> None:
         """Ends attempts whose writers are gone, for as long as the server lives."""
-        period_s = self._settings.reap_interval_s
         while True:
-            await asyncio.sleep(period_s)
+            # At once after a start: the leases of jobs that could not reach the service are made good first.
             try:
-                expired = await self._bridge.write_own("reap", self._services.sessions.expire_leases, period_s=period_s)
+                expired = await self._bridge.write_own("reap", self._services.sessions.expire_leases)
             except Exception as error:  # noqa: BLE001 - the database may be away; the next round tries again
                 _log.warning("cannot look for ended leases", error=str(error))
             else:
                 if expired:
                     _log.info("expired attempts whose lease had ended", count=expired)
+            await asyncio.sleep(self._settings.reap_interval_s)
 
 
 def _spare_the_collector() -> None:

@@ -49,10 +49,10 @@ def test_extents_are_checked_against_counts_alone(structure: RankStructure, data
     info = structure_info(structure)
     extents = data.draw(extents_of(info.item_count, info.variable_count))
     total = extents.lengths.sum() if extents.lengths is not None else extents.variable_lengths.sum() + info.fixed_bytes
-    assert total == check_extents(extents, info)
+    assert total == check_extents(extents.facts, info)
     longer = Extents(variable_lengths=np.ones(info.variable_count + 1, dtype=np.int64))
     with pytest.raises(InvalidArgumentError) as caught:
-        check_extents(longer, info)
+        check_extents(longer.facts, info)
     assert caught.value.reason == "EXTENTS_MISMATCH"
 
 

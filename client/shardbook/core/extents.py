@@ -45,6 +45,23 @@ def _no_items() -> Int64Array:
     return np.zeros(0, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class ExtentsFacts:
+    """What extents say, without their columns.
+
+    Attributes:
+        item_count: Items that a column is about; None when no column is.
+        variable_count: Lengths of BYTES items; 0 when lengths are explicit.
+        size_bytes: Sum of the lengths given.
+        explicit: Lengths and starts of all items are given.
+    """
+
+    item_count: int | None
+    variable_count: int
+    size_bytes: int
+    explicit: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Extents:
     """Where the items of a rank structure lie. Columns are in file order, K items of which V are variable.
@@ -92,6 +109,14 @@ class Extents:
     @property
     def _explicit_lengths(self) -> Int64Array:
         return _no_items() if self.lengths is None else self.lengths
+
+    @property
+    def facts(self) -> ExtentsFacts:
+        """What they say, without the columns."""
+        given = self.variable_lengths if self.lengths is None else self.lengths
+        return ExtentsFacts(
+            self.item_count, len(self.variable_lengths), int(given.sum()), explicit=self.lengths is not None
+        )
 
     def _item_columns(self) -> tuple[Int64Array | None, ...]:
         return self.lengths, self.starts, self.transform_index, self.hints, self.attributes
@@ -202,7 +227,7 @@ def _read_transforms(reader: ByteReader) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(next(names) for _ in range(size)) for size in sizes.tolist())
 
 
-def check_extents(extents: Extents, info: StructureInfo) -> int:
+def check_extents(extents: ExtentsFacts, info: StructureInfo) -> int:
     """Returns the bytes that ``extents`` cover; raises InvalidArgumentError when they do not fit the structure."""
     if extents.item_count not in (None, info.item_count):
         raise InvalidArgumentError(
@@ -210,15 +235,15 @@ def check_extents(extents: Extents, info: StructureInfo) -> int:
             reason="EXTENTS_MISMATCH",
             field="extents",
         )
-    if extents.lengths is not None:
-        return int(extents.lengths.sum())
-    if len(extents.variable_lengths) != info.variable_count:
+    if extents.explicit:
+        return extents.size_bytes
+    if extents.variable_count != info.variable_count:
         raise InvalidArgumentError(
-            f"{len(extents.variable_lengths)} variable lengths for a structure of {info.variable_count}",
+            f"{extents.variable_count} variable lengths for a structure of {info.variable_count}",
             reason="EXTENTS_MISMATCH",
             field="extents",
         )
-    return info.fixed_bytes + int(extents.variable_lengths.sum())
+    return info.fixed_bytes + extents.size_bytes
 
 
 def encode_volatile(requires_grad: BoolArray, pin_memory: BoolArray) -> bytes:

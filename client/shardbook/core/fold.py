@@ -143,7 +143,7 @@ def _check_registration(record: RegistrationRecord, info: StructureInfo) -> int:
     """Returns the bytes that a rank wrote."""
     try:
         decode_volatile(record.volatile, info.entry_count)
-        return check_extents(decode_extents(record.extents), info)
+        return check_extents(decode_extents(record.extents).facts, info)
     except InvalidArgumentError as exc:
         raise CorruptManifestError(f"the record of rank {record.rank} is damaged: {exc}") from exc
 

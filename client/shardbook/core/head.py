@@ -131,7 +131,7 @@ def decode_metadata_header(payload: bytes) -> MetadataHeader:
         InvalidArgumentError: The payload is damaged or of another version.
     """
     try:
-        fields: dict[str, Any] = json.loads(unframe(payload))
+        fields: dict[str, Any] = json.loads(unframe(payload, limits.MAX_HEADER_BYTES))
         if fields.pop("v") != 1:
             raise InvalidArgumentError("unknown version", reason="UNSUPPORTED_FORMAT", field="metadata_header")
         meta = fields.pop("storage_meta")
@@ -141,7 +141,7 @@ def decode_metadata_header(payload: bytes) -> MetadataHeader:
             version=_optional_text(fields.pop("version")),
             storage_meta=None if meta is None else _storage_meta(meta),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise malformed("it is no metadata header", field="metadata_header") from exc
 
 

@@ -52,3 +52,8 @@ DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 #: Most registrations in one RecordCheckpoint call.
 MAX_RECORD_REGISTRATIONS = 4096
+#: Blobs sent with one call of a rank: a table, a plan and a structure, and some more; with one RecordCheckpoint.
+MAX_BLOBS = 16
+MAX_RECORD_BLOBS = 3 * MAX_RECORD_REGISTRATIONS
+#: Bytes that the metadata header of a checkpoint inflates to.
+MAX_HEADER_BYTES = 4 << 20

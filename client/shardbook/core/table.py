@@ -260,6 +260,8 @@ def key_paths_of(mappings: dict[str, KeyPath]) -> KeyPaths:
 
 def printable(fqn: str, limit_chars: int = 200) -> str:
     """Returns ``fqn`` for a message: escaped where it would not print, and not endless."""
-    text = encode_name(fqn).decode("utf-8", "backslashreplace")
+    # Cut first: a name may be millions of characters long, and escaped it is longer still.
+    text = encode_name(fqn[: limit_chars + 1]).decode("utf-8", "backslashreplace")
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= limit_chars else text[:limit_chars] + f"... ({len(fqn)} characters)"
+    whole = len(text) <= limit_chars and len(fqn) <= limit_chars
+    return text if whole else text[:limit_chars] + f"... ({len(fqn)} characters)"

@@ -185,7 +185,8 @@ class Attempts:
         self, key: AttemptKey, reached: Reached, wait_s: float
     ) -> tuple[Progress, CheckpointInfo | None]:
         """Returns how far an attempt has come, at the latest when the wait is over; and the checkpoint once closed."""
-        if wait_s <= 0:
+        if wait_s <= 0 or reached is REACHED[0]:
+            # Nothing to wait for: then what this very moment says, as after a write of the caller's own.
             view = await self._bridge.read(self._services.progress.progress, key)
         else:
             view = await self._wait_for_progress(key, reached, time.monotonic() + wait_s)

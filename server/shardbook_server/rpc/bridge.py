@@ -112,7 +112,7 @@ class Bridge:
             try:
                 return await asyncio.shield(self._spawn(self._write(job)))
             except asyncio.CancelledError:
-                job.abandoned = True
+                job.abandon()
                 raise
 
     async def write_own(self, name: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -239,6 +239,10 @@ class Bridge:
 _END: Final = object()
 
 
+def _drop() -> Any:
+    raise _Dropped
+
+
 class _Dropped(Exception):  # noqa: N818 - never seen: whoever would see it is gone
     """The caller went away before its turn came."""
 
@@ -246,21 +250,25 @@ class _Dropped(Exception):  # noqa: N818 - never seen: whoever would see it is g
 class _Job(Generic[T]):
     """Work for a thread, in the context of the task that asked for it; ``again`` says that it may be done again."""
 
-    __slots__ = ("_again", "_call", "_context", "_work", "abandoned")
+    __slots__ = ("_again", "_begun", "_call", "_context", "_work")
 
     def __init__(self, work: Callable[[], T], call: Call, *, again: bool = True) -> None:
         self._again = again
         self._work = work
         self._call = call
         self._context = contextvars.copy_context()
-        self.abandoned = False
+        self._begun = False
 
     def run(self) -> T:
         """Does the work, unless nobody waits for it any more."""
-        if self.abandoned:
-            raise _Dropped
+        self._begun = True
         self._call.check_time()
         return self._context.run(self._within_time)
+
+    def abandon(self) -> None:
+        """Lets go of the work, and of all that it holds, unless it has begun; on the event loop."""
+        if not self._begun:
+            self._work = _drop
 
     def _within_time(self) -> T:
         with statements_until(self._call.deadline_s):

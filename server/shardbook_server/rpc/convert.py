@@ -75,11 +75,15 @@ def attempt_location(location: types_pb2.AttemptLocation) -> types.AttemptLocati
         return _attempt_location(location.location, location.prefix)
 
 
-def take_uploads(request: _WithBlobs) -> tuple[types.BlobUpload, ...]:
-    """Returns a request's ``blobs``, not looked into, and leaves the request without them.
+def take_uploads(request: _WithBlobs, limit: int = limits.MAX_BLOBS) -> tuple[types.BlobUpload, ...]:
+    """Returns a request's ``blobs``, at most ``limit``, not looked into, and leaves the request without them.
 
     A call may wait for 20 s after its blobs are stored, and its request lives as long as the call.
     """
+    if len(request.blobs) > limit:
+        raise InvalidArgumentError(
+            f"{len(request.blobs)} blobs, the limit is {limit} a call", reason="LIMIT_EXCEEDED", field="blobs"
+        )
     result = []
     for at, blob in enumerate(request.blobs):
         with within(f"blobs[{at}]"):

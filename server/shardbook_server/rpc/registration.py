@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc.aio
 
+from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.registration_pb2_grpc import RegistrationServiceServicer
@@ -87,7 +88,8 @@ class RegistrationHandlers(RegistrationServiceServicer):
         self, request: pb.RecordCheckpointRequest, context: Context
     ) -> pb.RecordCheckpointResponse:
         """Records a whole attempt from one process."""
-        record, uploads = convert.record_request(request), convert.take_uploads(request)
+        record = convert.record_request(request)
+        uploads = convert.take_uploads(request, limits.MAX_RECORD_BLOBS)
         answer = await self._attempts.record(record, uploads)
         return pb.RecordCheckpointResponse(
             unknown=convert.blob_refs(answer.unknown),

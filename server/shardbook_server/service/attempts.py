@@ -171,7 +171,10 @@ def _find_or_open(
     clashes: dict[Ask, InvalidArgumentError] = {}
     if absent:
         clashes = _clashes(connection, {ask: part for ask, part in asks.items() if row_key(part.id, ask[0]) in absent})
-        refused = {row_key(asks[ask].id, ask[0]) for ask in clashes}
+        refused = {row_key(asks[ask].id, ask[0]): error for ask, error in clashes.items()}
+        # Whoever else names that attempt, at whatever place, would open it after all.
+        keys = {ask: row_key(part.id, ask[0]) for ask, part in asks.items()}
+        clashes = {ask: refused[natural] for ask, natural in keys.items() if natural in refused}
         absent = [natural for natural in absent if natural not in refused]
     if absent:
         # Two replicas may do so at once, as both share the run's lock: the second finds what the first stored.

@@ -19,7 +19,7 @@ from shardbook.core.structure import (
     reference_of,
 )
 from shardbook.core.table import TensorTable, decode_table
-from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError, UnavailableError
+from shardbook.errors import InvalidArgumentError, ShardbookError, UnavailableError
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
 from shardbook_server.service.verdicts import about
@@ -117,7 +117,21 @@ class BlobService:
         """Starts with empty caches; decoded blobs take up to ``cache_bytes``."""
         self._database = database
         self._decoded: BoundedCache[tuple[str, BlobRef], Decoded] = BoundedCache(cache_bytes)
-        self._rows: BoundedCache[tuple[str, BlobRef], BlobRow] = BoundedCache(_ID_CACHE_COUNT)
+        self._known: BoundedCache[tuple[str, BlobRef], BlobRow] = BoundedCache(_ID_CACHE_COUNT)
+        self._known_by = database.backend.connection_count
+
+    @property
+    def _rows(self) -> BoundedCache[tuple[str, BlobRef], BlobRow]:
+        """What is known to be stored.
+
+        Forgotten with every new connection: it may be to a standby that was promoted and lacks the last commits, and
+        hands out their keys again for something else.
+        """
+        connections = self._database.backend.connection_count
+        if connections != self._known_by:
+            self._known_by = connections
+            self._known.clear()
+        return self._known
 
     def check(self, project: str, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
         """Decodes uploads, proves that they are canonical, computes their digests. CPU work, and short reads.
@@ -135,6 +149,10 @@ class BlobService:
 
     def check_batch(self, asks: Sequence[CheckAsk]) -> list[CheckedBlobs | ShardbookError]:
         """Checks the uploads of several calls; one verdict a call, in order. For uploads that are soon checked."""
+        with self.doubted():
+            return self._check_batch(asks)
+
+    def _check_batch(self, asks: Sequence[CheckAsk]) -> list[CheckedBlobs | ShardbookError]:
         opened = [_settled(_opened, ask.uploads) for ask in asks]
         self._look_up(
             (ask.project, one) for ask, some in zip(asks, opened, strict=True) if isinstance(some, list) for one in some
@@ -293,7 +311,11 @@ class BlobService:
                 payloads = blob_rows.read_payloads(connection, project_id, kind, absent)
         for digest in absent:
             if digest not in payloads:
-                raise InternalError(f"the {kind.name.lower()} {digest.hex()[:12]} is not stored any more")
+                raise UnavailableError(
+                    f"the {kind.name.lower()} {digest.hex()[:12]} is not stored any more; try again",
+                    reason="DATABASE_CONFLICT",
+                    retry_delay_s=0.5,
+                )
         beside = self._load_references(project, kind, payloads.values())
         for digest, payload in payloads.items():
             decoded = self._decode(project, kind, payload, beside)

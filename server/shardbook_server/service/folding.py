@@ -20,6 +20,7 @@ from shardbook.core.digest import ordered_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
 from shardbook.core.table import printable
+from shardbook.errors import InvalidArgumentError
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.checks import prose
 from shardbook_server.service.closing import Folded
@@ -64,18 +65,7 @@ class Folder:
         if structure_id is None:
             with self._assembling:
                 structure_id = self._find(part, digest) or self._assemble(part, digest, blob_ids, digests, index)
-        return Folded(
-            structure_id,
-            tuple(
-                (
-                    first,
-                    encode_segment([(row.extents, row.volatile) for row in rows[first : first + limits.SEGMENT_RANKS]]),
-                )
-                for first in range(0, len(rows), limits.SEGMENT_RANKS)
-            ),
-            sum(row.size_bytes for row in rows),
-            any(row.explicit for row in rows),
-        )
+        return Folded(structure_id, _segments(rows), _size_bytes(rows), any(row.explicit for row in rows))
 
     def _find(self, part: PartRow, digest: bytes) -> int | None:
         with self._database.read() as connection:
@@ -102,6 +92,34 @@ class Folder:
             now_us = self._database.now_us(connection)
             blob_rows.touch(connection, sorted(set(blob_ids.tolist())), now_us)
             return structure_rows.insert_structure(connection, part.project_id, new, now_us)
+
+
+def _segments(rows: Sequence[RegistrationRow]) -> tuple[tuple[int, bytes], ...]:
+    """Packs registrations as readers find them.
+
+    Raises:
+        InvalidArgumentError: Those of one segment are more than a reader inflates.
+    """
+    segments = []
+    for first in range(0, len(rows), limits.SEGMENT_RANKS):
+        pairs = [(row.extents, row.volatile) for row in rows[first : first + limits.SEGMENT_RANKS]]
+        if sum(len(extents) + len(volatile) for extents, volatile in set(pairs)) > limits.MAX_INFLATED_BYTES // 2:
+            raise InvalidArgumentError(
+                f"the extents of ranks {first} to {first + len(pairs) - 1} are more than a reader takes at once",
+                reason="LIMIT_EXCEEDED",
+                field="extents",
+            )
+        segments.append((first, encode_segment(pairs)))
+    return tuple(segments)
+
+
+def _size_bytes(rows: Sequence[RegistrationRow]) -> int:
+    total = sum(row.size_bytes for row in rows)
+    if total > limits.INT64_MAX:
+        raise InvalidArgumentError(
+            f"the ranks claim {total} bytes together, the limit is 2**63 - 1", reason="LIMIT_EXCEEDED", field="extents"
+        )
+    return total
 
 
 def _tensors(structure: CheckpointStructure) -> list[NewTensor]:

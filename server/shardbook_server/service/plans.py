@@ -193,18 +193,18 @@ class PlanService:
         if decision is None:
             # Deciding is CPU work under the interpreter's lock: two at a time would take twice as long each.
             with self._deciding:
-                decided = self._held(checkpoint_id, opened_us) or self._decide(checkpoint_id)
+                decided = self._held(checkpoint_id, opened_us) or self._decide(checkpoint_id, opened_us)
             if isinstance(decided, int):
                 return PlanAnswer(PlanState.WAITING, planned_count=decided, checkpoint_id=checkpoint_id)
             decision = decided
         check_rank(rank, len(decision.drops), "rank")
         return PlanAnswer(PlanState.DECIDED, drop=decision.drops[rank], checkpoint_id=checkpoint_id)
 
-    def _decide(self, checkpoint_id: int) -> _Decision | int:
+    def _decide(self, checkpoint_id: int, opened_us: int) -> _Decision | int:
         """Decides for a whole attempt; returns how many ranks are in when that is not all of them."""
         with self._database.read() as connection:
             checkpoint = checkpoint_rows.find_by_ids(connection, [checkpoint_id]).get(checkpoint_id)
-            if checkpoint is None:
+            if checkpoint is None or (opened_us and checkpoint.create_time_us != opened_us):
                 raise NotFoundError("there is no such attempt")
             rows = plan_rows.read_plans(connection, checkpoint_id)
             project = run_rows.part_by_id(connection, checkpoint.part_id).name.run.project

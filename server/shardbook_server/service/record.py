@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shardbook.core.columns import unframe
 from shardbook.core.head import decode_metadata_header
 from shardbook.errors import AlreadyExistsError, InvalidArgumentError, ShardbookError
 from shardbook_server.service import staging
@@ -131,6 +132,11 @@ def _check(request: RecordRequest) -> list[CheckedShard]:
     return shards
 
 
+def _same_header(one: bytes, other: bytes) -> bool:
+    """Returns True when two headers say the same, however they are compressed."""
+    return one == other or bool(one and other and unframe(one) == unframe(other))
+
+
 def _compare(row: CheckpointRow, request: RecordRequest) -> None:
     """Refuses a call that says other things about the attempt than what is stored."""
     mismatch = disagreement(row, request.key, request.location)
@@ -144,7 +150,7 @@ def _compare(row: CheckpointRow, request: RecordRequest) -> None:
             field="registration_count",
         )
     closed = row.state == CheckpointState.COMMITTED
-    if row.metadata_header != request.metadata_header and (row.metadata_header or closed):
+    if not _same_header(row.metadata_header, request.metadata_header) and (row.metadata_header or closed):
         raise AlreadyExistsError("the attempt has another metadata header", field="metadata_header")
 
 

@@ -13,7 +13,7 @@ from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
 from shardbook_server.service.record import RecordService
 from shardbook_server.service.registration import RegistrationService
-from shardbook_server.service.sessions import SessionService
+from shardbook_server.service.sessions import REAP_INTERVAL_S, SessionService
 from shardbook_server.storage.database import Database
 
 #: How long a lease lasts without a sign of life, seconds.
@@ -41,6 +41,7 @@ def build_services(
     database: Database,
     *,
     lease_ttl_s: float = LEASE_TTL_S,
+    reap_interval_s: float = REAP_INTERVAL_S,
     blob_cache_bytes: int = BLOB_CACHE_BYTES,
     observer: Observer = SILENT,
 ) -> Services:
@@ -48,7 +49,7 @@ def build_services(
     blobs = BlobService(database, cache_bytes=blob_cache_bytes)
     commits = CommitService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer)
     return Services(
-        sessions=SessionService(database, lease_ttl_s=lease_ttl_s, observer=observer),
+        sessions=SessionService(database, lease_ttl_s=lease_ttl_s, reap_interval_s=reap_interval_s, observer=observer),
         blobs=blobs,
         plans=PlanService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),
         registrations=RegistrationService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),

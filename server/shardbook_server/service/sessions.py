@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -21,6 +22,8 @@ from shardbook_server.storage.events import Event, EventKind
 from shardbook_server.storage.runs import PartRow
 from shardbook_server.storage.sessions import LeaseRow, SessionRow
 
+#: Time between looks for ended leases, unless told otherwise, seconds.
+REAP_INTERVAL_S: Final = 10.0
 #: Leases dealt with in one call of the reaper; the rest waits for the next.
 _REAP_COUNT: Final = 1000
 #: Attempts that are being recorded afterwards have no lease; after this long their sync is taken to have died.
@@ -30,9 +33,17 @@ _RECORD_TTL_US: Final = 86_400_000_000
 class SessionService:
     """Starts sessions, keeps their leases, ends what outlived them. Thread-safe."""
 
-    def __init__(self, database: Database, *, lease_ttl_s: float, observer: Observer = SILENT) -> None:
-        """Keeps no state of its own."""
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease_ttl_s: float,
+        reap_interval_s: float = REAP_INTERVAL_S,
+        observer: Observer = SILENT,
+    ) -> None:
+        """Keeps no state of its own; ``expire_leases`` is called every ``reap_interval_s`` seconds."""
         self._database = database
+        self._reap_interval_s = reap_interval_s
         self._lease_ttl_s = lease_ttl_s
         self._observer = observer
         self._lease_ttl_us = round(lease_ttl_s * 1e6)
@@ -54,7 +65,7 @@ class SessionService:
             held = session_rows.find_session(connection, part.id, incarnation=request.incarnation)
             before = expired_count = 0
             if held is None:
-                busy = _busy(request, session_rows.current_lease(connection, part.id), now_us)
+                busy = _busy(request, self._credited(connection, part.id, now_us), now_us)
                 if busy is not None:
                     raise busy
                 before = part.session
@@ -95,8 +106,28 @@ class SessionService:
             part = run_rows.find_parts(connection, [request.part_name]).get(request.part_name)
             if part is None or part.incarnation == request.incarnation:
                 return 0.0
-            busy = _busy(request, session_rows.current_lease(connection, part.id), self._database.now_us(connection))
+            now_us = self._database.now_us(connection)
+            busy = _busy(request, self._credited(connection, part.id, now_us), now_us)
         return 0.0 if busy is None else busy.retry_delay_s or 0.0
+
+    def _credited(self, connection: Connection, part_id: int, now_us: int) -> tuple[SessionRow, LeaseRow] | None:
+        """Returns the current session with its lease, extended where the service was away and nobody has done so yet.
+
+        While it is away no sign of life arrives. The next round of the reaper makes it good; a job that waits for the
+        lease must not be quicker, and fence one that lives.
+        """
+        held = session_rows.current_lease(connection, part_id)
+        last_us = event_rows.read_reap_time(connection)
+        if held is None or not self._was_away(last_us, now_us) or held[1].expire_time_us <= last_us:
+            return held
+        session, lease = held
+        until_us = min(lease.expire_time_us + now_us - last_us, now_us + self._lease_ttl_us)
+        return session, replace(lease, expire_time_us=max(lease.expire_time_us, until_us))
+
+    def _was_away(self, last_us: int, now_us: int) -> bool:
+        """Returns True when nobody has looked for ended leases for much longer than it takes."""
+        period_us = round(self._reap_interval_s * 1e6)
+        return last_us > 0 and now_us - last_us > period_us + max(period_us, self._lease_ttl_us // 4)
 
     def keep_alive(self, key: SessionKey, *, release: bool = False) -> LeaseInfo:
         """Renews a lease, or ends it.
@@ -117,19 +148,18 @@ class SessionService:
             lease = session_rows.find_lease(connection, part.id)
         return LeaseInfo(now_us if lease is None else lease.expire_time_us)
 
-    def expire_leases(self, *, period_s: float) -> int:
-        """Ends open attempts whose writers' lease has ended; returns how many. Called every ``period_s`` seconds.
+    def expire_leases(self) -> int:
+        """Ends open attempts whose writers' lease has ended; returns how many. Called every ``reap_interval_s``.
 
-        When the last call is much longer ago than ``period_s``, the service or its database was away: live leases
+        When the last call is much longer ago than that, the service or its database was away: live leases
         are extended by the gap first, to a full lease at most, and nothing is ended in that call.
         """
-        period_us = round(period_s * 1e6)
         # One replica at a time, so that a gap is credited once.
         with self._database.write(lock="reaper") as connection:
             now_us = self._database.now_us(connection)
             last_us = event_rows.read_reap_time(connection)
             gap_us = now_us - last_us
-            was_away = last_us > 0 and gap_us > period_us + max(period_us, self._lease_ttl_us // 4)
+            was_away = self._was_away(last_us, now_us)
             ended: list[int] = []
             forgotten: list[tuple[int, int]] = []
             if was_away:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shardbook.core.extents import (
-    Extents,
+    ExtentsFacts,
     StructureInfo,
     check_extents,
     decode_extents,
@@ -36,12 +36,12 @@ class CheckedShard:
 
     Attributes:
         registration: As sent.
-        extents: Decoded.
+        extents: What its extents say, without the columns: a batch holds many.
         entry_count: Entries that the volatile properties are about; None when there are none.
     """
 
     registration: ShardRegistration
-    extents: Extents
+    extents: ExtentsFacts
     entry_count: int | None
 
     @property
@@ -54,11 +54,11 @@ class ShardChecker:
     """Parses registrations; payloads that many ranks share are parsed once. For one batch."""
 
     def __init__(self) -> None:
-        self._extents: dict[bytes, Extents] = {}
+        self._extents: dict[bytes, ExtentsFacts] = {}
         self._counts: dict[bytes, int | None] = {b"": None}
 
     def check(self, registration: ShardRegistration) -> CheckedShard:
-        """Returns the registration with its extents decoded.
+        """Returns the registration with what its extents say.
 
         Raises:
             InvalidArgumentError: A payload is damaged; the field is ``extents`` or ``volatile_properties``.
@@ -66,7 +66,7 @@ class ShardChecker:
         extents = self._extents.get(registration.extents)
         if extents is None:
             try:
-                extents = decode_extents(registration.extents)
+                extents = decode_extents(registration.extents).facts
             except InvalidArgumentError as error:
                 raise about(error, "extents") from error
             self._extents[registration.extents] = extents
@@ -101,7 +101,7 @@ def staged_row(checkpoint_id: int, shard: CheckedShard, blob: BlobRow) -> Regist
         checkpoint_id=checkpoint_id,
         rank=shard.registration.rank,
         structure_id=blob.id,
-        explicit=int(shard.extents.lengths is not None),
+        explicit=int(shard.extents.explicit),
         size_bytes=size_bytes,
         extents=shard.registration.extents,
         volatile=shard.registration.volatile_properties,

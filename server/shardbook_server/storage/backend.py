@@ -58,6 +58,11 @@ class Backend(Protocol):
         """True when write transactions follow each other, however many threads ask for one."""
         ...
 
+    @property
+    def connection_count(self) -> int:
+        """Connections that were made so far, where each new one may lead to another copy of the data; else 0."""
+        ...
+
     def prepare(self, connection: Connection, *, writes: bool) -> None:
         """Sets what holds for one transaction, before anything else is said in it."""
         ...

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select, tuple_, update
 
 from shardbook.core.structure import BlobKind
+from shardbook.errors import UnavailableError
 from shardbook_server.storage.dialect import insert_ignore, lock_rows
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import rank_structures
@@ -78,6 +79,13 @@ def insert_blobs(connection: Connection, project_id: int, news: Iterable[NewBlob
         below = BlobKind(kind - 1) if kind > BlobKind.TABLE else kind
         references = [(below, new.reference) for new in some if new.reference is not None]
         ids = find_blobs(connection, project_id, list(dict.fromkeys(references)))
+        if len(ids) < len(set(references)):
+            # Whoever checked the uploads took them for stored: the database has lost commits since.
+            raise UnavailableError(
+                "the database does not hold what it held before; try again",
+                reason="DATABASE_CONFLICT",
+                retry_delay_s=0.5,
+            )
         rows = [
             {
                 "project_id": project_id,

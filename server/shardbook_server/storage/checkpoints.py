@@ -201,8 +201,8 @@ def expire_superseded(connection: Connection, part_id: int) -> tuple[list[int], 
 
 
 def find_stale_records(connection: Connection, before_us: int, limit: int) -> list[tuple[int, int]]:
-    """Returns (id, part id) of recordings of session 0, which no lease covers, that were opened before a time."""
-    where = and_(IS_STAGED, checkpoints.c.session == 0, checkpoints.c.create_time_us < before_us)
+    """Returns (id, part id) of recordings, which no lease covers, that were opened before a time."""
+    where = and_(IS_STAGED, checkpoints.c.recovered == 1, checkpoints.c.create_time_us < before_us)
     # Not ordered by id: that would be a walk over the whole table.
     statement = (
         select(checkpoints.c.id, checkpoints.c.part_id).where(where).order_by(checkpoints.c.part_id).limit(limit)

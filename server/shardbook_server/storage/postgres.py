@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, create_engine, func, select, text
+from sqlalchemy import Connection, create_engine, event, func, select, text
 from sqlalchemy.pool import QueuePool
 
 from shardbook.core.names import RunName
@@ -46,6 +46,13 @@ _CONNECTION_DEFAULTS: Final = {
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",
     "target_session_attrs": "read-write",
+}
+#: What ends a transaction whose server has vanished; times in ms and s, as Postgres has them.
+_HOLDER_LIMITS: Final = {
+    "idle_in_transaction_session_timeout": "15000",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
 }
 _NOW_US: Final = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 #: Only members of pg_monitor may list the log's files; anybody may ask how far it has come.
@@ -84,6 +91,7 @@ class PostgresBackend:
     """Transactions under READ COMMITTED, fenced by advisory locks; reads of one moment under REPEATABLE READ."""
 
     single_writer = False
+    connection_count = 0
 
     def __init__(self, url: str, *, connections: int, clock: Clock | None, options: PostgresOptions) -> None:
         """Opens connections on first use.
@@ -107,8 +115,12 @@ class PostgresBackend:
             isolation_level="READ COMMITTED",
             hide_parameters=True,
         )
+        event.listen(self.writer, "connect", self._count_connection)
         # One pool for both: what differs is said when a transaction begins.
         self.readers = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+    def _count_connection(self, *_: object) -> None:
+        self.connection_count += 1
 
     def prepare(self, connection: Connection, *, writes: bool) -> None:
         """Bounds the statements of this transaction, and says when its commit counts.
@@ -118,6 +130,8 @@ class PostgresBackend:
         left_s = deadline.remaining_s() - _ANSWER_S
         limit_s = min(self._options.statement_timeout_s, left_s if math.isfinite(left_s) else math.inf)
         settings = [func.set_config("statement_timeout", str(max(1, round(limit_s * 1000))), True)]
+        # A server that is frozen, or whose machine is gone, must not hold its locks until somebody notices.
+        settings += [func.set_config(name, value, True) for name, value in _HOLDER_LIMITS.items()]
         if writes:
             settings.append(func.set_config("synchronous_commit", self._options.synchronous_commit, True))
         connection.execute(select(*settings))

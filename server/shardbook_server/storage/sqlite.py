@@ -61,6 +61,7 @@ class SqliteBackend:
     """
 
     single_writer = True
+    connection_count = 0
 
     def __init__(self, url: str, *, connections: int, clock: Clock | None) -> None:
         """Opens connections on first use.

@@ -22,6 +22,7 @@ from shardbook_server.settings import Settings
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.directories import CheckpointDirectory, identity, manifest
 from tests.behaviour.client.saves import register, save, start_session
+from tests.behaviour.rpc.api import wait_until
 
 FIRST, SECOND, THIRD = b"1" * 16, b"2" * 16, b"3" * 16
 
@@ -34,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = Settings(listen="127.0.0.1:0", http_listen="", database_url=database_url, drain_s=5)
     with running_server(settings) as one:
         yield one
-        assert 0 == one.database.checked_out()
+        wait_until(lambda: 0 == one.database.checked_out())
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shardbook.errors import CheckpointClosedError, SessionFencedError
+from shardbook.errors import CheckpointClosedError, RunBusyError, SessionFencedError
 from shardbook_server.service.types import OnLive
 from shardbook_server.service.views import CheckpointState
 from tests.behaviour.service.conftest import Clock
@@ -17,7 +17,7 @@ PERIOD_S = 10.0
 
 def reap(job: Job) -> int:
     """Runs the reaper once."""
-    return job.services.sessions.expire_leases(period_s=PERIOD_S)
+    return job.services.sessions.expire_leases()
 
 
 def state(job: Job, step: int) -> CheckpointState:
@@ -98,11 +98,24 @@ def test_an_outage_is_credited(job: Job, clock: Clock) -> None:
     assert 1 == run_reaper(job, clock, 30)
 
 
+def test_a_job_that_waits_is_not_quicker_than_the_credit(job: Job, other_job: Callable[[], Job], clock: Clock) -> None:
+    """The service is back, and the reaper has not been round yet: the live job must not be fenced meanwhile."""
+    reap(job)
+    run_reaper(job, clock, 30)
+    clock.advance(3600)
+    other = other_job()
+    with pytest.raises(RunBusyError):
+        other.start(on_live=OnLive.WAIT)
+    assert 0 == reap(job)
+    run_reaper(job, clock, 90)
+    assert 2 == other.start(on_live=OnLive.WAIT).session
+
+
 def test_a_lease_that_ended_before_the_outage_gets_no_credit(job: Job, clock: Clock) -> None:
     """Only what was alive when the service went away is extended."""
     job.register(1, whole(job.model)[:1])
     clock.advance(70)
-    job.services.sessions.expire_leases(period_s=3600)
+    job.services.sessions.expire_leases()
     assert CheckpointState.EXPIRED == state(job, 1)
     clock.advance(36_000)
     assert 0 == reap(job)

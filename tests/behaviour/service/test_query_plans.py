@@ -59,7 +59,7 @@ def test_no_growing_table_is_walked_through(services: Services, database: Databa
     job.register(9, whole(job.model)[:1])
     services.progress.counts([1])
     services.progress.progress(job.key(9))
-    services.sessions.expire_leases(period_s=10)
+    services.sessions.expire_leases()
     assert 1 == VitalsService(database).measure().staging_rows
     for name in ("llm/8b@1", "llm/8b@1.s1", "llm/8b@1.s1.a1", "llm/8b@latest"):
         services.catalog.get_checkpoint(name)

@@ -59,7 +59,7 @@ def test_another_job_facing_a_live_lease_is_told_who_holds_the_run(job: Job, oth
         caught.value.metadata
     )
     assert LEASE_TTL_S == caught.value.retry_delay_s
-    assert "TAKEOVER" in caught.value.message
+    assert 'on_live="takeover"' in caught.value.message
 
 
 @pytest.mark.parametrize("on_live", [OnLive.FAIL, OnLive.WAIT])
