@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -52,14 +53,37 @@ def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, 
         (decoded.setdefault(extents, len(decoded)) for extents, _ in registrations), np.int64, len(registrations)
     )
     distinct = [decode_extents(payload) for payload in decoded]
-    which = index[structure.owner]
-    start, length = _follow(structure, distinct, which)
+    which = _Which(index[structure.owner], len(distinct))
+    start, length = _follow(structure, distinct, which.number)
     _override(structure, distinct, which, start, length)
     transforms, transform_index = _transforms(structure, distinct, which)
     hints = _gather(structure, [extents.hints for extents in distinct], which, HINT_POSITION)
     attributes = _gather(structure, [extents.attributes for extents in distinct], which, 0)
     requires_grad, pin_memory = _volatile(structure, [volatile for _, volatile in registrations])
     return Located(start, length, transforms, transform_index, hints, attributes, requires_grad, pin_memory)
+
+
+@dataclass(frozen=True, eq=False)
+class _Which:
+    """Which of the distinct extents each chunk has.
+
+    Attributes:
+        number: (N,) number of its extents.
+        count: How many distinct ones there are.
+    """
+
+    number: Int64Array
+    count: int
+
+    @cached_property
+    def _sorted(self) -> tuple[Int64Array, Int64Array]:
+        order = np.argsort(self.number, kind="stable").astype(np.int64, copy=False)
+        return order, np.searchsorted(self.number[order], np.arange(self.count + 1)).astype(np.int64)
+
+    def rows(self, number: int) -> Int64Array:
+        """Returns the chunks that have these extents; sorted once for all, or every rank would cost a look at all."""
+        order, firsts = self._sorted
+        return order[int(firsts[number]) : int(firsts[number + 1])]
 
 
 def _follow(
@@ -84,14 +108,14 @@ def _follow(
 def _override(
     structure: CheckpointStructure,
     distinct: Sequence[Extents],
-    which: Int64Array,
+    which: _Which,
     start: Int64Array,
     length: Int64Array,
 ) -> None:
     """Puts explicit starts and lengths where a rank gave them."""
     for number, extents in enumerate(distinct):
         if extents.lengths is not None and extents.starts is not None:
-            rows = np.flatnonzero(which == number)
+            rows = which.rows(number)
             position = _positions(structure, rows, len(extents.lengths))
             start[rows], length[rows] = extents.starts[position], extents.lengths[position]
 
@@ -104,19 +128,19 @@ def _positions(structure: CheckpointStructure, rows: Int64Array, count: int) -> 
 
 
 def _gather(
-    structure: CheckpointStructure, columns: Sequence[Int64Array | None], which: Int64Array, default: int
+    structure: CheckpointStructure, columns: Sequence[Int64Array | None], which: _Which, default: int
 ) -> Int64Array:
     """(N,) values of an optional column in file order."""
-    out = np.full(len(which), default, dtype=np.int64)
+    out = np.full(len(which.number), default, dtype=np.int64)
     for number, column in enumerate(columns):
         if column is not None:
-            rows = np.flatnonzero(which == number)
+            rows = which.rows(number)
             out[rows] = column[_positions(structure, rows, len(column))]
     return out
 
 
 def _transforms(
-    structure: CheckpointStructure, distinct: Sequence[Extents], which: Int64Array
+    structure: CheckpointStructure, distinct: Sequence[Extents], which: _Which
 ) -> tuple[tuple[tuple[str, ...], ...], Int64Array]:
     numbers: dict[tuple[str, ...], int] = {}
     columns: list[Int64Array | None] = []
@@ -134,13 +158,13 @@ def _volatile(structure: CheckpointStructure, volatile: Sequence[bytes]) -> tupl
     requires_grad = np.zeros(structure.entry_count, dtype=np.bool_)
     pin_memory = np.zeros(structure.entry_count, dtype=np.bool_)
     held = np.flatnonzero(structure.chunk_counts > 0)
-    winner = structure.owner[structure.firsts[:-1][held]]
-    for rank in np.unique(winner).tolist():
+    winner = _Which(structure.owner[structure.firsts[:-1][held]], len(volatile))
+    for rank in np.unique(winner.number).tolist():
         payload = volatile[rank]
         entry_count = volatile_entry_count(payload)
         if entry_count is None:
             continue
-        rows = held[winner == rank]
+        rows = held[winner.rows(rank)]
         entries = structure.winner_entry[rows]
         if int(entries.max()) >= entry_count:
             raise InvalidArgumentError("properties name too few entries", field="volatile_properties")
