@@ -93,8 +93,14 @@ def _split(host: str) -> tuple[str, int]:
     name, _, port = host.rpartition(":")
     if "://" in host or "/" in host or "@" in host:
         raise _bad_address(host, "it has a scheme, a path or a user")
-    if not name or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if ":" not in host or not port:
         raise _bad_address(host, "it has no port")
+    if not port.isascii() or not port.isdigit():
+        raise _bad_address(host, f"its port {port!r} is not a number")
+    if not 0 < int(port) < 65536:
+        raise _bad_address(host, f"its port {port} is not within 1 and 65535")
+    if not name:
+        raise _bad_address(host, "it has no host")
     if name.startswith("[") and name.endswith("]") and _is_ip(name[1:-1]):
         return name[1:-1], int(port)
     if ":" in name or "[" in name:

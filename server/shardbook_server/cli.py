@@ -26,6 +26,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain text: markup would eat what stands in brackets, such as [ipv6].
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 database = typer.Typer(name="db", help="Look after the database's schema.", no_args_is_help=True)
 app.add_typer(database)

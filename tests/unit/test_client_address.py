@@ -37,6 +37,22 @@ def test_what_is_no_address_is_refused(text: str) -> None:
     assert "u:p" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("host", "no port"),
+        ("host:", "no port"),
+        ("host:http", "not a number"),
+        ("host:99999", "65535"),
+        (":1", "no host"),
+    ],
+)
+def test_what_is_wrong_with_an_address_is_named(text: str, why: str) -> None:
+    """A port that is there and wrong is not called absent."""
+    with pytest.raises(InvalidArgumentError, match=why):
+        ServerAddress.parse(text)
+
+
 def test_list_of_addresses_is_shuffled() -> None:
     """Clients spread over replicas: the first address is not everybody's first."""
     endpoints = frozenset({("10.0.0.1", 1), ("10.0.0.2", 2), ("10.0.0.3", 3)})

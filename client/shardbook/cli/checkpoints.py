@@ -10,6 +10,7 @@ from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.cli import output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
 from shardbook.core.names import RunName
+from shardbook.errors import InvalidArgumentError
 
 LS_EXAMPLES = """\b
 Examples:
@@ -31,6 +32,8 @@ _COLUMNS = (
     ("CREATED", False),
     ("SESSION", True),
 )
+#: Columns that a narrow terminal does without, the first one first.
+_EXPENDABLE = ("SESSION", "CHUNKS", "TENSORS", "WORLD", "SIZE", "CREATED")
 
 
 def list_checkpoints(
@@ -45,6 +48,8 @@ def list_checkpoints(
 ) -> None:
     """List the checkpoints of a run, newest first."""
     name, _, part = run.partition(":")
+    if "@" in run:
+        raise InvalidArgumentError(f"{run} is a checkpoint, not a run: try `shardbook show {run}`", field="run")
     client, _ = client_of(server, timeout_s)
     found = client.list_checkpoints(
         RunName.parse(name), part=part or None, show_all=show_all, page_size=page_size(limit)
@@ -53,7 +58,7 @@ def list_checkpoints(
     if as_json:
         output.print_json({"checkpoints": [checkpoint.to_json() for checkpoint in checkpoints], "more": more})
         return
-    output.print_table(_COLUMNS, map(_row, checkpoints))
+    output.print_table(_COLUMNS, map(_row, checkpoints), expendable=_EXPENDABLE)
     if not checkpoints and not show_all:
         output.print_line(f"no committed checkpoints: `shardbook ls {run} --all` shows every attempt")
     if more:

@@ -20,6 +20,8 @@ from rich.text import Text
 #: Width of tables that no terminal shows: wide enough that nothing is cut or wrapped on its way into a pipe.
 _PIPE_WIDTH: Final = 4096
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+#: Blanks between columns.
+_GAP: Final = 2
 _DASH: Final = "-"
 
 
@@ -28,19 +30,36 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
 
 
-def print_table(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> None:
+def print_table(
+    columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], *, expendable: Sequence[str] = ()
+) -> None:
     """Prints rows under a header.
 
     Args:
         columns: Header and True for numbers, which stand right.
         rows: Cells as text; shown as they are, never as markup.
+        expendable: Headers of columns to leave out, the first one first, until the rest fits the terminal.
     """
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header, number in columns:
-        table.add_column(header, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
-    _console().print(table)
+    console = _console()
+    cells = [[plain(cell) for cell in row] for row in rows]
+    widths = {
+        header: max([len(header), *(len(row[at]) for row in cells)]) + _GAP for at, (header, _) in enumerate(columns)
+    }
+    left_out: set[str] = set()
+    for header in expendable:
+        if sum(width for name, width in widths.items() if name not in left_out) - _GAP > console.width:
+            left_out.add(header)
+    shown = [at for at, (header, _) in enumerate(columns) if header not in left_out]
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
+    for at in shown:
+        header, number = columns[at]
+        # What stands in a table with columns to spare is a name to copy: it is never broken.
+        table.add_column(
+            header, justify="right" if number else "left", overflow="fold", no_wrap=number or bool(expendable)
+        )
+    for row in cells:
+        table.add_row(*(Text(row[at]) for at in shown))
+    console.print(table)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

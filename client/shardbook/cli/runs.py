@@ -10,6 +10,7 @@ from shardbook.catalog import Run, RunPart
 from shardbook.cli import output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
 from shardbook.core.names import DEFAULT_PART
+from shardbook.errors import InvalidArgumentError
 
 EXAMPLES = """\b
 Examples:
@@ -25,6 +26,8 @@ _COLUMNS = (
     ("USER", False),
     ("LAST SEEN", False),
 )
+#: Columns that a narrow terminal does without, the first one first.
+_EXPENDABLE = ("SESSION", "USER", "HOST", "LAST SEEN")
 
 
 def list_runs(
@@ -35,14 +38,17 @@ def list_runs(
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """List runs: where each stands, and who writes it."""
+    if project is not None and "/" in project:
+        raise InvalidArgumentError(f"{project} is a run, not a project: try `shardbook ls {project}`", field="project")
     client, _ = client_of(server, timeout_s)
     runs, more = take(client.list_runs(project, page_size=page_size(limit)), limit)
     if as_json:
         output.print_json({"runs": [run.to_json() for run in runs], "more": more})
         return
-    output.print_table(_COLUMNS, (_row(run, part) for run in runs for part in run.parts))
+    output.print_table(_COLUMNS, expendable=_EXPENDABLE, rows=(_row(run, part) for run in runs for part in run.parts))
     if not runs:
-        output.print_line("no runs yet: `shardbook.dcp.init(run='project/run')` starts one")
+        where = "no runs yet" if project is None else f"no runs in project {project} yet"
+        output.print_line(f"{where}: `shardbook.dcp.init(run='{project or 'project'}/run')` starts one")
     if more:
         output.print_line(f"only the first {limit} runs: --limit 0 shows all")
 

@@ -77,7 +77,7 @@ class RunName:
         """
         match = _RUN.fullmatch(text) or _RUN_REF.fullmatch(text)
         if match is None:
-            raise _no_name(text, "a run: projects/{project}/runs/{run}", field)
+            raise _no_name(text, "a run: write project/run, or projects/{project}/runs/{run}", field)
         return cls(check_segment(match[1], field), check_segment(match[2], field))
 
 

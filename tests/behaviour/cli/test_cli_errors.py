@@ -51,6 +51,19 @@ def test_exit_code_follows_the_answer(
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [(("runs", "llm/8b"), "shardbook ls llm/8b"), (("ls", "llm/8b@1500"), "shardbook show llm/8b@1500")],
+)
+def test_a_name_of_another_kind_gets_the_command_that_takes_it(
+    words: tuple[str, str], advice: str, shardbook: Shardbook
+) -> None:
+    """Without asking a server."""
+    ran = shardbook(*words, "--server", "127.0.0.1:1")
+    assert 2 == ran.code
+    assert advice in ran.err
+
+
 def test_server_of_another_kind_is_unavailable(shardbook: Shardbook) -> None:
     """An older server, or one of something else, is exit code 4 and says so."""
     with scripted_server() as server:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from shardbook import catalog
 from shardbook.cli import output
@@ -271,3 +272,18 @@ def test_sizes_for_people(size_bytes: int, text: str) -> None:
 def test_times_for_people() -> None:
     """UTC to the second; a dash for none."""
     assert ("2026-11-23 09:30:00Z", "-") == (output.time(datetime(2026, 11, 23, 9, 30, tzinfo=UTC)), output.time(None))
+
+
+def test_a_narrow_terminal_loses_columns_not_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What can be spared goes, in order, until the rest fits; a name stays whole, to be copied."""
+    columns = (("REF", False), ("SIZE", True), ("SESSION", True))
+    shown = {}
+    for width in (80, 30, 10):
+        monkeypatch.setattr(output, "_console", lambda width=width: Console(width=width, highlight=False))
+        output.print_table(columns, [("llm/8b-v3@1500", "1.4 GiB", "12")], expendable=("SESSION", "SIZE"))
+        header, row = capsys.readouterr().out.splitlines()[:2]
+        shown[width] = header.split()
+        assert width < 14 or row.startswith("llm/8b-v3@1500")
+    assert {80: ["REF", "SIZE", "SESSION"], 30: ["REF", "SIZE"], 10: ["REF"]} == shown
