@@ -75,7 +75,15 @@ def test_a_database_on_a_network_file_system_is_refused_with_the_reason(monkeypa
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory", "mysql://x/y", "sqlite:///x?y=1"]
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:x?mode=memory",
+        "mysql://x/y",
+        "sqlite:////x?y=1",
+        "sqlite:///rel.db",
+    ],
 )
 def test_urls_that_cannot_be_served(url: str) -> None:
     """The message says what to write."""

@@ -203,11 +203,13 @@ def database_path(url: str) -> Path:
     """
     prefix = "sqlite:///"
     name = url.removeprefix(prefix)
-    if not url.startswith(prefix) or not name or name.startswith((":memory:", "file:")) or "?" in name:
+    # With three slashes the path would be relative, and the catalogue an empty one wherever the server was started.
+    if not url.startswith(prefix) or not name.startswith("/") or "?" in name:
         raise InvalidArgumentError(
-            f"{url!r} is no database that Shardbook can serve: write sqlite:////absolute/path", field="database_url"
+            f"{url!r} is no database that Shardbook can serve: write sqlite:////absolute/path, with four slashes",
+            field="database_url",
         )
-    path = Path(name).absolute()
+    path = Path(name)
     found = network_file_system(path, _mount_table())
     if found is not None:
         raise InvalidArgumentError(
