@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from shardbook.core.names import RunName
+from shardbook.errors import ShardbookError, UnavailableError
 from shardbook_server.service.blobs import BlobService, CheckedBlob, CheckedBlobs
 from shardbook_server.service.types import BlobRef
 from shardbook_server.storage.blobs import BlobRow
 from shardbook_server.storage.database import Connection
+
+E = TypeVar("E")
+V = TypeVar("V")
+
+
+def run_by_run_when_busy(
+    entries: Sequence[E], run_of: Callable[[E], RunName], write: Callable[[Sequence[E]], list[V | ShardbookError]]
+) -> list[V | ShardbookError]:
+    """Writes a batch; where one of its runs is held for long, each run by itself, so that this one fails alone.
+
+    Raises:
+        ShardbookError: The whole batch failed for another reason.
+    """
+    runs = dict.fromkeys(run_of(entry) for entry in entries)
+    try:
+        return write(entries)
+    except UnavailableError as error:
+        if error.reason != "DATABASE_BUSY" or len(runs) < 2:
+            raise
+    verdicts: dict[int, V | ShardbookError] = {}
+    for run in runs:
+        places = [at for at, entry in enumerate(entries) if run_of(entry) == run]
+        try:
+            verdicts |= dict(zip(places, write([entries[at] for at in places]), strict=True))
+        except UnavailableError as error:
+            verdicts |= dict.fromkeys(places, error)
+    return [verdicts[at] for at in range(len(entries))]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts
-from shardbook_server.service.batches import Want, WantedBlobs
+from shardbook_server.service.batches import Want, WantedBlobs, run_by_run_when_busy
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
 from shardbook_server.service.checks import check_rank
 from shardbook_server.service.lru import BoundedCache
@@ -93,6 +93,9 @@ class PlanService:
         Raises:
             ShardbookError: The whole batch failed (the database cannot be written); nothing was stored.
         """
+        return run_by_run_when_busy(entries, lambda entry: entry.submission.key.part_name.run, self._plan_batch)
+
+    def _plan_batch(self, entries: Sequence[PlanEntry]) -> list[PlanAnswer | ShardbookError]:
         runs = {entry.submission.key.part_name.run for entry in entries}
         with self._blobs.doubted(), self._database.write(runs, exclusive=False) as connection:
             now_us = self._database.now_us(connection)

@@ -9,7 +9,7 @@ from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service import staging
 from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts, row_key
-from shardbook_server.service.batches import Want, WantedBlobs
+from shardbook_server.service.batches import Want, WantedBlobs, run_by_run_when_busy
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
 from shardbook_server.service.checks import check_rank
 from shardbook_server.service.closing import fail_attempt, failure_text
@@ -67,6 +67,9 @@ class RegistrationService:
         Raises:
             ShardbookError: The whole batch failed (the database cannot be written); nothing was stored.
         """
+        return run_by_run_when_busy(entries, lambda entry: entry.registration.key.part_name.run, self._register_batch)
+
+    def _register_batch(self, entries: Sequence[RegistrationEntry]) -> list[RegistrationAnswer | ShardbookError]:
         checker = ShardChecker()
         shards = [_check(checker, entry) for entry in entries]
         sound = {at: shard for at, shard in enumerate(shards) if isinstance(shard, CheckedShard)}

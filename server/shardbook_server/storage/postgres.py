@@ -62,7 +62,11 @@ _SIZES: Final = text(
     "SELECT pg_database_size(current_database()), pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"
 )
 _LOCK: Final = text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
-_LOCK_SHARED: Final = text("SELECT pg_advisory_xact_lock_shared(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
+#: A batch waits for a run no longer than this: it is of many runs, and the others have nothing to do with that one.
+_LOCK_SHARED: Final = text(
+    "SELECT set_config('lock_timeout', '2s', true), pg_advisory_xact_lock_shared(key) "
+    "FROM unnest(CAST(:keys AS bigint[])) AS key"
+)
 
 # SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html; by class where a class says enough.
 _CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
@@ -205,9 +209,9 @@ class PostgresBackend:
                 retry_delay_s=_RETRY_S,
             )
         if state == "55P03":
-            # Only migrations say how long they wait for a lock.
+            # Migrations, which live servers must not wait for, and batches of many runs say how long they wait.
             return UnavailableError(
-                f"live servers held what is to be changed, so nothing was changed; run it again: {said}",
+                f"others held what is to be changed for too long, so nothing was changed; try again: {said}",
                 reason="DATABASE_BUSY",
                 retry_delay_s=_RETRY_S,
             )

@@ -108,7 +108,7 @@ def test_an_upgrade_beside_busy_servers_says_so_and_ends_when_run_again(
     with opened(url) as database, database.write() as connection:
         connection.execute(text("LOCK TABLE checkpoints IN ROW EXCLUSIVE MODE"))
         said = _refused("upgrade", "--database-url", url)
-        assert "live servers held what is to be changed, so nothing was changed; run it again" in said
+        assert "others held what is to be changed for too long, so nothing was changed; try again" in said
     assert "0001" == _done("current", "--database-url", url)
     assert f"schema is at {NEXT}" in _done("upgrade", "--database-url", url)
 
