@@ -13,11 +13,16 @@ import pytest
 from hypothesis import settings
 
 from tests.databases import KINDS, Databases
-from tests.postgres import Postgres, running_postgres
+from tests.postgres import Postgres, described, running_postgres
 
 settings.register_profile("default", deadline=None, print_blob=True, max_examples=60)
 settings.register_profile("soak", deadline=None, print_blob=True, max_examples=5_000)
 settings.load_profile("default")
+
+
+def pytest_report_header() -> str:
+    """Says which Postgres the run is on."""
+    return f"postgres: {described()}"
 
 
 @pytest.fixture(scope="session", autouse=True)

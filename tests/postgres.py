@@ -34,6 +34,7 @@ _GIVEN_URL = os.environ.get(URL_VARIABLE, "")
 #: Users that own nothing, for a cluster that may not run as root.
 _UNPRIVILEGED = ("postgres", "nobody")
 _START_S = 30.0
+_IMAGE = "postgres:16-alpine"
 _numbers = itertools.count(1)
 
 
@@ -213,7 +214,7 @@ def running_postgres() -> Iterator[Postgres]:
     elif _docker_answers():
         from testcontainers.postgres import PostgresContainer
 
-        with PostgresContainer("postgres:16-alpine", driver=None) as container:
+        with PostgresContainer(_IMAGE, driver=None) as container:
             yield Postgres(container.get_connection_url())
     else:
         cluster = Cluster()
@@ -221,6 +222,18 @@ def running_postgres() -> Iterator[Postgres]:
             yield Postgres(cluster.url)
         finally:
             cluster.remove()
+
+
+def described() -> str:
+    """Returns which Postgres ``running_postgres`` runs, and its version; for the head of a run of tests."""
+    if _GIVEN_URL:
+        with psycopg.connect(_GIVEN_URL) as connection:
+            return f"{URL_VARIABLE}, version {connection.info.server_version}"
+    if _docker_answers():
+        return f"container {_IMAGE}"
+    folder = _binaries()
+    said = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{said.strip()}, from {folder}"
 
 
 def _docker_answers() -> bool:
