@@ -60,13 +60,21 @@ def _sync(server: ServerProcess, directory: Path) -> list[SyncOutcome]:
     return [one.outcome for one in sync_directories(server.client, [directory], export=export_metadata)]
 
 
-def test_a_metadata_file_beside_a_manifest_is_not_read(
+def test_a_metadata_file_beside_a_manifest_is_not_run(
     shared_server: ServerProcess, directory: Path, canary: _Canary
 ) -> None:
-    """Neither load nor sync opens DCP's pickle where there is something of ours."""
-    (directory / names.DCP_METADATA).write_bytes(pickle.dumps(canary))
-    assert _loads(directory)
+    """One that came later claims to be a newer save of plain DCP's: refused, and not passed over in silence.
+
+    Whoever loads must not get older data for what was saved last. Sync never opens it, and an older one is not read.
+    """
+    path = directory / names.DCP_METADATA
+    path.write_bytes(pickle.dumps(canary))
+    with pytest.raises(FailedPreconditionError, match="Shardbook's own save") as caught:
+        _loads(directory)
+    assert "UNSAFE_METADATA" == caught.value.reason
     assert [SyncOutcome.RECORDED] == _sync(shared_server, directory)
+    os.utime(path, (1.0, 1.0))
+    assert _loads(directory)
 
 
 def test_a_metadata_file_alone_is_refused(shared_server: ServerProcess, tmp_path: Path, canary: _Canary) -> None:

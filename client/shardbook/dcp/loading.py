@@ -22,7 +22,7 @@ from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.blocks import decode_blocks
-from shardbook.core.directory import DCP_METADATA
+from shardbook.core.directory import DCP_METADATA, MANIFEST
 from shardbook.core.extents import decode_segment
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.head import decode_head, decode_metadata_header
@@ -35,7 +35,7 @@ from shardbook.dcp.pickled import read_pickled_metadata
 from shardbook.dcp.planner import LoadPlanner
 from shardbook.dcp.runtime import current_config, is_distributed
 from shardbook.dcp.writer import CheckpointFiles
-from shardbook.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 
 #: What fetching the metadata of a whole checkpoint may take, seconds.
 _METADATA_S: Final = 300.0
@@ -184,6 +184,13 @@ def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
         metadata: Metadata = reader.read_metadata()  # a reader of another kind knows its own files
     except FileNotFoundError as error:
         raise _nothing_there(files, error) from error
+    except FailedPreconditionError as error:
+        if files is None or not files.exists(MANIFEST):
+            raise
+        raise FailedPreconditionError(
+            f"{error.message}. Shardbook's own save in this directory is older: remove {DCP_METADATA} to load that one",
+            reason=error.reason,
+        ) from error
     return metadata
 
 
