@@ -155,6 +155,40 @@ def downgrade(
 
 
 @database.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.", show_default=False)],
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Copy the SQLite database to a file, while it is served. Postgres has tools of its own: see deploy/README.md."""
+    with _reported():
+        settings = load_settings({"database_url": database_url}, config=config)
+        from shardbook_server.storage.backup import backup as copy
+
+        size_bytes = copy(settings.database_url, file)
+        typer.echo(f"{file}: {size_bytes:,} bytes")
+
+
+@database.command("mark-restored")
+def mark_restored(
+    yes: Annotated[bool, typer.Option("--yes", help="It was put back, and no server is running on it.")] = False,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Tell a database that it was put back from a backup, before it is served: a new epoch, later session numbers."""
+    with _reported():
+        url = _migrated(database_url, config)
+        if not yes:
+            raise FailedPreconditionError(
+                f"sessions and cursors of {_shown(url)} will not go on as they were: stop its servers, then say --yes"
+            )
+        from shardbook_server.storage.backup import mark_restored as mark
+
+        mark(url)
+        typer.echo(f"{_shown(url)}: marked as restored; `shardbook sync DIR...` brings back what was saved since")
+
+
+@database.command()
 def current(database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Print the revision of the schema."""
     with _reported():
