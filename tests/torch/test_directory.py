@@ -159,6 +159,38 @@ class TestRecords:
         assert files.exists(names.manifest_path("070707070707-a1"))
 
 
+class TestKilledCoordinator:
+    """What is left where a coordinator was killed between two files."""
+
+    def test_a_manifest_that_never_became_the_directorys(self, offline: dcp.Session, tmp_path: Path) -> None:
+        """The newest attempt counts, whatever the directory's own manifest says."""
+        path = tmp_path / "step-1"
+        dcp.save(spoiled(), checkpoint_id=path)
+        older = (path / names.MANIFEST).read_bytes()
+        dcp.save(some_state(), checkpoint_id=path)
+        assert loads(path)
+        (path / names.MANIFEST).write_bytes(older)
+        assert loads(path)
+
+    def test_an_attempt_that_is_damaged_stands_in_nobodys_way(
+        self, offline: dcp.Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A record or a manifest of another attempt, cut off: passed over, and said."""
+        path = tmp_path / "step-1"
+        dcp.save(some_state(), checkpoint_id=path)
+        for prefix, name in (("0123456789ab-a1", "rank-0.record"), ("0123456789ab-a2", "manifest")):
+            folder = path / names.attempt_path(prefix)
+            folder.mkdir()
+            (folder / name).write_bytes((path / names.MANIFEST).read_bytes()[:40])
+        assert loads(path)
+        assert "passed over" in caplog.text
+
+
+def spoiled() -> dict[str, Any]:
+    """Other values under the same keys."""
+    return {key: value + 1 for key, value in some_state().items()}
+
+
 class TestFsspec:
     """Stores that fsspec reaches."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from shardbook import Client, dcp
@@ -25,6 +28,20 @@ from tests.torch.alone import blank_state, loads, some_state
 from tests.torch.harness import files_below
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+
+
+class SlowStager(BlockingAsyncStager):
+    """Copies the state dict when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self._thread = ThreadPoolExecutor(1)
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        """Returns a future, as DefaultStager does in the background."""
+        copied = super().stage(state_dict)
+        return self._thread.submit(lambda: self.go.wait(30) and copied)
 
 
 class TestResult:
@@ -67,6 +84,25 @@ class TestResult:
         assert SaveState.COMMITTED == response.upload_completion.result(20).state == response.result(20).state
         assert response.done()
         assert response.exception() is None
+
+    def test_a_writer_of_a_save_in_the_background_is_not_taken_from_it(
+        self, session: dcp.Session, tmp_path: Path
+    ) -> None:
+        """Writers and planners hold one checkpoint's state: its bytes would go into the other one."""
+        writer, planner = FileSystemWriter(tmp_path / "step-1"), DefaultSavePlanner()
+        stager = SlowStager()
+        first = dcp.async_save(
+            some_state(), checkpoint_id=tmp_path / "step-1", storage_writer=writer, planner=planner, async_stager=stager
+        )
+        for shared in ({"storage_writer": writer}, {"planner": planner}):
+            with pytest.raises(FailedPreconditionError) as caught:
+                dcp.save(some_state(), checkpoint_id=tmp_path / "step-2", **shared)
+            assert "STILL_IN_USE" == caught.value.reason
+        stager.go.set()
+        assert SaveState.COMMITTED is first.result(30).state
+        again = dcp.save(some_state(), checkpoint_id=tmp_path / "step-2", storage_writer=writer, planner=planner)
+        assert loads(again.path)
+        assert loads(first.result().path)
 
     def test_a_background_save_that_fails_is_logged(
         self, session: dcp.Session, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -108,6 +108,20 @@ def async_save(
         return AsyncSaveResponse(*futures)
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
+    try:
+        return _begin(prepared, state_dict, storage_writer, async_stager)
+    except BaseException:
+        prepared.release()
+        raise
+
+
+def _begin(
+    prepared: PreparedSave,
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter | None,
+    async_stager: AsyncStager | None,
+) -> AsyncSaveResponse:
+    """Copies the state dict and starts the thread that saves the copy."""
     owned = None
     plain = plain_state(state_dict)
     if async_stager is None:
@@ -133,6 +147,7 @@ def async_save(
 
 def _ended(done: Future[SaveResult], prepared: PreparedSave, stager: AsyncStager | None) -> None:
     """Says what would go unseen where nobody asks for the result."""
+    prepared.release()
     _close(stager)
     error = done.exception()
     if error is not None:

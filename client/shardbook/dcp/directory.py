@@ -50,8 +50,12 @@ def write_failure(files: CheckpointFiles, prefix: str, rank: int, reason: str) -
 
 
 def has_records(files: CheckpointFiles, prefix: str) -> bool:
-    """Returns True when a rank has left its record already."""
-    return any(names.rank_of_record(name) is not None for name in files.names(names.attempt_path(prefix)))
+    """Returns True when a rank has left its record already; a storage that cannot say now says no."""
+    try:
+        return any(names.rank_of_record(name) is not None for name in files.names(names.attempt_path(prefix)))
+    except OSError as error:
+        _LOG.warning("cannot look for records of other ranks: %s", error)
+        return False
 
 
 def go_alone(files: CheckpointFiles, prefix: str) -> None:
@@ -63,8 +67,12 @@ def go_alone(files: CheckpointFiles, prefix: str) -> None:
 
 
 def is_alone(files: CheckpointFiles, prefix: str) -> bool:
-    """Returns True when the coordinator went on without the service."""
-    return files.exists(names.alone_path(prefix))
+    """Returns True when the coordinator went on without the service; a storage that cannot say now says no."""
+    try:
+        return files.exists(names.alone_path(prefix))
+    except OSError as error:
+        _LOG.warning("cannot look whether the coordinator is alone: %s", error)
+        return False
 
 
 def read_record(files: CheckpointFiles, prefix: str, rank: int) -> RegistrationRecord | None:
@@ -204,8 +212,7 @@ def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
         best = None if top is None else unfold(Manifest.from_bytes(top))
         prefixes = [one for one in _prefixes(files) if foreign_s is None or not _is_older(files, one, foreign_s)]
         for prefix in prefixes:
-            known = best is not None and best.manifest.identity.prefix == prefix
-            one = None if known else _read_one(files, prefix, only_records=best is not None)
+            one = _read_other(files, prefix, best)
             if one is not None and (best is None or is_newer(one.manifest.identity, best.manifest.identity)):
                 best = one
         if best is not None or not prefixes:
@@ -240,10 +247,31 @@ def _is_older(files: CheckpointFiles, prefix: str, foreign_s: float) -> bool:
     return any(is_saved_over(foreign_s, files.facts(path)) for path in paths)
 
 
-def _read_one(files: CheckpointFiles, prefix: str, *, only_records: bool) -> FoldedAttempt | None:
-    """Reads one attempt; None when it is not whole, or when it has a manifest and only records are of interest."""
+def _read_other(files: CheckpointFiles, prefix: str, best: FoldedAttempt | None) -> FoldedAttempt | None:
+    """Reads an attempt that may be newer than the best one so far; None when it is not, or is not whole.
+
+    A coordinator that was killed may have left its own manifest and not made it the directory's. Where there is
+    another attempt that can be loaded, one that is damaged does not stand in its way.
+    """
+    if best is not None:
+        if best.manifest.identity.prefix == prefix:
+            return None
+        identity = read_identity(files, names.manifest_path(prefix))
+        if identity is not None and not is_newer(identity, best.manifest.identity):
+            return None
+    try:
+        return _read_one(files, prefix)
+    except CorruptManifestError as error:
+        if best is None:
+            raise
+        _LOG.warning("attempt %s is damaged and passed over: %s", prefix, error)
+        return None
+
+
+def _read_one(files: CheckpointFiles, prefix: str) -> FoldedAttempt | None:
+    """Reads one attempt, by its manifest or its records; None when it is not whole."""
     listed = files.names(names.attempt_path(prefix))
-    content = None if only_records else files.read(names.manifest_path(prefix))
+    content = files.read(names.manifest_path(prefix))
     if content is not None:
         return unfold(Manifest.from_bytes(content))
     ranks = [rank for rank in map(names.rank_of_record, listed) if rank is not None]
@@ -254,7 +282,8 @@ def _read_one(files: CheckpointFiles, prefix: str, *, only_records: bool) -> Fol
         return None
     records = read_records(files, prefix, first.identity.world_size)
     try:
-        return None if missing_ranks(records) else fold(records)
+        # Fewer than were listed: a coordinator folds them at this moment.
+        return None if len(records) < len(ranks) or missing_ranks(records) else fold(records)
     except InvalidGeometryError as error:
         _LOG.warning("attempt %s is whole, but its chunks do not make whole tensors: %s", prefix, error)
         return None

@@ -249,7 +249,11 @@ class Finisher:
         answer = submitter.client.get_progress(pb.GetCheckpointProgressRequest(key=submitter.key))
         count = 0
         for missing in answer.progress.missing:
-            record = read_record(self._files, self._attempt.prefix, missing.rank)
+            try:
+                record = read_record(self._files, self._attempt.prefix, missing.rank)
+            except OSError as error:  # looked at again with the next round
+                _LOG.warning("cannot look for the record of rank %d: %s", missing.rank, error)
+                continue
             if record is not None:
                 self._require_same(submitter, record)
                 submitter.register(record)

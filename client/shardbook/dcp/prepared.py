@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Final
@@ -17,11 +18,9 @@ from shardbook.core.names import PartName
 from shardbook.dcp._torch import storage_writer_for
 from shardbook.dcp.attempt import Attempt, step_of
 from shardbook.dcp.planner import check_planner
-from shardbook.dcp.runtime import Runtime, current
+from shardbook.dcp.runtime import Member, Runtime, current
 from shardbook.dcp.writer import check_writer
-from shardbook.errors import (
-    InvalidArgumentError,
-)
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError
 
 #: Longest that ranks wait for each other's data before ranks count as missing, seconds.
 DEFAULT_TIMEOUT_S: Final = 1800.0
@@ -77,6 +76,35 @@ class PreparedSave:
     planner: DefaultSavePlanner
     options: SaveOptions
 
+    def release(self) -> None:
+        """Lets other saves have the writer and the planner; once this one is over."""
+        with _in_use_lock:
+            _in_use.difference_update((id(self.writer), id(self.planner)))
+
+
+#: Writers and planners of saves that are not over, by ``id``; their saves keep them alive.
+_in_use: Final[set[int]] = set()
+_in_use_lock: Final = threading.Lock()
+
+
+def _claim(writer: FileSystemWriter, planner: DefaultSavePlanner) -> None:
+    """Takes a writer and a planner for one save.
+
+    Raises:
+        FailedPreconditionError: A save in the background still uses one: both hold the state of one checkpoint, and
+            its bytes would go into the other one.
+    """
+    with _in_use_lock:
+        for name, one in (("storage_writer", writer), ("planner", planner)):
+            if id(one) in _in_use:
+                raise FailedPreconditionError(
+                    f"this {name} is still used by a save in the background: wait for its result, or give each save a "
+                    f"{name} of its own",
+                    reason="STILL_IN_USE",
+                    field=name,
+                )
+        _in_use.update((id(writer), id(planner)))
+
 
 def prepare(
     checkpoint_id: str | os.PathLike[str] | None,
@@ -99,6 +127,25 @@ def prepare(
     if storage_writer is None and checkpoint_id is None:
         raise InvalidArgumentError("pass checkpoint_id or storage_writer", field="checkpoint_id")
     writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
+    _claim(writer, checked)
+    try:
+        return _prepared(runtime, member, writer, checkpoint_id, checked, step, part, options)
+    except BaseException:
+        with _in_use_lock:
+            _in_use.difference_update((id(writer), id(checked)))
+        raise
+
+
+def _prepared(
+    runtime: Runtime,
+    member: Member,
+    writer: FileSystemWriter,
+    checkpoint_id: str | os.PathLike[str] | None,
+    planner: DefaultSavePlanner,
+    step: int | None,
+    part: str | None,
+    options: SaveOptions,
+) -> PreparedSave:
     path = writer.checkpoint_id if checkpoint_id is None else checkpoint_id
     session = runtime.session
     part = session.part if part is None else PartName(session.run_name, part).part
@@ -114,4 +161,4 @@ def prepare(
         path=os.fspath(path),
         location=location,
     )
-    return PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options)
+    return PreparedSave(runtime, attempt, writer, checkpoint_id, planner, options)

@@ -81,7 +81,10 @@ def save(
         )
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
-    return perform(prepared, plain_state(state_dict))
+    try:
+        return perform(prepared, plain_state(state_dict))
+    finally:
+        prepared.release()
 
 
 def plain_state(state_dict: dict[str, Any]) -> dict[str, Any]:

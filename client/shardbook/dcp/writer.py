@@ -87,8 +87,12 @@ class CheckpointFiles:
 
     def read_many(self, paths: Iterable[str]) -> list[bytes | None]:
         """Returns the contents of files, in order."""
-        with ThreadPoolExecutor(_READERS, "shardbook-read") as pool:
-            return list(pool.map(self.read, paths))
+        wanted = list(paths)
+        try:
+            with ThreadPoolExecutor(_READERS, "shardbook-read") as pool:
+                return list(pool.map(self.read, wanted))
+        except RuntimeError:  # the interpreter ends, and a save in the background with it: no new threads any more
+            return list(map(self.read, wanted))
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a file that is either not there or whole, durably; replaces an older one in one step.
