@@ -219,3 +219,25 @@ def disagree(rank: Rank, start: dict[str, Any], by_rank: list[dict[str, Any]], w
         current()._client = Client("127.0.0.1:1", timeout_s=1.0)
     options = dict(by_rank[rank.rank])
     return _timed(fill(fsdp(rank)), options.pop("path"), **options)
+
+
+class _Broken:
+    """A Stateful that has no state to give, on one rank."""
+
+    def __init__(self, broken: bool) -> None:
+        self._broken = broken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fails, or gives a number."""
+        if self._broken:
+            raise ValueError("no state today")
+        return {"n": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+
+def broken_state(rank: Rank, start: dict[str, Any], path: str, broken_rank: int, is_async: bool) -> Timed:
+    """Saves an object that fails on one rank, before anything is planned."""
+    dcp.init(**start)
+    return _timed(fill(fsdp(rank)) | {"x": _Broken(rank.rank == broken_rank)}, path, is_async=is_async)

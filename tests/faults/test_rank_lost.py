@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from shardbook import CheckpointState
 from shardbook.core import directory as names
 from shardbook.dcp import SaveState
@@ -41,6 +43,21 @@ def test_a_full_disk_on_one_rank(pool: RankPool, shared_server: ServerProcess, r
     (failed,) = p2_no_torn_checkpoint(shared_server.client, run)
     assert CheckpointState.FAILED == failed.state
     assert "No space left" in failed.failure
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_state_that_cannot_be_had_on_one_rank(
+    pool: RankPool, shared_server: ServerProcess, run: str, tmp_path: Path, is_async: bool
+) -> None:
+    """It fails before it has planned anything; the others learn so at once all the same."""
+    pool.run(jobs.nothing, world_size=2)
+    began_s = time.monotonic()
+    start = {"run": run, "server": shared_server.address}
+    outcomes = pool.start(jobs.broken_state, start, str(tmp_path / "step-1"), 1, is_async, world_size=2).outcomes()
+    assert time.monotonic() - began_s < 30
+    assert isinstance(outcomes[1].error, ValueError)
+    assert isinstance(outcomes[0].error, RankFailedError), outcomes[0].traceback
+    assert "no state today" in str(outcomes[0].error)
 
 
 def test_a_full_disk_on_one_rank_offline(pool: RankPool, run: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from shardbook.dcp.prepared import DEFAULT_TIMEOUT_S, PreparedSave, SaveOptions, prepare
 from shardbook.dcp.rank_save import RankSave
 from shardbook.dcp.results import SaveResult
-from shardbook.dcp.saving import plain_state
+from shardbook.dcp.saving import state_of
 from shardbook.dcp.standing_aside import async_save_by_torch, stands_aside
 from shardbook.errors import InvalidArgumentError
 
@@ -123,7 +123,7 @@ def _begin(
 ) -> AsyncSaveResponse:
     """Copies the state dict and starts the thread that saves the copy."""
     owned = None
-    plain = plain_state(state_dict)
+    plain = state_of(prepared, state_dict)
     if async_stager is None:
         own: object = storage_writer  # every FileSystemWriter is a stager too, which StorageWriter does not say
         if isinstance(own, AsyncStager):

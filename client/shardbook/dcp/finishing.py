@@ -280,7 +280,7 @@ class Finisher:
         """Writes manifest and ``.metadata`` of a committed attempt; returns what went wrong, which undoes nothing."""
         try:
             return "; ".join(publish(self._files, self._fold(record), self._exporter(storage_meta)))
-        except (OSError, ShardbookError) as error:
+        except Exception as error:  # noqa: BLE001 - filesystems raise what they like, and the checkpoint is committed
             _LOG.exception("step %d is committed, but its directory was not described", self._attempt.step)
             return f"the manifest was not written: {error}"
 

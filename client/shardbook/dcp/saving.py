@@ -82,7 +82,7 @@ def save(
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     try:
-        return perform(prepared, plain_state(state_dict))
+        return perform(prepared, state_of(prepared, state_dict))
     finally:
         prepared.release()
 
@@ -92,6 +92,15 @@ def plain_state(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {
         key: element.state_dict() if isinstance(element, Stateful) else element for key, element in state_dict.items()
     }
+
+
+def state_of(prepared: PreparedSave, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``plain_state`` of a save; where an object has no state to give, the other ranks learn that it failed."""
+    try:
+        return plain_state(state_dict)
+    except BaseException as error:
+        RankSave(prepared).give_up("plan", error)
+        raise
 
 
 def perform(prepared: PreparedSave, state_dict: dict[str, Any]) -> SaveResult:
