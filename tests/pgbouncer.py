@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import psycopg
 from psycopg import conninfo
 
-from tests.postgres import Postgres, free_port, unprivileged_user
+from tests.postgres import Postgres, as_user, free_port, unprivileged_user
 
 _START_S = 15.0
 _CONFIG = """\
@@ -52,7 +52,7 @@ def running_pgbouncer(postgres: Postgres, *, size: int) -> Iterator[Pgbouncer]:
             for path in (folder, config):
                 shutil.chown(path, user)
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([program, config], stdout=log, stderr=log, user=user, cwd=folder)
+            process = subprocess.Popen([*as_user(user), program, config], stdout=log, stderr=log, cwd=folder)
         try:
             bouncer = Pgbouncer(port)
             _await(bouncer.url_of(postgres.url), process, folder / "log")

@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -85,10 +86,9 @@ class Cluster:
         arguments = [f"--{name}={value}" for name, value in (settings | {"fsync": "on"} | self._options).items()]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [self._bin / "postgres", "-D", self._data, *arguments],
+                [*as_user(self._user), self._bin / "postgres", "-D", self._data, *arguments],
                 stdout=log,
                 stderr=log,
-                user=self._user,
                 start_new_session=True,
                 cwd=self._folder,
             )
@@ -158,9 +158,8 @@ class Cluster:
 
     def _run(self, *command: str | Path) -> None:
         subprocess.run(
-            command,
+            [*as_user(self._user), shutil.which(command[0]) or command[0], *command[1:]],
             check=True,
-            user=self._user,
             cwd=self._folder,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "LC_ALL": "C.UTF-8"},
@@ -265,6 +264,20 @@ def unprivileged_user() -> str | None:
 
     known = {entry.pw_name for entry in pwd.getpwall()}
     return next((name for name in _UNPRIVILEGED if name in known), getpass.getuser())
+
+
+def as_user(name: str | None) -> list[str]:
+    """Returns what stands before a command, by its path, that another user is to run; the process stays the same.
+
+    Not ``Popen(user=...)``: that forks, and in a process that uses gRPC the child then runs gRPC's handlers, which may
+    abort it. Without it Python starts programs in a way that runs no handlers.
+    """
+    if name is None:
+        return []
+    import pwd
+
+    become = "import os, sys; os.setuid(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+    return [sys.executable, "-I", "-S", "-c", become, str(pwd.getpwnam(name).pw_uid)]
 
 
 def _answers(url: str) -> bool:
