@@ -26,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.deploy.dockerfile import read_stages
 from tests.deploy.files import COMPOSE, DOCKERFILE, ROOT, read_yaml, version
 from tests.deploy.image import Machine
-from tests.postgres import Postgres, unprivileged_user
+from tests.postgres import Postgres, as_user, unprivileged_user
 
 # Packages come over the network where pip has none of them yet.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,7 +44,7 @@ def _python(user: str | None) -> str:
     code = "import sys; sys.exit(sys.version_info < (3, 11))"
     for path in candidates:
         with suppress(PermissionError):
-            if subprocess.run([path, "-I", "-c", code], user=user, cwd="/", check=False).returncode == 0:
+            if subprocess.run([*as_user(user), path, "-I", "-c", code], cwd="/", check=False).returncode == 0:
                 return path
     pytest.fail(f"user {user} can run none of {candidates}: run the tests as a user, or install Python for everybody")
 
@@ -74,11 +74,9 @@ class Image:
         program = shutil.which(entry, path=self.environment["PATH"])
         assert program == str(self.machine.root / "opt/shardbook/bin" / entry)
         return subprocess.Popen(
-            [program, *words],
+            [*as_user(self.user), program, *words],
             env={**self.environment, **environment},
             cwd=self.machine.inside(FINAL.only("WORKDIR").text),
-            user=self.user,
-            extra_groups=[] if self.user is not None else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -190,7 +188,11 @@ def test_health_check_believes_the_server(image: Image) -> None:
 
     def healthy() -> bool:
         asked = subprocess.run(
-            command, check=False, env=image.environment, cwd=image.home, user=image.user, stderr=subprocess.DEVNULL
+            [*as_user(image.user), *command],
+            check=False,
+            env=image.environment,
+            cwd=image.home,
+            stderr=subprocess.DEVNULL,
         )
         return asked.returncode == 0
 
