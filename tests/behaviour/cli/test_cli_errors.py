@@ -162,10 +162,12 @@ def test_sync_exits_1_when_something_was_not_recorded(shardbook: Shardbook, tmp_
     )
 
 
-def test_sync_of_nothing_is_ok(shardbook: Shardbook, tmp_path: Path) -> None:
-    """No directory of ours below: said, not an error. A directory that is not there is exit code 3."""
+def test_sync_of_nothing_is_a_negative_answer(shardbook: Shardbook, tmp_path: Path) -> None:
+    """No directory of ours below: what to name is told. A directory that is not there is exit code 3."""
     ran = shardbook("sync", str(tmp_path), "--server", "127.0.0.1:1")
-    assert (0, "no checkpoint directories that Shardbook wrote were found\n") == (ran.code, ran.out)
+    assert 1 == ran.code
+    assert ran.out.startswith("no checkpoint directories that Shardbook wrote were found: name the directory")
+    assert [] == shardbook("sync", str(tmp_path), "--json", "--server", "127.0.0.1:1").json["attempts"]
     assert 3 == shardbook("sync", str(tmp_path / "nowhere"), "--server", "127.0.0.1:1").code
 
 

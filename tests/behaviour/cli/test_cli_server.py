@@ -140,6 +140,19 @@ def test_sync_brings_in_what_an_outage_left(form: str, client: Client, shardbook
     assert ["model.w"] == [t["fqn"] for t in shardbook("tensors", f"{run}@20", "--json").json["tensors"]]
 
 
+def test_sync_lists_news_in_the_order_of_steps(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:
+    """What the catalogue had is counted, and listed on request only; step-2 comes before step-10."""
+    for step in (10, 2, 1):
+        CheckpointDirectory(tmp_path / f"step-{step}").add_manifest(identity(step, run="order/run", session=0))
+    first = shardbook("sync", str(tmp_path))
+    assert ["step-1", "step-2", "step-10"] == [Path(row[2]).name for row in first.rows[1:4]]
+    assert "3 recorded" == first.out.splitlines()[-1]
+    assert "3 present\n" == shardbook("sync", str(tmp_path)).out
+    assert ["present"] * 3 == [row[0] for row in shardbook("sync", str(tmp_path), "--all").rows[1:4]]
+    attempts = shardbook("sync", str(tmp_path), "--json").json["attempts"]
+    assert [1, 2, 10] == [attempt["step"] for attempt in attempts]
+
+
 def test_sync_works_after_a_newer_session(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:
     """History is recorded past the fence, without touching what the newer session did."""
     save(client, tmp_path / "10", 10, run="newer/run", incarnation=FIRST)
