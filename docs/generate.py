@@ -34,7 +34,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | command | object |
 |---|---|
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
-| `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool}` |
+| `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
 | `shardbook show` | `{"checkpoint": checkpoint}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook sync` | `{"attempts": [attempt], "counts": {outcome: number}}` |

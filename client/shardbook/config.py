@@ -67,10 +67,20 @@ class Setting:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number of seconds") from None
     if not (math.isfinite(value) and value > 0):
         raise ValueError("not a time above 0")
     return value
+
+
+def _mode(text: str) -> Mode:
+    try:
+        return Mode(text.lower())
+    except ValueError:
+        raise ValueError(f"{text!r} is not one of {', '.join(Mode)}") from None
 
 
 def _stores(text: str) -> dict[str, str]:
@@ -94,7 +104,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "SHARDBOOK_MODE",
         "online",
         "`online`: save through the service; `offline`: leave records with the data only; `disabled`: stand aside.",
-        lambda text: Mode(text.lower()),
+        _mode,
     ),
     Setting("token", "SHARDBOOK_TOKEN", "", "Bearer token that is sent with every call.", str),
     Setting("timeout_s", "SHARDBOOK_TIMEOUT_S", "30", "Deadline of calls that do not wait, seconds.", _seconds),

@@ -18,12 +18,12 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shardbook.errors import UnavailableError
 from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from shardbook.v1.catalog_pb2_grpc import add_CatalogServiceServicer_to_server
 from shardbook.v1.metadata_pb2_grpc import add_MetadataServiceServicer_to_server
 from shardbook.v1.registration_pb2_grpc import add_RegistrationServiceServicer_to_server
 from shardbook_server.failpoints import Failpoints
+from shardbook_server.listening import cannot_listen, reason_of
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.operations import Operations
 from shardbook_server.rpc.attempts import Attempts
@@ -180,10 +180,7 @@ class Server:
         try:
             port = self._server.add_insecure_port(listen)
         except RuntimeError as error:
-            raise UnavailableError(
-                f"cannot listen on {listen}: is another server running? Choose another address with --listen",
-                reason="ADDRESS_UNAVAILABLE",
-            ) from error
+            raise cannot_listen(listen, reason_of(listen), "Choose another address with --listen") from error
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
         await self._server.start()
         self._operations.serve(self.address)

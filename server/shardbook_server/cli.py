@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused or failed with a message, 2 a command line that do
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,6 +42,8 @@ DatabaseUrl = Annotated[
 
 def main() -> None:
     """Entry point of the command."""
+    # gRPC's own lines, of an address that is taken, say, are told again in the server's words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     app()
 
 

@@ -7,12 +7,13 @@ its name in capitals: ``listen`` is ``SHARDBOOK_LISTEN``.
 
 from __future__ import annotations
 
+import difflib
 import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,8 @@ from shardbook.errors import FieldViolation, InvalidArgumentError
 #: Environment variable that names the TOML file.
 CONFIG_VARIABLE: Final = "SHARDBOOK_CONFIG"
 ENVIRONMENT_PREFIX: Final = "SHARDBOOK_"
+#: Source of what the command line says.
+FLAG: Final = "flag"
 DEFAULT_LISTEN: Final = "127.0.0.1:7070"
 DEFAULT_HTTP_LISTEN: Final = "127.0.0.1:7071"
 #: Says that HTTP is off where an empty text says that nothing was set, as in the environment.
@@ -31,6 +34,19 @@ _Count = Annotated[int, Field(ge=1, le=1 << 31)]
 _Threads = Annotated[int, Field(ge=1, le=1024)]
 _Bytes = Annotated[int, Field(ge=1 << 10, le=1 << 31)]
 _Seconds = Annotated[float, Field(gt=0, le=365 * 86400, allow_inf_nan=False)]
+
+
+#: What is wrong with a value, by how pydantic's kind of error begins.
+_KINDS: Final = {
+    "int_": "is not a whole number",
+    "float_": "is not a number",
+    "finite_number": "is not a finite number",
+    "bool_": "is not true or false",
+    "string_": "is not a text",
+    "greater_than_equal": "is below {ge}",
+    "greater_than": "is not above {gt}",
+    "less_than_equal": "is above {le}",
+}
 
 
 def default_data_dir() -> Path:
@@ -75,7 +91,7 @@ class Settings(BaseModel):
         description="Where `shardbook-server db` changes the schema, when that is not database_url: a Postgres behind "
         "pgbouncer is migrated over a direct connection.",
     )
-    postgres_synchronous_commit: Annotated[str, Field(pattern="^(on|remote_apply|remote_write|local)$")] = Field(
+    postgres_synchronous_commit: Literal["on", "remote_apply", "remote_write", "local"] = Field(
         default="on",
         description="When Postgres acknowledges a commit: on, remote_apply, remote_write or local. With on, a commit "
         "survives a crash of the server, and a failover to a synchronous standby.",
@@ -145,7 +161,7 @@ class Settings(BaseModel):
     max_connection_age_grace_s: _Seconds = Field(
         default=60.0, description="How long calls may go on over a connection that was asked to reconnect."
     )
-    access_log: Annotated[str, Field(pattern="^(none|problems|all)$")] = Field(
+    access_log: Literal["none", "problems", "all"] = Field(
         default="problems",
         description="Calls that get a log line: none, problems (refused, failed, cancelled, or slower than 1 s without "
         "their waiting) or all. Bugs are always logged.",
@@ -155,7 +171,7 @@ class Settings(BaseModel):
         description="Make an OpenTelemetry span of each call and export it as the standard OTEL_* variables say. Needs "
         "the extra shardbook[otel].",
     )
-    log_level: Annotated[str, Field(pattern="^(debug|info|warning|error)$")] = Field(
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log lines that are written: debug, info, warning or error."
     )
     log_json: bool | None = Field(
@@ -244,16 +260,40 @@ def load_with_sources(
             sources[named[variable]] = variable
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     values |= given
-    sources |= dict.fromkeys(given, "flag")
+    sources |= dict.fromkeys(given, FLAG)
     try:
         return Loaded(Settings.model_validate(values), sources)
     except pydantic.ValidationError as error:
-        wrong = [(".".join(map(str, e["loc"])), str(e["msg"])) for e in error.errors(include_input=False)]
+        wrong = [(str(e["loc"][0]), _why(e["type"], e)) for e in error.errors(include_url=False)]
         raise InvalidArgumentError(
-            "settings are not valid: " + "; ".join(f"{name}: {why}" for name, why in wrong),
+            "settings are not valid: " + "; ".join(f"{_shown(name, sources)} {why}" for name, why in wrong),
             reason="INVALID_SETTINGS",
             violations=[FieldViolation(name, why) for name, why in wrong],
         ) from None
+
+
+def _shown(name: str, sources: Mapping[str, str]) -> str:
+    """Returns a setting as whoever set it wrote it: the flag, the variable, or the name in the file."""
+    source = sources[name]
+    if source == FLAG:
+        return f"--{name.replace('_', '-')}"
+    return source if source.startswith(ENVIRONMENT_PREFIX) else f"{name} in {source}"
+
+
+def _why(kind: str, error: Mapping[str, Any]) -> str:
+    """Returns what is wrong with a setting, for people; values are not repeated, they may be secret."""
+    context = error.get("ctx", {})
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][0]), Settings.model_fields, n=1)
+        return "is no setting" + (f": did you mean {near[0]}?" if near else "; docs/SETTINGS.md lists them")
+    if kind == "literal_error":
+        return f"is not one of {context['expected']}"
+    if kind == "value_error":
+        return f"is not valid: {context['error']}"
+    for beginning, why in _KINDS.items():
+        if kind.startswith(beginning):
+            return why.format(**context)
+    return f"is not valid: {error['msg']}"
 
 
 def _read_toml(path: Path) -> dict[str, object]:

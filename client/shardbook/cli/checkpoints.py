@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import Checkpoint, CheckpointState
-from shardbook.cli import output
+from shardbook.cli import names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
-from shardbook.core.names import RunName
-from shardbook.errors import InvalidArgumentError
 
 LS_EXAMPLES = """\b
 Examples:
@@ -25,6 +23,7 @@ _COLUMNS = (
     ("STEP", True),
     ("STATE", False),
     ("REF", False),
+    ("LATEST", False),
     ("WORLD", True),
     ("TENSORS", True),
     ("CHUNKS", True),
@@ -33,7 +32,7 @@ _COLUMNS = (
     ("SESSION", True),
 )
 #: Columns that a narrow terminal does without, the first one first.
-_EXPENDABLE = ("SESSION", "CHUNKS", "TENSORS", "WORLD", "SIZE", "CREATED")
+_EXPENDABLE = ("SESSION", "CHUNKS", "TENSORS", "WORLD", "SIZE", "CREATED", "LATEST", "STATE", "STEP")
 
 
 def list_checkpoints(
@@ -46,19 +45,18 @@ def list_checkpoints(
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """List the checkpoints of a run, newest first."""
-    name, _, part = run.partition(":")
-    if "@" in run:
-        raise InvalidArgumentError(f"{run} is a checkpoint, not a run: try `shardbook show {run}`", field="run")
+    """List the checkpoints of a run, newest first. A * marks what @latest means."""
+    name, part = names.run_of(run)
     client, _ = client_of(server, timeout_s)
-    found = client.list_checkpoints(
-        RunName.parse(name), part=part or None, show_all=show_all, page_size=page_size(limit)
-    )
+    found = client.list_checkpoints(name, part=part, show_all=show_all, page_size=page_size(limit))
     checkpoints, more = take(found, limit)
+    # By part. The listing does not say: what @latest means need not be the newest one.
+    latest = {one.part: one.latest or None for one in client.get_run(name).parts if part in (None, one.part)}
     if as_json:
-        output.print_json({"checkpoints": [checkpoint.to_json() for checkpoint in checkpoints], "more": more})
+        rows = [checkpoint.to_json() for checkpoint in checkpoints]
+        output.print_json({"checkpoints": rows, "more": more, "latest": latest})
         return
-    output.print_table(_COLUMNS, map(_row, checkpoints), expendable=_EXPENDABLE)
+    output.print_table(_COLUMNS, (_row(one, latest.get(one.part)) for one in checkpoints), expendable=_EXPENDABLE)
     if not checkpoints and not show_all:
         output.print_line(f"no committed checkpoints: `shardbook ls {run} --all` shows every attempt")
     if more:
@@ -72,8 +70,9 @@ def show_checkpoint(
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Show everything about one checkpoint."""
+    name = names.checkpoint_of(ref)
     client, config = client_of(server, timeout_s)
-    checkpoint = client.get_checkpoint(ref)
+    checkpoint = client.get_checkpoint(name)
     if as_json:
         output.print_json({"checkpoint": checkpoint.to_json()})
         return
@@ -84,17 +83,18 @@ def show_checkpoint(
     output.print_facts(facts)
 
 
-def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
+def _row(checkpoint: Checkpoint, latest: str | None) -> tuple[str, ...]:
     proved = checkpoint.state is CheckpointState.COMMITTED
     return (
         str(checkpoint.step),
         state_of(checkpoint),
         checkpoint.ref,
+        "*" if checkpoint.name == latest else "-",
         output.count(checkpoint.world_size),
         output.count(checkpoint.tensor_count) if proved else "-",
         output.count(checkpoint.chunk_count) if proved else "-",
         output.size(checkpoint.size_bytes) if proved else "-",
-        output.time(checkpoint.create_time),
+        output.table_time(checkpoint.create_time),
         str(checkpoint.session),
     )
 

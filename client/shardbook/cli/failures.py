@@ -58,6 +58,9 @@ def exit_code(error: BaseException) -> int:
 def hint(error: BaseException) -> str | None:
     """Returns the next command for ``error``; None where the message already names it, or there is none."""
     if isinstance(error, NotFoundError) and error.reason != "NO_DIRECTORY":
+        # The server's own advice is the better one: it knows what is there.
+        if "`shardbook " in error.message:
+            return None
         return "`shardbook runs` lists the runs, `shardbook ls project/run --all` every attempt of one"
     if isinstance(error, UnauthenticatedError | PermissionDeniedError):
         return "set SHARDBOOK_TOKEN to a token that is valid and allows this"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,8 @@ _PIPE_WIDTH: Final = 4096
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 #: Blanks between columns.
 _GAP: Final = 2
+#: Least width of a column whose text may be folded.
+_FOLDED_WIDTH: Final = 24
 _DASH: Final = "-"
 
 
@@ -31,35 +34,43 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_table(
-    columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]], *, expendable: Sequence[str] = ()
+    columns: Sequence[tuple[str, bool]],
+    rows: Iterable[Sequence[str]],
+    *,
+    expendable: Sequence[str] = (),
+    folded: Sequence[str] = (),
 ) -> None:
-    """Prints rows under a header.
+    """Prints rows under a header. Cells are never broken, so that names can be copied: the terminal wraps long lines.
 
     Args:
         columns: Header and True for numbers, which stand right.
         rows: Cells as text; shown as they are, never as markup.
         expendable: Headers of columns to leave out, the first one first, until the rest fits the terminal.
+        folded: Headers of columns of prose, which goes on below where the terminal is too narrow.
     """
     console = _console()
     cells = [[plain(cell) for cell in row] for row in rows]
     widths = {
-        header: max([len(header), *(len(row[at]) for row in cells)]) + _GAP for at, (header, _) in enumerate(columns)
+        header: max([cell_len(header), *(cell_len(row[at]) for row in cells)]) for at, (header, _) in enumerate(columns)
     }
-    left_out: set[str] = set()
+    for header in folded:
+        widths[header] = min(widths[header], _FOLDED_WIDTH)
     for header in expendable:
-        if sum(width for name, width in widths.items() if name not in left_out) - _GAP > console.width:
-            left_out.add(header)
-    shown = [at for at, (header, _) in enumerate(columns) if header not in left_out]
+        if _line_width(widths) > console.width:
+            del widths[header]
+    console.width = max(console.width, _line_width(widths))
+    shown = [at for at, (header, _) in enumerate(columns) if header in widths]
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="bold", padding=(0, _GAP, 0, 0))
     for at in shown:
         header, number = columns[at]
-        # What stands in a table with columns to spare is a name to copy: it is never broken.
-        table.add_column(
-            header, justify="right" if number else "left", overflow="fold", no_wrap=number or bool(expendable)
-        )
+        table.add_column(header, justify="right" if number else "left", overflow="fold", no_wrap=header not in folded)
     for row in cells:
         table.add_row(*(Text(row[at]) for at in shown))
     console.print(table)
+
+
+def _line_width(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + _GAP * (len(widths) - 1)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -110,6 +121,13 @@ def count(number: int) -> str:
 def time(stamp: datetime | None) -> str:
     """Returns a time in UTC to the second: ``2026-11-23 09:30:00Z``; a dash for none."""
     return _DASH if stamp is None else stamp.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def table_time(stamp: datetime | None) -> str:
+    """Returns a time for a table: to the minute on a terminal, where width is dear, to the second elsewhere."""
+    if stamp is None or not sys.stdout.isatty():
+        return time(stamp)
+    return stamp.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ")
 
 
 def or_dash(text: str) -> str:

@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import Run, RunPart
-from shardbook.cli import output
+from shardbook.cli import names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
 from shardbook.core.names import DEFAULT_PART
-from shardbook.errors import InvalidArgumentError
 
 EXAMPLES = """\b
 Examples:
@@ -27,7 +26,7 @@ _COLUMNS = (
     ("LAST SEEN", False),
 )
 #: Columns that a narrow terminal does without, the first one first.
-_EXPENDABLE = ("SESSION", "USER", "HOST", "LAST SEEN")
+_EXPENDABLE = ("SESSION", "USER", "HOST", "LAST SEEN", "WRITING", "CHECKPOINTS", "LATEST")
 
 
 def list_runs(
@@ -38,8 +37,8 @@ def list_runs(
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """List runs: where each stands, and who writes it."""
-    if project is not None and "/" in project:
-        raise InvalidArgumentError(f"{project} is a run, not a project: try `shardbook ls {project}`", field="project")
+    if project is not None:
+        project = names.project_of(project)
     client, _ = client_of(server, timeout_s)
     runs, more = take(client.list_runs(project, page_size=page_size(limit)), limit)
     if as_json:
@@ -47,8 +46,10 @@ def list_runs(
         return
     output.print_table(_COLUMNS, expendable=_EXPENDABLE, rows=(_row(run, part) for run in runs for part in run.parts))
     if not runs:
-        where = "no runs yet" if project is None else f"no runs in project {project} yet"
-        output.print_line(f"{where}: `shardbook.dcp.init(run='{project or 'project'}/run')` starts one")
+        if project is not None and next(client.list_runs(page_size=1), None) is not None:
+            output.print_line(f"no runs in project {project}: `shardbook runs` lists those of all projects")
+        else:
+            output.print_line(f"no runs yet: `shardbook.dcp.init(run='{project or 'project'}/run')` starts one")
     if more:
         output.print_line(f"only the first {limit} runs: --limit 0 shows all")
 
@@ -62,5 +63,5 @@ def _row(run: Run, part: RunPart) -> tuple[str, ...]:
         str(part.session),
         output.or_dash(part.host),
         output.or_dash(part.user),
-        output.time(part.last_seen_time),
+        output.table_time(part.last_seen_time),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import re
 from collections import Counter
 from typing import Annotated
 
@@ -22,12 +23,16 @@ Examples:
   shardbook sync /lustre/ckpt/8b-v3
   shardbook sync /lustre/ckpt/8b-v3/step-1500 s3://bucket/ckpt --json"""
 _COLUMNS = (("OUTCOME", False), ("REF", False), ("DIRECTORY", False), ("WHY", False))
+_PIECES = re.compile(r"([0-9]+)|([^0-9]+)")
 #: Deadline of one call, seconds: nobody waits at a prompt, and parts of large attempts take their time.
 _TIMEOUT_S = 60.0
 
 
 def sync(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoint directories, or any above.")],
+    show_all: Annotated[
+        bool, typer.Option("--all", "-a", help="A row for what the catalogue had already, too.")
+    ] = False,
     as_json: AsJson = False,
     server: Server = None,
     timeout_s: Timeout = _TIMEOUT_S,
@@ -35,7 +40,7 @@ def sync(
     """Record what checkpoint directories hold and the catalogue lacks.
 
     For saves that were made while the server was away. Safe to repeat, and while jobs save. Exits 1 when a save was
-    found that could not be recorded.
+    found that could not be recorded, or none was found.
     """
     client, config = client_of(server, timeout_s)
     results: list[SyncedAttempt] = []
@@ -44,10 +49,10 @@ def sync(
     except ShardbookError:
         # What was recorded before the server went away is worth knowing.
         if results:
-            _print(results, as_json=as_json)
+            _print(results, show_all=show_all, as_json=as_json)
         raise
-    _print(results, as_json=as_json)
-    if unsettled(results):
+    _print(results, show_all=show_all, as_json=as_json)
+    if unsettled(results) or not results:
         raise typer.Exit(NEGATIVE)
 
 
@@ -66,7 +71,8 @@ def _exporter() -> Exporter | None:
     return export
 
 
-def _print(results: list[SyncedAttempt], *, as_json: bool) -> None:
+def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool) -> None:
+    results = sorted(results, key=lambda result: _natural(result.directory))
     counts = Counter(result.outcome for result in results)
     if as_json:
         output.print_json(
@@ -76,10 +82,25 @@ def _print(results: list[SyncedAttempt], *, as_json: bool) -> None:
             }
         )
         return
-    if results:
-        output.print_table(_COLUMNS, map(_row, results))
+    rows = [_row(result) for result in results if show_all or not _is_old_news(result)]
+    if rows:
+        output.print_table(_COLUMNS, rows, folded=("DIRECTORY", "WHY"))
     found = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in SyncOutcome if counts[outcome])
-    output.print_line(found or "no checkpoint directories that Shardbook wrote were found")
+    output.print_line(
+        found
+        or "no checkpoint directories that Shardbook wrote were found: name the directory that the saves were given as "
+        "checkpoint_id, or one above it"
+    )
+
+
+def _is_old_news(result: SyncedAttempt) -> bool:
+    """True for what the catalogue had and nothing is to be said about: the count is enough."""
+    return result.outcome is SyncOutcome.PRESENT and not result.message
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts ``step-2`` before ``step-10``."""
+    return [(int(digits), "") if digits else (-1, text) for digits, text in _PIECES.findall(path)]
 
 
 def _row(result: SyncedAttempt) -> tuple[str, ...]:

@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import TensorInfo
-from shardbook.cli import output
+from shardbook.cli import names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
 
 EXAMPLES = """\b
 Examples:
   shardbook tensors llm/8b-v3@latest
   shardbook tensors llm/8b-v3@1500 --prefix model.layers.0. --limit 0"""
-_COLUMNS = (("NAME", False), ("DTYPE", False), ("SHAPE", False), ("CHUNKS", True), ("SIZE", True))
+_COLUMNS = (("NAME", False), ("DTYPE", False), ("SHAPE", False), ("CHUNKS", True), ("SIZE IN FILES", True))
+#: Columns that a narrow terminal does without, the first one first.
+_EXPENDABLE = ("CHUNKS", "DTYPE", "SIZE IN FILES", "SHAPE")
 
 
 def list_tensors(
@@ -26,12 +28,15 @@ def list_tensors(
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """List what a committed checkpoint holds, in state-dict order."""
+    name = names.checkpoint_of(ref)
     client, _ = client_of(server, timeout_s)
-    tensors, more = take(client.list_tensors(ref, prefix, page_size=page_size(limit)), limit)
+    tensors, more = take(client.list_tensors(name, prefix, page_size=page_size(limit)), limit)
     if as_json:
         output.print_json({"tensors": [tensor.to_json() for tensor in tensors], "more": more})
         return
-    output.print_table(_COLUMNS, map(_row, tensors))
+    output.print_table(_COLUMNS, map(_row, tensors), expendable=_EXPENDABLE)
+    if prefix and not tensors:
+        output.print_line(f"nothing begins with {prefix}: `shardbook tensors {ref}` lists every entry")
     if more:
         output.print_line(f"only the first {limit} entries: --limit 0 shows all, --prefix narrows them down")
 

@@ -77,7 +77,7 @@ class RunName:
         """
         match = _RUN.fullmatch(text) or _RUN_REF.fullmatch(text)
         if match is None:
-            raise _no_name(text, "a run: write project/run, or projects/{project}/runs/{run}", field)
+            raise _no_name(text, "a run: write project/run, such as llm/8b-v3", field)
         return cls(check_segment(match[1], field), check_segment(match[2], field))
 
 
@@ -154,7 +154,7 @@ class CheckpointId:
             if _ALIAS.fullmatch(text):
                 return cls(alias=text)
             raise _no_name(
-                text, "a checkpoint: a step, {step}.s{session}, {step}.s{session}.a{attempt} or an alias", field
+                text, "a checkpoint: behind the @ write a step (1500), a step and session (1500.s3) or latest", field
             )
         numbers = [None if group is None else int(group) for group in match.groups()[:3]]
         if any(number is not None and number > limits.INT64_MAX for number in numbers):
@@ -197,7 +197,7 @@ class CheckpointName:
         if match is None:
             raise _no_name(
                 text,
-                "a checkpoint: projects/{project}/runs/{run}/parts/{part}/checkpoints/{id} or project/run@step",
+                "a checkpoint: write project/run@step, such as llm/8b-v3@1500, or project/run@latest",
                 field,
             )
         run = RunName(check_segment(match[1], field), check_segment(match[2], field))

@@ -65,3 +65,7 @@ class SaveResult:
     attempt: int = 1
     prefix: str = ""
     stats: SaveStats = field(default_factory=SaveStats)
+
+    def __repr__(self) -> str:
+        why = f", reason={self.reason!r}" if self.reason else ""
+        return f"SaveResult({self.state}, {self.ref!r}, step={self.step}{why})"

@@ -96,6 +96,11 @@ class Session:
         if not 0 <= self.number <= limits.INT64_MAX:
             raise InvalidArgumentError(f"session number {self.number}", field="number")
 
+    def __repr__(self) -> str:
+        part = "" if self.part == DEFAULT_PART else f":{self.part}"
+        incarnation = self.incarnation.hex()[:12]
+        return f"Session('{self.run}{part}', number={self.number}, incarnation={incarnation}, mode={self.mode})"
+
     @property
     def run_name(self) -> RunName:
         """The run."""

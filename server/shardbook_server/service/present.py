@@ -69,9 +69,18 @@ def resolve(connection: Connection, name: CheckpointName) -> int:
         raise NotFoundError(f"{name.part.ref} does not exist: nothing was ever saved to it")
     found = _resolve(connection, part, name.id)
     if found is None:
-        hint = f"; `shardbook ls {name.part.ref}` lists what there is"
-        raise NotFoundError(f"{name.ref} does not exist{hint}", metadata={"name": str(name)})
+        raise NotFoundError(_why_absent(connection, part, name), metadata={"name": str(name)})
     return found
+
+
+def _why_absent(connection: Connection, part: run_rows.PartRow, name: CheckpointName) -> str:
+    listing = f"`shardbook ls {name.part.ref}"
+    if name.id.alias == LATEST:
+        return f"{name.ref} does not exist: nothing of it is committed; {listing} --all` lists every attempt"
+    step = name.id.step
+    if step is not None and checkpoint_rows.has_attempts(connection, part.id, step, session=name.id.session):
+        return f"{name.ref} was never committed, there are only attempts: {listing} --all` lists them"
+    return f"{name.ref} does not exist; {listing}` lists what there is"
 
 
 def resolve_committed(connection: Connection, name: CheckpointName) -> CheckpointRow:

@@ -281,6 +281,14 @@ def find_listed_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, 
     return found
 
 
+def has_attempts(connection: Connection, part_id: int, step: int, *, session: int | None = None) -> bool:
+    """Returns True when anybody, or one session, ever began to save a step."""
+    statement = select(checkpoints.c.id).where(checkpoints.c.part_id == part_id, checkpoints.c.step == step).limit(1)
+    if session is not None:
+        statement = statement.where(checkpoints.c.session == session)
+    return connection.scalar(statement) is not None
+
+
 def newest_attempt(
     connection: Connection,
     part_id: int,

@@ -12,7 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from shardbook.errors import UnavailableError
+from shardbook_server.listening import bound_socket, cannot_listen
 
 #: Connections at a time; a few scrapers and probes use them.
 _CONNECTION_LIMIT: Final = 256
@@ -91,24 +91,16 @@ class HttpServer:
 
 
 def _bind(listen: str) -> socket.socket:
-    host, _, port = listen.rpartition(":")
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        bound = socket.socket(family, kind, protocol)
+        bound = bound_socket(listen)
         try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(where)
             bound.listen(_BACKLOG)
         except OSError:
             bound.close()
             raise
     except OSError as error:
-        raise UnavailableError(
-            f"cannot listen on {listen} for HTTP ({error.strerror or error}): is another server running? Choose "
-            "another address with --http-listen, or none: --http-listen off",
-            reason="ADDRESS_UNAVAILABLE",
+        raise cannot_listen(
+            f"{listen} for HTTP", error, "Choose another address with --http-listen, or none: --http-listen off"
         ) from error
     bound.setblocking(False)
     return bound

@@ -53,7 +53,21 @@ def test_exit_code_follows_the_answer(
 
 @pytest.mark.parametrize(
     ("words", "advice"),
-    [(("runs", "llm/8b"), "shardbook ls llm/8b"), (("ls", "llm/8b@1500"), "shardbook show llm/8b@1500")],
+    [
+        (("runs", "llm/8b"), "is a run, not a project: try `shardbook ls llm/8b`"),
+        (("runs", "llm/8b@1500"), "is a checkpoint, not a project: try `shardbook show llm/8b@1500`"),
+        (("runs", "/ckpt/step-1"), "is a path"),
+        (("ls", "llm/8b@1500"), "is a checkpoint, not a run: try `shardbook show llm/8b@1500`"),
+        (("ls", "llm/8b:optim@1500"), "is a checkpoint, not a run: try `shardbook show llm/8b:optim@1500`"),
+        (("ls", "llm"), "is a project, not a run: try `shardbook runs llm`"),
+        (("ls", "./ckpt"), "is a path"),
+        (("show", "llm/8b"), "is a run, not a checkpoint: try `shardbook ls llm/8b`, or add @latest: llm/8b@latest"),
+        (("show", "projects/llm/runs/8b"), "is a run, not a checkpoint"),
+        (("show", "llm"), "is a project, not a checkpoint: try `shardbook runs llm`"),
+        (("show", "llm/8b@-1"), "write"),
+        (("show", "/ckpt/8b/step-1"), "`shardbook sync` and `shardbook.dcp.load` take paths"),
+        (("tensors", "s3://bucket/ckpt"), "`shardbook sync` and `shardbook.dcp.load` take paths"),
+    ],
 )
 def test_a_name_of_another_kind_gets_the_command_that_takes_it(
     words: tuple[str, str], advice: str, shardbook: Shardbook
@@ -62,6 +76,18 @@ def test_a_name_of_another_kind_gets_the_command_that_takes_it(
     ran = shardbook(*words, "--server", "127.0.0.1:1")
     assert 2 == ran.code
     assert advice in ran.err
+    assert "{project}" not in ran.err
+
+
+def test_advice_is_not_given_twice(shardbook: Shardbook) -> None:
+    """Where the server's answer names a command, that is the one."""
+
+    def handle(_: Any, context: grpc.ServicerContext) -> None:
+        refuse(context, S.NOT_FOUND, "NOT_FOUND", "llm/8b@7 does not exist; `shardbook ls llm/8b` lists what there is")
+
+    with scripted_server(GetCheckpoint=handle) as server:
+        ran = shardbook("show", "llm/8b@7", "--server", server.target)
+    assert (3, 1) == (ran.code, len(ran.err.splitlines()))
 
 
 def test_server_of_another_kind_is_unavailable(shardbook: Shardbook) -> None:
@@ -113,7 +139,11 @@ def test_bad_setting_is_exit_code_2(shardbook: Shardbook, monkeypatch: pytest.Mo
     monkeypatch.setenv("SHARDBOOK_PLAN_WAIT_S", "soon")
     ran = shardbook("runs", "--server", "127.0.0.1:1")
     assert 2 == ran.code
-    assert "SHARDBOOK_PLAN_WAIT_S" in ran.err
+    assert "SHARDBOOK_PLAN_WAIT_S does not parse: 'soon' is not a number of seconds" in ran.err
+    monkeypatch.setenv("SHARDBOOK_PLAN_WAIT_S", "1")
+    monkeypatch.setenv("SHARDBOOK_MODE", "foo")
+    ran = shardbook("runs", "--server", "127.0.0.1:1")
+    assert "SHARDBOOK_MODE does not parse: 'foo' is not one of online, offline, disabled" in ran.err
 
 
 def test_sync_exits_1_when_something_was_not_recorded(shardbook: Shardbook, tmp_path: Path) -> None:
@@ -132,10 +162,12 @@ def test_sync_exits_1_when_something_was_not_recorded(shardbook: Shardbook, tmp_
     )
 
 
-def test_sync_of_nothing_is_ok(shardbook: Shardbook, tmp_path: Path) -> None:
-    """No directory of ours below: said, not an error. A directory that is not there is exit code 3."""
+def test_sync_of_nothing_is_a_negative_answer(shardbook: Shardbook, tmp_path: Path) -> None:
+    """No directory of ours below: what to name is told. A directory that is not there is exit code 3."""
     ran = shardbook("sync", str(tmp_path), "--server", "127.0.0.1:1")
-    assert (0, "no checkpoint directories that Shardbook wrote were found\n") == (ran.code, ran.out)
+    assert 1 == ran.code
+    assert ran.out.startswith("no checkpoint directories that Shardbook wrote were found: name the directory")
+    assert [] == shardbook("sync", str(tmp_path), "--json", "--server", "127.0.0.1:1").json["attempts"]
     assert 3 == shardbook("sync", str(tmp_path / "nowhere"), "--server", "127.0.0.1:1").code
 
 

@@ -104,6 +104,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
     by_step = {"40": checkpoint(40), "20": FAILED, "10.s2": OLD}
     with scripted_server(
         ListRuns=lambda *_: catalog_pb2.ListRunsResponse(runs=[RUN]),
+        GetRun=lambda *_: catalog_pb2.GetRunResponse(run=RUN),
         ListCheckpoints=checkpoints,
         GetCheckpoint=lambda request, _: catalog_pb2.GetCheckpointResponse(
             checkpoint=by_step[request.name.rpartition("/")[2]]
@@ -128,14 +129,14 @@ def test_ls_table(server: ScriptedServer, shardbook: Shardbook) -> None:
     """Committed ones show what they hold; others show a dash for what is not proved."""
     ran = shardbook("ls", "llm/8b", "--all")
     assert (0, "") == (ran.code, ran.err)
-    header = ["STEP", "STATE", "REF", "WORLD", "TENSORS", "CHUNKS", "SIZE", "CREATED", "SESSION"]
+    header = ["STEP", "STATE", "REF", "LATEST", "WORLD", "TENSORS", "CHUNKS", "SIZE", "CREATED", "SESSION"]
     created = "2023-11-14 22:13:20Z"
     assert [
         header,
-        ["40", "committed", "llm/8b@40", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "3"],
-        ["30", "open", "llm/8b@30", "1,024", "-", "-", "-", created, "3"],
-        ["20", "failed", "llm/8b@20", "1,024", "-", "-", "-", created, "3"],
-        ["10", "superseded", "llm/8b@10.s2", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "2"],
+        ["40", "committed", "llm/8b@40", "*", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "3"],
+        ["30", "open", "llm/8b@30", "-", "1,024", "-", "-", "-", created, "3"],
+        ["20", "failed", "llm/8b@20", "-", "1,024", "-", "-", "-", created, "3"],
+        ["10", "superseded", "llm/8b@10.s2", "-", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "2"],
     ] == ran.rows
 
 
@@ -159,6 +160,40 @@ def test_ls_of_a_part(server: ScriptedServer, shardbook: Shardbook) -> None:
     assert ["projects/llm/runs/8b/parts/optim", "projects/llm/runs/8b/parts/-"] == [
         request.parent for request in server.of("ListCheckpoints")
     ]
+
+
+def test_ls_says_what_latest_means(server: ScriptedServer, shardbook: Shardbook) -> None:
+    """By part, for programs too: it need not be the newest one, and a part may have none."""
+    assert {"default": f"{NAME}/40.s3.a1", "optim": None} == shardbook("ls", "llm/8b", "--json").json["latest"]
+    assert {"optim": None} == shardbook("ls", "llm/8b:optim", "--json").json["latest"]
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_ls_fits_a_terminal(
+    width: int, server: ScriptedServer, shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row is a line, refs whole: times lose their seconds, and columns go in order."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    ran = shardbook("ls", "llm/8b", "--all")
+    assert 5 == len(ran.out.splitlines())
+    assert all(len(line) <= width for line in ran.out.splitlines())
+    assert ["llm/8b@40", "llm/8b@30", "llm/8b@20", "llm/8b@10.s2"] == [row[2] for row in ran.rows[1:]]
+    assert (width == 80) == ("2023-11-14 22:13Z" in ran.out)
+
+
+def test_runs_of_a_project_without_any(server: ScriptedServer, shardbook: Shardbook) -> None:
+    """Where other projects have runs, the name is the likely mistake; where none has, how to begin is told."""
+    assert "llm/8b" in shardbook("runs", "llm").out
+    with scripted_server(
+        ListRuns=lambda request, _: catalog_pb2.ListRunsResponse(runs=[RUN] if request.parent == "projects/-" else [])
+    ) as other:
+        ran = shardbook("runs", "nope", "--server", other.target)
+    assert "no runs in project nope: `shardbook runs` lists those of all projects" == ran.out.splitlines()[-1]
+    with scripted_server(ListRuns=lambda *_: catalog_pb2.ListRunsResponse()) as empty:
+        ran = shardbook("runs", "nope", "--server", empty.target)
+    assert "no runs yet: `shardbook.dcp.init(run='nope/run')` starts one" == ran.out.splitlines()[-1]
 
 
 def test_show_prints_everything(server: ScriptedServer, shardbook: Shardbook) -> None:
@@ -201,12 +236,19 @@ def test_tensors_table_shows_any_name_safely(server: ScriptedServer, shardbook: 
     """Names that would move the cursor, or look like markup, are shown as text; JSON has them exactly."""
     ran = shardbook("tensors", "llm/8b@40")
     assert [
-        ["NAME", "DTYPE", "SHAPE", "CHUNKS", "SIZE"],
+        ["NAME", "DTYPE", "SHAPE", "CHUNKS", "SIZE IN FILES"],
         ["model.w", "bfloat16", "[4096, 512]", "8", "4.0 MiB"],
         ["scale", "float32", "[]", "1", "4 B"],
         ["bad\\n\\x1b[2J\\ud800[red]", "(object)", "-", "1", "1.5 KiB"],
     ] == ran.rows
     assert "bad\n\x1b[2J\ud800[red]" == shardbook("tensors", "llm/8b@40", "--json").json["tensors"][2]["fqn"]
+
+
+def test_tensors_says_that_nothing_begins_with_a_prefix(shardbook: Shardbook) -> None:
+    """An empty table alone would look like an empty checkpoint."""
+    with scripted_server(ListTensors=lambda *_: metadata_pb2.ListTensorsResponse()) as bare:
+        ran = shardbook("tensors", "llm/8b@40", "-p", "nothing", "--server", bare.target)
+    assert (0, True) == (ran.code, ran.out.splitlines()[-1].startswith("nothing begins with nothing: "))
 
 
 def test_tensors_prefix_is_the_servers_business(server: ScriptedServer, shardbook: Shardbook) -> None:
@@ -285,5 +327,5 @@ def test_a_narrow_terminal_loses_columns_not_names(
         output.print_table(columns, [("llm/8b-v3@1500", "1.4 GiB", "12")], expendable=("SESSION", "SIZE"))
         header, row = capsys.readouterr().out.splitlines()[:2]
         shown[width] = header.split()
-        assert width < 14 or row.startswith("llm/8b-v3@1500")
+        assert row.startswith("llm/8b-v3@1500")
     assert {80: ["REF", "SIZE", "SESSION"], 30: ["REF", "SIZE"], 10: ["REF"]} == shown

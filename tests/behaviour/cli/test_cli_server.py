@@ -52,8 +52,8 @@ def test_saves_are_listed_and_described(client: Client, shardbook: Shardbook, tm
     rows = shardbook("runs", "tell").rows
     assert ["tell/run", "30", "3", "yes", "1", "node-0", "ada"] == rows[1][:7]
     listed = shardbook("ls", "tell/run").rows
-    assert [["30", "committed", "tell/run@30", "4", "1", "4", "96 B"], ["20"], ["10"]] == [
-        listed[1][:7],
+    assert [["30", "committed", "tell/run@30", "*", "4", "1", "4", "96 B"], ["20"], ["10"]] == [
+        listed[1][:8],
         listed[2][:1],
         listed[3][:1],
     ]
@@ -138,6 +138,19 @@ def test_sync_brings_in_what_an_outage_left(form: str, client: Client, shardbook
     # An offline save never moves `latest` once a numbered session exists; the current session's does.
     assert 20 == shardbook("show", f"{run}@latest", "--json").json["checkpoint"]["step"]
     assert ["model.w"] == [t["fqn"] for t in shardbook("tensors", f"{run}@20", "--json").json["tensors"]]
+
+
+def test_sync_lists_news_in_the_order_of_steps(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:
+    """What the catalogue had is counted, and listed on request only; step-2 comes before step-10."""
+    for step in (10, 2, 1):
+        CheckpointDirectory(tmp_path / f"step-{step}").add_manifest(identity(step, run="order/run", session=0))
+    first = shardbook("sync", str(tmp_path))
+    assert ["step-1", "step-2", "step-10"] == [Path(row[2]).name for row in first.rows[1:4]]
+    assert "3 recorded" == first.out.splitlines()[-1]
+    assert "3 present\n" == shardbook("sync", str(tmp_path)).out
+    assert ["present"] * 3 == [row[0] for row in shardbook("sync", str(tmp_path), "--all").rows[1:4]]
+    attempts = shardbook("sync", str(tmp_path), "--json").json["attempts"]
+    assert [1, 2, 10] == [attempt["step"] for attempt in attempts]
 
 
 def test_sync_works_after_a_newer_session(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:

@@ -179,9 +179,14 @@ def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
-        (["serve", "--listen", "nowhere"], {}, "listen"),
-        (["serve", "--log-level", "loud"], {}, "log_level"),
-        (["serve"], {"SHARDBOOK_WORKER_THREADS": "none"}, "worker_threads"),
+        (["serve", "--listen", "nowhere"], {}, "--listen is not valid: write host:port, [ipv6]:port or unix:/path"),
+        (["serve", "--log-level", "loud"], {}, "--log-level is not one of 'debug', 'info', 'warning' or 'error'"),
+        (["serve"], {"SHARDBOOK_WORKER_THREADS": "none"}, "SHARDBOOK_WORKER_THREADS is not a whole number"),
+        (["serve"], {"SHARDBOOK_WORKER_THREADS": "0"}, "SHARDBOOK_WORKER_THREADS is below 1"),
+        (["serve"], {"SHARDBOOK_DRAIN_S": "0"}, "SHARDBOOK_DRAIN_S is not above 0"),
+        (["serve"], {"SHARDBOOK_DRAIN_S": "inf"}, "SHARDBOOK_DRAIN_S is "),
+        (["serve"], {"SHARDBOOK_OTEL": "perhaps"}, "SHARDBOOK_OTEL is not true or false"),
+        (["serve"], {"SHARDBOOK_DATABASE_URL": "sqlite:///rel.db"}, "sqlite:////absolute/path, with four slashes"),
         (["serve"], {"SHARDBOOK_CONFIG": "/no/such/file"}, "/no/such/file"),
         (["db", "upgrade"], {"SHARDBOOK_DATABASE_URL": "mysql://x"}, "mysql://x"),
         (["db", "check"], {"SHARDBOOK_DATABASE_URL": "sqlite:////no/such/database"}, "db upgrade"),
@@ -198,6 +203,35 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(
     assert refused.stderr.startswith("error: ")
     assert said in refused.stderr
     assert 1 == len(refused.stderr.splitlines())
+
+
+def test_a_file_with_wrong_settings_is_refused_by_their_names(tmp_path: Path) -> None:
+    """Rule: a misspelt name gets the nearest one; a wrong value is named with its file and not repeated."""
+    config = tmp_path / "c.toml"
+    config.write_text('databse_url = "postgresql://me:secret@host/x"\nnonsense = 1\nbatch_max_count = "secret"\n')
+    refused = _run("serve", "--config", str(config))
+    assert 1 == refused.exit_code
+    assert f"databse_url in {config} is no setting: did you mean database_url?" in refused.stderr
+    assert f"nonsense in {config} is no setting; docs/SETTINGS.md lists them" in refused.stderr
+    assert f"batch_max_count in {config} is not a whole number" in refused.stderr
+    assert "secret" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("listen", "why"),
+    [
+        ("192.0.2.1:7070", "it is not an address of this machine"),
+        ("no-such-host.invalid:7070", "its host cannot be looked up"),
+        ("unix:/no/such/folder/s", "there is no directory /no/such/folder"),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_refused_with_the_reason(tmp_path: Path, listen: str, why: str) -> None:
+    """Rule: no other server is suspected where there is none, and gRPC's own lines stay off the terminal."""
+    refused = _run_serve("--listen", listen, SHARDBOOK_DATABASE_URL=f"sqlite:///{tmp_path}/x.db")
+    assert 1 == refused.returncode
+    lines = [line for line in refused.stderr.splitlines() if not line.startswith("{")]
+    assert 1 == len(lines)
+    assert lines[0].startswith(f"error: cannot listen on {listen}: {why}")
 
 
 def test_an_address_that_is_taken_is_refused(tmp_path: Path) -> None:
@@ -222,6 +256,16 @@ def test_usage() -> None:
     assert 2 == _run("serve", "--nonsense").exit_code
     assert _run("--version").stdout.startswith("shardbook-server 0")
     assert {"serve", "db"} <= set(_run("--help").stdout.split())
+
+
+@pytest.mark.parametrize("words", [(), ("serve",), ("db",), ("db", "upgrade")])
+def test_help_is_plain(words: tuple[str, ...]) -> None:
+    """Rule: `-h` works everywhere, and what stands in brackets is text, not markup."""
+    ran = _run(*words, "-h")
+    assert 0 == ran.exit_code
+    assert ran.stdout.isascii()
+    if words == ("serve",):
+        assert "host:port, [ipv6]:port or unix:/path" in " ".join(ran.stdout.split())
 
 
 def test_help_needs_nothing_heavy() -> None:

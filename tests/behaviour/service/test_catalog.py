@@ -110,6 +110,25 @@ def test_pages_join_to_the_whole_listing(services: Services) -> None:
     assert 14 == len(everything)
 
 
+@pytest.mark.parametrize(
+    ("ref", "advice"),
+    [
+        ("llm/8b@1", "was never committed, there are only attempts: `shardbook ls llm/8b --all`"),
+        ("llm/8b@1.s1", "was never committed, there are only attempts: `shardbook ls llm/8b --all`"),
+        ("llm/8b@1.s2", "does not exist; `shardbook ls llm/8b` lists"),
+        ("llm/8b@2", "does not exist; `shardbook ls llm/8b` lists"),
+        ("llm/8b@latest", "nothing of it is committed; `shardbook ls llm/8b --all`"),
+    ],
+)
+def test_a_step_without_a_commit_is_told_from_one_that_is_not_there(job: Job, ref: str, advice: str) -> None:
+    """Failed and open attempts are not shown by their step: the message says where they are."""
+    job.register(1, whole(job.model)[:1])
+    with pytest.raises(NotFoundError) as caught:
+        job.services.catalog.get_checkpoint(ref)
+    assert caught.value.message.startswith(ref)
+    assert advice in caught.value.message
+
+
 def test_a_token_is_read_by_every_replica(job: Job, database: Database) -> None:
     """Its key is in the database."""
     for step in range(3):

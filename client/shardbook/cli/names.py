@@ -1,0 +1,93 @@
+"""What people type for runs and checkpoints; a name of another kind is answered with the command that takes it."""
+
+from __future__ import annotations
+
+from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
+from shardbook.errors import InvalidArgumentError
+
+
+def project_of(text: str) -> str:
+    """Returns the project that ``text`` names; raises InvalidArgumentError."""
+    if "/" in text:
+        if _is_path(text):
+            raise _path(text, "projects", field="project")
+        what = "checkpoint" if "@" in text else "run"
+        command = "show" if "@" in text else "ls"
+        raise InvalidArgumentError(
+            f"{text} is a {what}, not a project: try `shardbook {command} {text}`", field="project"
+        )
+    return check_segment(text, "project")
+
+
+def run_of(text: str) -> tuple[RunName, str | None]:
+    """Returns the run that ``text`` names, and its part; None for all parts.
+
+    Raises:
+        InvalidArgumentError: It names none; the message says what it may be instead.
+    """
+    name, _, part = text.partition(":")
+    try:
+        run = RunName.parse(name)
+        return run, PartName(run, part).part if part else None
+    except InvalidArgumentError:
+        if _is_path(text):
+            raise _path(text, "a run, project/run", field="run") from None
+        if "@" in text:
+            raise InvalidArgumentError(
+                f"{text} is a checkpoint, not a run: try `shardbook show {text}`", field="run"
+            ) from None
+        if _names_project(text):
+            raise InvalidArgumentError(
+                f"{text} is a project, not a run: try `shardbook runs {text}`", field="run"
+            ) from None
+        raise
+
+
+def checkpoint_of(text: str) -> CheckpointName:
+    """Returns the checkpoint that a ref names.
+
+    Raises:
+        InvalidArgumentError: It names none; the message says what it may be instead.
+    """
+    try:
+        return CheckpointName.parse(text, "ref")
+    except InvalidArgumentError:
+        if "@" not in text and _names_run(text):
+            raise InvalidArgumentError(
+                f"{text} is a run, not a checkpoint: try `shardbook ls {text}`, or add @latest: {text}@latest",
+                field="ref",
+            ) from None
+        if _is_path(text):
+            raise _path(text, "a ref, project/run@1500", field="ref") from None
+        if _names_project(text):
+            raise InvalidArgumentError(
+                f"{text} is a project, not a checkpoint: try `shardbook runs {text}`", field="ref"
+            ) from None
+        raise
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", ".", "~")) or "://" in text or text.partition("@")[0].count("/") > 1
+
+
+def _path(text: str, wanted: str, *, field: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{text} is a path, and this command takes {wanted}; `shardbook sync` and `shardbook.dcp.load` take paths",
+        field=field,
+    )
+
+
+def _names_run(text: str) -> bool:
+    try:
+        run_of(text)
+    except InvalidArgumentError:
+        return False
+    return True
+
+
+def _names_project(text: str) -> bool:
+    try:
+        check_segment(text, "project")
+    except InvalidArgumentError:
+        return False
+    return True
