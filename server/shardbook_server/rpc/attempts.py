@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from shardbook.errors import InvalidArgumentError, RanksMissingError, RunBusyError, ShardbookError
+from shardbook.errors import RanksMissingError, RunBusyError, ShardbookError
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.rpc.batcher import Batcher, BatchLimits
 from shardbook_server.rpc.bridge import Bridge
-from shardbook_server.rpc.limits import (
-    CHECKS_AT_ONCE,
-    LEASE_LOOK_S,
-    RECENT_COUNT,
-    RECENT_S,
-    UPLOADS_AT_ONCE,
-    ByteBudget,
-)
+from shardbook_server.rpc.limits import LEASE_LOOK_S, RECENT_COUNT, RECENT_S
+from shardbook_server.rpc.uploads import Uploads
 from shardbook_server.rpc.waits import Waits
-from shardbook_server.service.blobs import NO_BLOBS, CheckAsk, CheckedBlobs
+from shardbook_server.service.blobs import CheckedBlobs
 from shardbook_server.service.plans import PlanEntry
 from shardbook_server.service.registration import RegistrationEntry
 from shardbook_server.service.services import Services
@@ -72,13 +66,6 @@ def is_planned(counts: AttemptCounts) -> bool:
 REACHED: Final[dict[int, Reached]] = {0: lambda _: True, 1: is_registered, 2: is_closed}
 
 
-def _is_small(ask: CheckAsk) -> bool:
-    try:
-        return ask.is_small
-    except InvalidArgumentError:
-        return True  # damaged: the check says so, with the field
-
-
 def _each(
     decide: Callable[[int, int, int], PlanAnswer], asks: Sequence[tuple[int, int, int]]
 ) -> Sequence[PlanAnswer | ShardbookError]:
@@ -122,19 +109,16 @@ class Attempts:
         self._registrations = Batcher(
             "registrations", self._write_registrations, limits, in_flight=in_flight, observer=observer
         )
-        few = replace(limits, batch_count=CHECKS_AT_ONCE)
-        self._checks = Batcher("uploads", self._check_many, few, observer=observer)
         self._decisions = Batcher("decisions", self._decide_many, limits, observer=observer)
         self._views: dict[AttemptKey, tuple[float, Progress]] = {}
-        self._uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
-        self._upload_bytes = ByteBudget("uploads", limits.queue_bytes)
+        self._uploads = Uploads(services.blobs, bridge, limits, observer=observer)
 
     def queues(self) -> Mapping[str, tuple[int, float]]:
         """Returns depth and age of the oldest entry, seconds, of each queue. May be asked from any thread."""
         batchers: dict[str, Batcher[Any, Any]] = {
             "plans": self._plans,
             "registrations": self._registrations,
-            "uploads": self._checks,
+            "uploads": self._uploads.checks,
             "decisions": self._decisions,
         }
         return {kind: (batcher.queued_count, batcher.oldest_age_s) for kind, batcher in batchers.items()}
@@ -157,8 +141,11 @@ class Attempts:
         self, submission: PlanSubmission, uploads: Sequence[BlobUpload], size_bytes: int, wait_s: float
     ) -> PlanAnswer:
         """Submits a rank's plan and waits for the other ranks'."""
-        blobs = await self._check(submission.key, uploads)
-        answer = await self._plans.submit(PlanEntry(submission, blobs), size_bytes)
+
+        def write(blobs: CheckedBlobs) -> Awaitable[PlanAnswer]:
+            return self._plans.submit(PlanEntry(submission, blobs), size_bytes)
+
+        answer = await self._uploads.write(submission.key.part_name.run.project, uploads, write)
         if answer.state != PlanState.WAITING:
             return answer
         if answer.planned_count < submission.key.world_size:
@@ -174,8 +161,11 @@ class Attempts:
         self, registration: Registration, uploads: Sequence[BlobUpload], size_bytes: int
     ) -> RegistrationAnswer:
         """Registers what a rank wrote; durable once it returns without ``unknown``."""
-        blobs = await self._check(registration.key, uploads)
-        return await self._registrations.submit(RegistrationEntry(registration, blobs), size_bytes)
+
+        def write(blobs: CheckedBlobs) -> Awaitable[RegistrationAnswer]:
+            return self._registrations.submit(RegistrationEntry(registration, blobs), size_bytes)
+
+        return await self._uploads.write(registration.key.part_name.run.project, uploads, write)
 
     async def report_failure(self, report: FailureReport) -> CheckpointState:
         """Fails the attempt; whoever waits for it learns of it with the poller's next look."""
@@ -256,7 +246,7 @@ class Attempts:
 
     async def record(self, request: RecordRequest, uploads: Sequence[BlobUpload]) -> RecordAnswer:
         """Records an attempt, or a part of one; the last call assembles it."""
-        blobs = await self._check(request.key, uploads)
+        blobs = await self._uploads.check(request.key.part_name.run.project, uploads)
         if not request.complete:
             return await self._bridge.write("record", self._services.records.record, request, blobs)
         # A key of its own: two such calls may say different things, so they never share an answer.
@@ -264,24 +254,8 @@ class Attempts:
 
     async def close(self) -> None:
         """Writes what is queued; refuses what comes."""
-        await asyncio.gather(self._checks.close(), self._decisions.close())
-        await asyncio.gather(self._checks.close(), self._decisions.close())
+        await asyncio.gather(self._uploads.close(), self._decisions.close())
         await asyncio.gather(self._plans.close(), self._registrations.close())
-
-    async def _check(self, key: AttemptKey, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
-        if not uploads:
-            return NO_BLOBS
-        ask = CheckAsk(key.part_name.run.project, tuple(uploads))
-        size_bytes = sum(len(upload.payload) for upload in uploads)
-        if _is_small(ask):
-            # Together, so that the calls behind them go on together too and share one transaction.
-            return await self._checks.submit(ask, size_bytes)
-        with self._upload_bytes.hold(size_bytes):
-            async with self._uploads:
-                return await self._bridge.read(self._services.blobs.check, ask.project, ask.uploads)
-
-    async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
-        return await self._bridge.look(self._services.blobs.check_batch, asks)
 
     async def _decide_many(self, asks: Sequence[tuple[int, int, int]]) -> Sequence[PlanAnswer | ShardbookError]:
         return await self._bridge.look(_each, self._services.plans.decide, asks)

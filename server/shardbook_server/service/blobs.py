@@ -64,12 +64,13 @@ class CheckedBlobs:
 
     Attributes:
         blobs: Those that may be stored.
-        lacking: What a sender has to send besides: references that are neither here nor stored, and the uploads
-            that refer to them (they could not be checked, so they have to come again).
+        lacking: What they refer to and is neither stored nor among them.
+        held: The uploads that refer to what is lacking: they could not be checked, so they have to come again with it.
     """
 
     blobs: tuple[CheckedBlob, ...] = ()
     lacking: tuple[BlobRef, ...] = ()
+    held: tuple[BlobRef, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,17 @@ class BlobService:
     def _check_opened(self, project: str, opened: Sequence[_Opened]) -> CheckedBlobs:
         checked: dict[BlobRef, CheckedBlob] = {}
         lacking: dict[BlobRef, None] = {}
+        held: dict[BlobRef, None] = {}
         for one in sorted(opened, key=lambda one: one.ref.kind):
             below = one.reference
             if below is not None and below not in checked and self._rows.get((project, below)) is None:
-                lacking |= {below: None, one.ref: None}
+                held[one.ref] = None
+                if below not in held:
+                    lacking[below] = None
             elif one.ref not in checked:
                 with _naming(one.at):
                     checked[one.ref] = self._check(project, one, checked)
-        return CheckedBlobs(tuple(checked.values()), tuple(lacking))
+        return CheckedBlobs(tuple(checked.values()), tuple(lacking), tuple(held))
 
     def _check(self, project: str, one: _Opened, beside: Mapping[BlobRef, CheckedBlob]) -> CheckedBlob:
         # The same content verified before need not be decoded again: the digest proves that it is the same.
@@ -365,7 +369,7 @@ def _settled(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Inv
 
 def unknown_refs(wanted: BlobRef, checked: CheckedBlobs) -> tuple[BlobRef, ...]:
     """Returns what to ask a sender for when ``wanted`` is not stored: that, and what its uploads lacked."""
-    return tuple(sorted({wanted, *checked.lacking}))
+    return tuple(sorted({wanted, *checked.lacking, *checked.held}))
 
 
 def _weight(decoded: Decoded) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from structlog.testing import capture_logs
 
 from shardbook.v1 import catalog_pb2
 from shardbook.v1 import registration_pb2 as pb
+from shardbook_server.observer import SILENT
+from shardbook_server.rpc.call import Call
+from shardbook_server.rpc.watch import BURST_LINES, BURST_S, AccessLog, Watch
 from tests.behaviour.ops.conftest import Ops, running_ops
 from tests.behaviour.rpc.api import DEADLINE_S, Job, refusal, wait_until
 
@@ -89,6 +93,32 @@ def test_a_slow_call_gets_a_line(tmp_path: Path) -> None:
     (line,) = lines
     assert ("slow", "warning", "OK", "") == (line["event"], line["log_level"], line["code"], line["reason"])
     assert line["duration_ms"] > 1_200
+
+
+def test_a_storm_of_the_same_trouble_is_counted_not_written(tmp_path: Path) -> None:
+    """Rule: thousands of ranks that meet the same refusal do not fill the disk; other refusals still get a line."""
+    with running_ops(tmp_path) as ops, _lines() as lines:
+        for _ in range(3 * BURST_LINES):
+            refusal(ops.api.catalog.GetRun, catalog_pb2.GetRunRequest(name="?"))
+        refusal(ops.api.catalog.GetRun, catalog_pb2.GetRunRequest(name="projects/test/runs/none"))
+    reasons = [line["reason"] for line in lines if line["event"] == "refused"]
+    assert BURST_LINES == reasons.count(reasons[0])
+    assert 1 == len(reasons) - reasons.count(reasons[0])
+
+
+def test_what_was_not_written_is_told_with_the_next_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: the count of calls without a line is in the log once lines are written again."""
+    watch = Watch("/m", SILENT, AccessLog.PROBLEMS, streams=False)
+    now_s = [1000.0]
+    monkeypatch.setattr("shardbook_server.rpc.watch.time.monotonic", lambda: now_s[0])
+    with capture_logs() as lines:
+        for _ in range(BURST_LINES + 7):
+            watch.cancelled(Call("/m", "r", math.inf), 0.0)
+        now_s[0] += BURST_S
+        watch.cancelled(Call("/m", "r", math.inf), 0.0)
+    assert BURST_LINES + 1 == len(lines)
+    assert 7 == lines[-1]["unsaid_before"]
+    assert "unsaid_before" not in lines[-2]
 
 
 def test_the_server_s_own_trouble_is_a_warning(tmp_path: Path) -> None:

@@ -1,0 +1,180 @@
+"""Uploads of blobs: checked many at a time, and asked for once however many ranks name them.
+
+Thousands of ranks name the same table in their first save. The first that is told that the server lacks it sends it;
+the others' calls wait for that, so that content which ranks share travels once for each server.
+All of it belongs to the event loop's thread; every service call goes through the bridge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol, TypeVar
+
+from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook_server.observer import SILENT, Observer
+from shardbook_server.rpc.batcher import Batcher, BatchLimits
+from shardbook_server.rpc.bridge import Bridge
+from shardbook_server.rpc.call import current_call
+from shardbook_server.rpc.limits import CHECKS_AT_ONCE, UPLOADS_AT_ONCE, ByteBudget
+from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckAsk, CheckedBlobs
+from shardbook_server.service.types import BlobRef, BlobUpload
+
+#: Blobs of which it is remembered that they have come.
+RECENT_COUNT: Final = 1024
+#: How long a rank that was asked for a blob may take before another one is asked, seconds.
+SENDER_S: Final = 2.0
+
+
+class _Answer(Protocol):
+    """Answer of a write that may lack blobs."""
+
+    @property
+    def unknown(self) -> tuple[BlobRef, ...]: ...
+
+
+A = TypeVar("A", bound=_Answer)
+_Named = tuple[str, BlobRef]
+
+
+@dataclass(eq=False)
+class _Sender:
+    """A call was told to send a blob; others wait for it.
+
+    Attributes:
+        until_s: When another one is asked, on ``time.monotonic``'s clock.
+        waiting: Futures of those that wait.
+    """
+
+    until_s: float
+    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+
+
+class Uploads:
+    """Checks uploads, and knows which blobs are on their way.
+
+    Args:
+        blobs: The service that checks.
+        bridge: The way to it.
+        limits: Sizes of the queue before it.
+        observer: Told of batches.
+    """
+
+    def __init__(self, blobs: BlobService, bridge: Bridge, limits: BatchLimits, *, observer: Observer = SILENT) -> None:
+        self._blobs = blobs
+        self._bridge = bridge
+        few = replace(limits, batch_count=CHECKS_AT_ONCE)
+        self.checks = Batcher("uploads", self._check_many, few, observer=observer)
+        self._large = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._large_bytes = ByteBudget("uploads", limits.queue_bytes)
+        self._senders: dict[_Named, _Sender] = {}
+        #: Blobs that came lately, the latest last, with the number of their arrival.
+        self._recent: dict[_Named, int] = {}
+        self._arrival_count = 0
+
+    async def write(
+        self, project: str, uploads: Sequence[BlobUpload], write: Callable[[CheckedBlobs], Awaitable[A]]
+    ) -> A:
+        """Checks a call's uploads and writes; while others send what is lacking it waits and writes again.
+
+        Args:
+            project: Where the blobs belong.
+            uploads: Those of the call.
+            write: Writes with what was found good; called again when more has come.
+
+        Returns:
+            The last answer. Its ``unknown`` names what this very call has to send, if anything.
+        """
+        while True:
+            began_with = self._arrival_count
+            checked = await self.check(project, uploads)
+            answer = await write(checked)
+            self._arrived(project, checked)
+            if not answer.unknown:
+                return answer
+            needed = [(project, ref) for ref in answer.unknown if ref not in checked.held]
+            if any(self._recent.get(name, 0) > began_with for name in needed):
+                continue  # it has come since this call was checked
+            own = self._claim(needed)
+            if own:
+                # Uploads that could not be checked were not kept: they have to come again, with what they lacked.
+                unknown = sorted({*own, *checked.held})
+                return replace(answer, unknown=tuple(unknown))  # type: ignore[type-var] # answers are dataclasses
+            await self._wait_for(needed)
+
+    async def check(self, project: str, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
+        """Checks the uploads of one call."""
+        if not uploads:
+            return NO_BLOBS
+        ask = CheckAsk(project, tuple(uploads))
+        size_bytes = sum(len(upload.payload) for upload in uploads)
+        if _is_small(ask):
+            # Together, so that the calls behind them go on together too and share one transaction.
+            return await self.checks.submit(ask, size_bytes)
+        with self._large_bytes.hold(size_bytes):
+            async with self._large:
+                return await self._bridge.read(self._blobs.check, ask.project, ask.uploads)
+
+    async def close(self) -> None:
+        """Checks what is queued; refuses what comes."""
+        await self.checks.close()
+
+    async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
+        return await self._bridge.look(self._blobs.check_batch, asks)
+
+    def _claim(self, needed: Iterable[_Named]) -> list[BlobRef]:
+        """Returns what nobody else was asked for lately; from now on this call was."""
+        now_s = time.monotonic()
+        own = []
+        for name in needed:
+            sender = self._senders.get(name)
+            if sender is None or sender.until_s <= now_s:
+                waiting = set() if sender is None else sender.waiting
+                self._senders[name] = _Sender(now_s + SENDER_S, waiting)
+                own.append(name[1])
+        return own
+
+    async def _wait_for(self, needed: Sequence[_Named]) -> None:
+        """Waits until one of the blobs has come, or its sender has had its time."""
+        began_s = time.monotonic()
+        senders = [self._senders[name] for name in needed]
+        until_s = min(sender.until_s for sender in senders)
+        arrival: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        for sender in senders:
+            sender.waiting.add(arrival)
+        try:
+            async with asyncio.timeout(until_s - began_s):
+                await arrival
+        except TimeoutError:
+            pass
+        finally:
+            for sender in senders:
+                sender.waiting.discard(arrival)
+            current_call().waited_s += time.monotonic() - began_s
+
+    def _arrived(self, project: str, checked: CheckedBlobs) -> None:
+        """Wakes those who wait for blobs that were stored just now, and forgets senders that never sent."""
+        for blob in checked.blobs:
+            name = project, blob.ref
+            self._arrival_count += 1
+            self._recent.pop(name, None)
+            self._recent[name] = self._arrival_count
+            sender = self._senders.pop(name, None)
+            for waiting in sender.waiting if sender is not None else ():
+                if not waiting.done():
+                    waiting.set_result(None)
+        while len(self._recent) > RECENT_COUNT:
+            del self._recent[next(iter(self._recent))]
+        now_s = time.monotonic()
+        # In order of their time: the first that may still send ends the search.
+        while self._senders and next(iter(self._senders.values())).until_s + SENDER_S < now_s:
+            del self._senders[next(iter(self._senders))]
+
+
+def _is_small(ask: CheckAsk) -> bool:
+    try:
+        return ask.is_small
+    except InvalidArgumentError:
+        return True  # damaged: the check says so, with the field
