@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -187,8 +188,8 @@ class _Part:
         return Step(calls=kept_count)
 
     async def register(self) -> Step:
-        """Registers every rank."""
-        step = await self._each(self._register, self._calls)
+        """Registers every rank, and waits in each until the attempt is closed."""
+        step = await self._each(self._register, self._waits)
         for rank in self._ranks:
             rank.known.update(blob.digest for _, blob in rank.blobs())
         return step
@@ -204,23 +205,19 @@ class _Part:
                 rank=rank.number, structure_digest=rank.structure.digest, extents=_EXTENTS
             ),
             host=f"node-{rank.number // 8}",
+            wait=_WAIT,
         )
         asked: Sequence[Any] = ()
         while True:
             reply = await self._send(stub.RegisterShards, request, rank, asked, step)
             asked = reply.unknown
             if not asked:
-                return step
+                return step if reply.HasField("checkpoint") else await self._follow(stub, step)
 
-    async def follow(self) -> Step:
-        """Waits, in every rank, until the attempt is closed."""
-        return await self._each(self._follow, self._waits)
-
-    async def _follow(self, stub: Any, rank: _Rank) -> Step:
+    async def _follow(self, stub: Any, step: Step) -> Step:
         request = pb.GetCheckpointProgressRequest(
             key=self._key, wait=_WAIT, until=pb.GetCheckpointProgressRequest.UNTIL_CLOSED
         )
-        step = Step()
         while True:
             step.sent_bytes += request.ByteSize()
             step.calls += 1
@@ -252,7 +249,7 @@ def _serve_part(connection: Connection, layout: Layout, ranks: range, address: s
             name, arguments = command
             try:
                 connection.send(await getattr(part, name)(*arguments))
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 - told to the process that asked, which raises it
                 connection.send(RuntimeError(f"{name}: {type(error).__name__}: {error}"))
 
     asyncio.run(serve())
@@ -293,7 +290,7 @@ class Fleet:
         context = multiprocessing.get_context("spawn")
         bounds = np.linspace(0, layout.ranks, processes + 1).round().astype(int).tolist()
         self._parts = []
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in pairwise(bounds):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve_part, args=(theirs, layout, range(low, high), address), daemon=True)
             process.start()
@@ -308,11 +305,13 @@ class Fleet:
             process.join()
         self._channel.close()
 
-    def ask(self, name: str, *arguments: Any) -> Phase:
-        """Makes every process do one phase at the same time."""
+    def ask(self, name: str, *arguments: Any, meanwhile: Callable[[], object] | None = None) -> Phase:
+        """Makes every process do one phase at the same time; ``meanwhile`` is done beside it."""
         began_s = time.perf_counter()
         for _, pipe in self._parts:
             pipe.send((name, arguments))
+        if meanwhile is not None:
+            meanwhile()
         total = Step()
         failure: Exception | None = None
         for _, pipe in self._parts:
@@ -347,10 +346,18 @@ class Fleet:
         self.ask("begin", self._key.SerializeToString(), location.SerializeToString())
 
     def commit(self) -> float:
-        """Commits; returns the seconds."""
+        """Commits as the coordinator does, who waits for the ranks; returns the seconds."""
         began_s = time.perf_counter()
-        self._stub.CommitCheckpoint(pb.CommitCheckpointRequest(key=self._key), timeout=_DEADLINE_S)
-        return time.perf_counter() - began_s
+        while True:
+            try:
+                self._stub.CommitCheckpoint(pb.CommitCheckpointRequest(key=self._key, wait=_WAIT), timeout=_DEADLINE_S)
+            except grpc.RpcError as error:
+                # Before any rank has come, or with ranks still missing after the wait.
+                if error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION):
+                    raise
+                time.sleep(0.005)
+            else:
+                return time.perf_counter() - began_s
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -118,7 +119,7 @@ class Layout:
         parameters = _llama()
         bounds = np.linspace(0, _LAYERS, self.stages + 1).round().astype(int) * len(_LAYER) + 1
         bounds[0], bounds[-1] = 0, len(parameters)
-        return [_Stage.of(parameters[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
+        return [_Stage.of(parameters[low:high]) for low, high in pairwise(bounds)]
 
     def plan(self, rank: int) -> RankPlan:
         """Returns the items of a rank before deduplication: a box of every tensor of its stage, some of them empty."""

@@ -12,8 +12,10 @@ import pytest
 import shardbook_migrations
 from shardbook_server.storage import migrate
 
+#: Revision of this release's schema, also while a process is made one of the next.
+THIS = migrate.HEAD
 #: Revision of that release's schema. It expands only: servers of this release may go on beside it.
-NEXT = "0002"
+NEXT = f"{int(THIS) + 1:04}"
 #: Environment variable: path of a file that the migration makes once it is half-way, and there it stays.
 HOLD = "TEST_HOLD_MIGRATION"
 _VERSION = f'''"""A note on every checkpoint, and an index to find it by."""

@@ -12,8 +12,10 @@ from sqlalchemy import text
 
 import shardbook_migrations
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError
+from shardbook_server.service.services import build_services
 from shardbook_server.storage import migrate, tables
 from shardbook_server.storage.database import Database
+from tests.behaviour.service.saves import Job, Model
 from tests.databases import Databases, opened
 from tests.storage.schemas import schema_at, schema_of, set_version
 
@@ -29,6 +31,21 @@ def test_the_history_is_one_line_to_the_head() -> None:
     assert ("0001", "The first schema.") == listed[0]
     assert migrate.HEAD == listed[-1][0]
     assert sorted(listed) == list(listed)
+
+
+def test_every_revision_keeps_what_the_one_before_holds(databases: Databases) -> None:
+    """Rule: down to the first revision and up again, with a committed checkpoint in place."""
+    url = databases.new()
+    with opened(url) as database:
+        job = Job(build_services(database, lease_ttl_s=60), Model(2))
+        job.start()
+        job.save(1)
+        before = job.services.catalog.list_checkpoints(f"{job.run}/parts/default").items
+    for revision, _ in migrate.history()[::-1]:
+        assert revision == migrate.downgrade(url, revision)
+        assert migrate.HEAD == migrate.upgrade(url)
+    with opened(url) as database:
+        assert before == build_services(database).catalog.list_checkpoints(f"{job.run}/parts/default").items
 
 
 def test_the_model_equals_what_the_migrations_make(database: Database, url: str) -> None:

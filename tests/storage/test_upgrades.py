@@ -20,7 +20,7 @@ from tests.behaviour.rpc.api import wait_until
 from tests.behaviour.service.saves import Job, Model, whole
 from tests.conftest import MakeDatabases
 from tests.databases import Databases, opened
-from tests.storage.releases import HOLD, NEXT, become_next_release, start_upgrade, write_next_release
+from tests.storage.releases import HOLD, NEXT, THIS, become_next_release, start_upgrade, write_next_release
 from tests.storage.schemas import schema_at
 
 
@@ -73,7 +73,7 @@ def test_data_in_place_are_kept_up_and_down(url: str, next_release: None) -> Non
         notes = connection.scalars(text("SELECT note FROM checkpoints ORDER BY id")).all()
     assert ["from before"] * 2 == list(notes)
     assert migrate.HEAD == migrate.check(url)
-    assert "0001" == migrate.downgrade(url, "0001")
+    assert THIS == migrate.downgrade(url, THIS)
     assert (before, old_schema) == (rows(url), schema_at(url))
 
 
@@ -106,7 +106,7 @@ def test_a_killed_upgrade_leaves_nothing_and_a_second_one_ends(
     process.kill()
     process.communicate()
     assert (before, old_schema) == (rows(url), schema_at(url))
-    assert "0001" == migrate.check(url)
+    assert THIS == migrate.check(url)
     assert f"{NEXT}\n" == start_upgrade(url, location).communicate(timeout=60)[0]
     assert before == rows(url)
 
@@ -140,7 +140,7 @@ def test_an_upgrade_does_not_wait_long_for_live_servers(
         with pytest.raises(UnavailableError, match=r"others held .* try again") as caught:
             migrate.upgrade(busy.url)
         assert "DATABASE_BUSY" == caught.value.reason
-        assert "0001" == migrate.current(busy.url)
+        assert THIS == migrate.current(busy.url)
     assert NEXT == migrate.upgrade(busy.url)
 
 

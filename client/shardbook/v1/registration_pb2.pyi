@@ -130,24 +130,28 @@ class ShardRegistration(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., structure_digest: _Optional[bytes] = ..., extents: _Optional[bytes] = ..., volatile_properties: _Optional[bytes] = ...) -> None: ...
 
 class RegisterShardsRequest(_message.Message):
-    __slots__ = ("key", "location", "registration", "blobs", "host")
+    __slots__ = ("key", "location", "registration", "blobs", "host", "wait")
     KEY_FIELD_NUMBER: _ClassVar[int]
     LOCATION_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
     key: _types_pb2.AttemptKey
     location: _types_pb2.AttemptLocation
     registration: ShardRegistration
     blobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.Blob]
     host: str
-    def __init__(self, key: _Optional[_Union[_types_pb2.AttemptKey, _Mapping[str, _Any]]] = ..., location: _Optional[_Union[_types_pb2.AttemptLocation, _Mapping[str, _Any]]] = ..., registration: _Optional[_Union[ShardRegistration, _Mapping[str, _Any]]] = ..., blobs: _Optional[_Iterable[_Union[_types_pb2.Blob, _Mapping[str, _Any]]]] = ..., host: _Optional[str] = ...) -> None: ...
+    wait: _duration_pb2.Duration
+    def __init__(self, key: _Optional[_Union[_types_pb2.AttemptKey, _Mapping[str, _Any]]] = ..., location: _Optional[_Union[_types_pb2.AttemptLocation, _Mapping[str, _Any]]] = ..., registration: _Optional[_Union[ShardRegistration, _Mapping[str, _Any]]] = ..., blobs: _Optional[_Iterable[_Union[_types_pb2.Blob, _Mapping[str, _Any]]]] = ..., host: _Optional[str] = ..., wait: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class RegisterShardsResponse(_message.Message):
-    __slots__ = ("unknown",)
+    __slots__ = ("unknown", "checkpoint")
     UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     unknown: _containers.RepeatedCompositeFieldContainer[_types_pb2.BlobRef]
-    def __init__(self, unknown: _Optional[_Iterable[_Union[_types_pb2.BlobRef, _Mapping[str, _Any]]]] = ...) -> None: ...
+    checkpoint: _types_pb2.Checkpoint
+    def __init__(self, unknown: _Optional[_Iterable[_Union[_types_pb2.BlobRef, _Mapping[str, _Any]]]] = ..., checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class ReportFailureRequest(_message.Message):
     __slots__ = ("key", "location", "failure")

@@ -167,6 +167,23 @@ class Attempts:
 
         return await self._uploads.write(registration.key.part_name.run.project, uploads, write)
 
+    async def await_close(self, checkpoint_id: int, wait_s: float) -> CheckpointInfo | None:
+        """Waits for an attempt to be closed, for a rank that has nothing else to do; None when it is not in time.
+
+        Never fails: whatever keeps it from waiting, the registration before it is durable and has to be answered.
+        """
+        if not checkpoint_id or wait_s <= 0:
+            return None
+        try:
+            counts = await self._waits.until(checkpoint_id, is_closed, wait_s)
+            return None if counts is None or not is_closed(counts) else await self._closed(checkpoint_id)
+        except ShardbookError:
+            return None
+
+    async def _closed(self, checkpoint_id: int) -> CheckpointInfo:
+        """Returns a closed attempt: read once for all who waited for it."""
+        return await self._bridge.read_shared(checkpoint_id, self._services.catalog.get_attempt, checkpoint_id)
+
     async def report_failure(self, report: FailureReport) -> CheckpointState:
         """Fails the attempt; whoever waits for it learns of it with the poller's next look."""
         return await self._bridge.write("failure", self._services.registrations.report_failure, report)
@@ -182,8 +199,7 @@ class Attempts:
             view = await self._wait_for_progress(key, reached, time.monotonic() + wait_s)
         if not is_closed(view.counts):
             return view, None
-        attempt = view.checkpoint_id
-        return view, await self._bridge.read_shared(attempt, self._services.catalog.get_attempt, attempt)
+        return view, await self._closed(view.checkpoint_id)
 
     async def _wait_for_progress(self, key: AttemptKey, reached: Reached, end_s: float) -> Progress:
         view = await self._recent(key)

@@ -49,10 +49,13 @@ class RegistrationHandlers(RegistrationServiceServicer):
 
     async def RegisterShards(self, request: pb.RegisterShardsRequest, context: Context) -> pb.RegisterShardsResponse:
         """Registers what a rank wrote."""
-        size_bytes = request.ByteSize()
+        size_bytes, longest_s = request.ByteSize(), wait_s(request.wait)
         registration, uploads = convert.registration(request), convert.take_uploads(request)
         answer = await self._attempts.register(registration, uploads, size_bytes)
-        return pb.RegisterShardsResponse(unknown=convert.blob_refs(answer.unknown))
+        closed = await self._attempts.await_close(answer.checkpoint_id, longest_s)
+        return pb.RegisterShardsResponse(
+            unknown=convert.blob_refs(answer.unknown), checkpoint=convert.checkpoint(closed) if closed else None
+        )
 
     async def ReportFailure(self, request: pb.ReportFailureRequest, context: Context) -> pb.ReportFailureResponse:
         """Fails an attempt because of one rank."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
-from shardbook.core.digest import ordered_digest
-from shardbook.core.planning import ALGORITHM_VERSION, decide
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.observer import SILENT, Observer
@@ -18,19 +13,18 @@ from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_a
 from shardbook_server.service.batches import Want, WantedBlobs, run_by_run_when_busy
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
 from shardbook_server.service.checks import check_rank
+from shardbook_server.service.decisions import DecisionKey, DecisionService, Question
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, PlanSubmission
 from shardbook_server.service.verdicts import other_content
 from shardbook_server.service.views import CheckpointState, PlanAnswer, PlanState
-from shardbook_server.storage import blobs as blob_rows
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import plans as plan_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.plans import PlanRow
 
-#: Bytes of decisions kept in memory, and attempts whose decision is remembered.
-_DECISION_BYTES: Final = 64 << 20
+#: Attempts whose decision is remembered.
 _ATTEMPT_COUNT: Final = 4096
 
 
@@ -57,28 +51,20 @@ class PlanEntry:
         return BlobRef(BlobKind.PLAN, self.submission.plan_digest)
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """What every rank of one set of plans drops, as bits."""
-
-    drops: tuple[bytes, ...]
-
-
 class PlanService:
     """Takes plans and decides what is dropped. Thread-safe."""
 
     def __init__(
         self, database: Database, blobs: BlobService, *, lease_ttl_s: float, observer: Observer = SILENT
     ) -> None:
-        """Starts with no decision in memory; each is made anew from the stored plans when it is asked for."""
+        """Starts with no decision in memory."""
         self._database = database
         self._blobs = blobs
         self._lease_ttl_s = lease_ttl_s
         self._observer = observer
-        self._decisions: BoundedCache[tuple[str, bytes], _Decision] = BoundedCache(_DECISION_BYTES)
+        self._decisions = DecisionService(database, blobs)
         # By key and time of the attempt: a database that lost its last commits hands out the same keys again.
-        self._by_attempt: BoundedCache[tuple[int, int], tuple[str, bytes]] = BoundedCache(_ATTEMPT_COUNT)
-        self._deciding = threading.Lock()
+        self._by_attempt: BoundedCache[tuple[int, int], DecisionKey] = BoundedCache(_ATTEMPT_COUNT)
 
     def plan_batch(self, entries: Sequence[PlanEntry]) -> list[PlanAnswer | ShardbookError]:
         """Submits plans in one transaction; one verdict an entry, in order.
@@ -162,19 +148,16 @@ class PlanService:
             return PlanAnswer(PlanState.STRUCTURE_UNKNOWN, unknown_refs(entry.wanted, entry.blobs))
         checkpoint_id = attempt.checkpoint.id
         opened_us = attempt.checkpoint.create_time_us
-        decision = self._held(checkpoint_id, opened_us)
-        if decision is not None:
-            return PlanAnswer(PlanState.DECIDED, drop=decision.drops[stored.rank], checkpoint_id=checkpoint_id)
+        key = self._by_attempt.get((checkpoint_id, opened_us))
+        drop = None if key is None else self._decisions.held(key, stored.rank)
+        if drop is not None:
+            return PlanAnswer(PlanState.DECIDED, drop=drop, checkpoint_id=checkpoint_id)
         return PlanAnswer(
             PlanState.WAITING,
             planned_count=counts.get(checkpoint_id, 0),
             checkpoint_id=checkpoint_id,
             opened_us=opened_us,
         )
-
-    def _held(self, checkpoint_id: int, opened_us: int) -> _Decision | None:
-        key = self._by_attempt.get((checkpoint_id, opened_us))
-        return None if key is None else self._decisions.get(key)
 
     def decide(self, checkpoint_id: int, rank: int, opened_us: int = 0) -> PlanAnswer:
         """Returns DECIDED for one rank once every rank of the attempt is in, else WAITING.
@@ -192,47 +175,37 @@ class PlanService:
             CheckpointClosedError: The attempt is closed.
             InvalidArgumentError: The ranks disagree on ``save_to_lowest_rank``.
         """
-        decision = self._held(checkpoint_id, opened_us)
-        if decision is None:
-            # Deciding is CPU work under the interpreter's lock: two at a time would take twice as long each.
-            with self._deciding:
-                decided = self._held(checkpoint_id, opened_us) or self._decide(checkpoint_id, opened_us)
-            if isinstance(decided, int):
-                return PlanAnswer(PlanState.WAITING, planned_count=decided, checkpoint_id=checkpoint_id)
-            decision = decided
-        check_rank(rank, len(decision.drops), "rank")
-        return PlanAnswer(PlanState.DECIDED, drop=decision.drops[rank], checkpoint_id=checkpoint_id)
+        key = self._by_attempt.get((checkpoint_id, opened_us))
+        drop = None
+        if key is not None:
+            check_rank(rank, key.world_size, "rank")
+            drop = self._decisions.find(key, rank)
+        if drop is None:
+            question = self._question(checkpoint_id, opened_us)
+            if isinstance(question, int):
+                return PlanAnswer(PlanState.WAITING, planned_count=question, checkpoint_id=checkpoint_id)
+            check_rank(rank, len(question.digests), "rank")
+            drop = self._decisions.decide(question, rank)
+        return PlanAnswer(PlanState.DECIDED, drop=drop, checkpoint_id=checkpoint_id)
 
-    def _decide(self, checkpoint_id: int, opened_us: int) -> _Decision | int:
-        """Decides for a whole attempt; returns how many ranks are in when that is not all of them."""
+    def _question(self, checkpoint_id: int, opened_us: int) -> Question | int:
+        """Returns what is to be decided for an attempt; or how many ranks are in when that is not all of them."""
         with self._database.read() as connection:
             checkpoint = checkpoint_rows.find_by_ids(connection, [checkpoint_id]).get(checkpoint_id)
             if checkpoint is None or (opened_us and checkpoint.create_time_us != opened_us):
                 raise NotFoundError("there is no such attempt")
-            rows = plan_rows.read_plans(connection, checkpoint_id)
-            project = run_rows.part_by_id(connection, checkpoint.part_id).name.run.project
-            blobs = blob_rows.find_by_ids(connection, sorted({row.plan_id for row in rows}))
+            plans = plan_rows.read_digests(connection, checkpoint_id)
+            part = run_rows.part_by_id(connection, checkpoint.part_id)
         if not checkpoint.staged:
             raise closed_error(checkpoint)
-        if len(rows) < checkpoint.world_size:
-            return len(rows)
-        options = {row.lowest_rank for row in rows}
+        if len(plans) < checkpoint.world_size:
+            return len(plans)
+        options = {lowest_rank for _, lowest_rank in plans}
         if len(options) > 1:
             raise InvalidArgumentError(
                 "some ranks ask for save_to_lowest_rank and some do not", field="save_to_lowest_rank"
             )
-        lowest_rank = bool(options.pop())
-        digests = [blobs[row.plan_id].digest for row in rows]
-        key = project, ordered_digest(f"decision/{ALGORITHM_VERSION}/{int(lowest_rank)}", digests)
-        decision = self._decisions.get(key)
-        if decision is None:
-            decision = self._compute(project, digests, lowest_rank=lowest_rank)
-            self._decisions.put(key, decision, sum(map(len, decision.drops)) + 64 * len(decision.drops))
-        self._by_attempt.put((checkpoint_id, checkpoint.create_time_us), key)
-        return decision
-
-    def _compute(self, project: str, digests: Sequence[bytes], *, lowest_rank: bool) -> _Decision:
-        distinct = {digest: at for at, digest in enumerate(dict.fromkeys(digests))}
-        index = np.fromiter((distinct[digest] for digest in digests), np.int64, len(digests))
-        drops = decide(self._blobs.plans(project, list(distinct)), index, save_to_lowest_rank=lowest_rank)
-        return _Decision(tuple(np.packbits(drop).tobytes() if drop.any() else b"" for drop in drops))
+        digests = [digest for digest, _ in plans]
+        question = Question(part.name.run.project, part.project_id, digests, bool(options.pop()))
+        self._by_attempt.put((checkpoint_id, checkpoint.create_time_us), question.key)
+        return question

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, delete, func, select, tuple_
 
 from shardbook_server.storage.dialect import insert_ignore
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import plan_submissions
+from shardbook_server.storage.tables import plan_submissions, rank_structures
 
 
 @dataclass(frozen=True, order=True)
@@ -55,10 +55,15 @@ def count_plans(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[i
     return counts
 
 
-def read_plans(connection: Connection, checkpoint_id: int) -> list[PlanRow]:
-    """Returns the plans of an attempt by rank."""
-    statement = select(plan_submissions).where(plan_submissions.c.checkpoint_id == checkpoint_id)
-    return [PlanRow(*row) for row in connection.execute(statement.order_by(plan_submissions.c.rank))]
+def read_digests(connection: Connection, checkpoint_id: int) -> list[tuple[bytes, int]]:
+    """Returns digest and ``lowest_rank`` of the plans of an attempt, by rank."""
+    statement = (
+        select(rank_structures.c.digest, plan_submissions.c.lowest_rank)
+        .join(rank_structures, rank_structures.c.id == plan_submissions.c.plan_id)
+        .where(plan_submissions.c.checkpoint_id == checkpoint_id)
+        .order_by(plan_submissions.c.rank)
+    )
+    return [(digest, lowest_rank) for digest, lowest_rank in connection.execute(statement)]
 
 
 def read_hosts(connection: Connection, checkpoint_id: int, ranks: Sequence[int]) -> dict[int, str]:

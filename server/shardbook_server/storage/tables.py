@@ -231,6 +231,18 @@ structure_tensors = Table(
     **_NEVER_REUSED,
 )
 
+#: Decisions about plans, by the ordered digests of the plans: what each rank drops, in segments of ranks.
+save_plans = Table(
+    "save_plans",
+    metadata,
+    Column("project_id", ForeignKey("projects.id"), primary_key=True, autoincrement=False),
+    Column("digest", Digest, primary_key=True),
+    Column("first_rank", Integer, primary_key=True, autoincrement=False),
+    Column("last_used_day", Integer, nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    **_STRICT,
+)
+
 #: Staging: who planned what while the attempt is open.
 plan_submissions = Table(
     "plan_submissions",

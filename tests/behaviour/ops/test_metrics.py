@@ -20,6 +20,7 @@ from shardbook_server.metrics.recorder import Recorder
 from shardbook_server.service import vitals
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.services import build_services
+from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database
 from tests.behaviour.ops.conftest import Ops, running_ops
 from tests.behaviour.rpc.api import DEADLINE_S, Job, Payload, payload, refusal, row, wait_until
@@ -193,7 +194,7 @@ def test_the_database_is_looked_at_in_the_background(ops: Ops, run: str) -> None
     # The test's user owns the Postgres, so it may list the log's files.
     assert ops.sample("shardbook_wal_bytes") > 0
     assert 1 == ops.sample("shardbook_synchronous_commit_info", mode="on" if is_postgres else "full")
-    assert 1 == ops.sample("shardbook_build_info", schema="0001")
+    assert 1 == ops.sample("shardbook_build_info", schema=migrate.HEAD)
 
 
 def test_connections_and_descriptors_are_counted(ops: Ops) -> None:
@@ -228,7 +229,7 @@ def test_servers_of_one_process_do_not_mix(tmp_path: Path) -> None:
 def test_what_was_seen_long_ago_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule: a database that is away has no sizes, rather than those of yesterday."""
     sources = state.Sources(lambda: 0, lambda: 0, dict, lambda: True)
-    shown = state.State(state.Build("1", "0001", "sqlite", "full"), sources)
+    shown = state.State(state.Build("1", "0002", "sqlite", "full"), sources)
     shown.looked(vitals.Vitals(1, 2, None, 3, (vitals.RunningPart("p", "r", "default", 4.0),)))
     assert {1, 2, 3} <= {sample.value for family in shown.collect() for sample in family.samples}
     monkeypatch.setattr(state, "STALE_S", -1.0)

@@ -13,7 +13,7 @@ from shardbook_server.storage import migrate, postgres
 from shardbook_server.storage.urls import shown_url
 from tests.conftest import MakeDatabases
 from tests.databases import Databases, opened
-from tests.storage.releases import NEXT, become_next_release, write_next_release
+from tests.storage.releases import NEXT, THIS, become_next_release, write_next_release
 from tests.storage.schemas import set_version
 
 URL, MIGRATION_URL = "SHARDBOOK_DATABASE_URL", "SHARDBOOK_MIGRATION_URL"
@@ -109,7 +109,7 @@ def test_an_upgrade_beside_busy_servers_says_so_and_ends_when_run_again(
         connection.execute(text("LOCK TABLE checkpoints IN ROW EXCLUSIVE MODE"))
         said = _refused("upgrade", "--database-url", url)
         assert "others held what is to be changed for too long, so nothing was changed; try again" in said
-    assert "0001" == _done("current", "--database-url", url)
+    assert THIS == _done("current", "--database-url", url)
     assert f"schema is at {NEXT}" in _done("upgrade", "--database-url", url)
 
 

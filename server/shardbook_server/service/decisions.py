@@ -1,0 +1,161 @@
+"""Who writes what, remembered: a decision is made once for the same plans in the same order, then found again.
+
+By other saves, other jobs of the project, other replicas, and after a restart. What is kept in memory is bounded;
+a world's decision is stored in segments of ranks, so that a replica that forgot it reads the asking rank's only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import structlog
+
+from shardbook.core import limits
+from shardbook.core.decisions import decode_drops, encode_drops
+from shardbook.core.digest import ordered_digest
+from shardbook.core.planning import ALGORITHM_VERSION, decide
+from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook_server.service.blobs import BlobService
+from shardbook_server.service.lru import BoundedCache
+from shardbook_server.storage import decisions as decision_rows
+from shardbook_server.storage.blobs import DAY_US
+from shardbook_server.storage.database import Database
+
+#: Bytes of decisions kept in memory.
+_CACHE_BYTES: Final = 64 << 20
+#: What a rank's part costs in memory beside its bits.
+_PER_RANK_BYTES: Final = 64
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Plans of a whole attempt.
+
+    Attributes:
+        project: Name of the project.
+        project_id: Its key.
+        digests: The plan of every rank, by rank.
+        to_lowest_rank: True to have every item written by the lowest rank that holds it.
+    """
+
+    project: str
+    project_id: int
+    digests: Sequence[bytes]
+    to_lowest_rank: bool
+
+    @cached_property
+    def key(self) -> DecisionKey:
+        """Its address: the same plans in the same order have the same decision."""
+        domain = f"decision/{ALGORITHM_VERSION}/{int(self.to_lowest_rank)}"
+        return DecisionKey(self.project_id, ordered_digest(domain, self.digests), len(self.digests))
+
+
+@dataclass(frozen=True)
+class DecisionKey:
+    """Address of a decision.
+
+    Attributes:
+        project_id: Key of its project.
+        digest: Over version, options and the ordered plans.
+        world_size: Ranks that it is about.
+    """
+
+    project_id: int
+    digest: bytes
+    world_size: int
+
+
+class DecisionService:
+    """Decides, stores and finds decisions. Thread-safe."""
+
+    def __init__(self, database: Database, blobs: BlobService) -> None:
+        """Starts with nothing in memory."""
+        self._database = database
+        self._blobs = blobs
+        self._segments: BoundedCache[tuple[DecisionKey, int], tuple[bytes, ...]] = BoundedCache(_CACHE_BYTES)
+        self._deciding = threading.Lock()
+
+    def held(self, key: DecisionKey, rank: int) -> bytes | None:
+        """Returns what a rank drops where that is in memory; never waits."""
+        first = _first_of(rank)
+        segment = self._segments.get((key, first))
+        return None if segment is None else segment[rank - first]
+
+    def find(self, key: DecisionKey, rank: int) -> bytes | None:
+        """Returns what a rank drops where that was decided before; reads the database."""
+        held = self.held(key, rank)
+        if held is not None:
+            return held
+        first = _first_of(rank)
+        with self._database.read() as connection:
+            stored = decision_rows.find_segment(connection, key.project_id, key.digest, first)
+            today = self._database.now_us(connection) // DAY_US
+        if stored is None:
+            return None
+        drops = _decoded(stored.payload, min(limits.SEGMENT_RANKS, key.world_size - first))
+        if drops is None:
+            return None
+        self._keep(key, first, drops)
+        if stored.last_used_day < today:
+            self._try(key, "touch", ())
+        return drops[rank - first]
+
+    def decide(self, question: Question, rank: int) -> bytes:
+        """Returns what a rank drops; decided once, whoever asks first, while others wait for it.
+
+        CPU work when nobody has decided yet.
+        """
+        # Under the interpreter's lock two decisions at a time would take twice as long each.
+        with self._deciding:
+            found = self.find(question.key, rank)
+            return self._compute(question)[rank] if found is None else found
+
+    def _compute(self, question: Question) -> list[bytes]:
+        distinct = {digest: at for at, digest in enumerate(dict.fromkeys(question.digests))}
+        index = np.fromiter((distinct[digest] for digest in question.digests), np.int64, len(question.digests))
+        plans = self._blobs.plans(question.project, list(distinct))
+        decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
+        drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]
+        segments = []
+        for first in range(0, len(drops), limits.SEGMENT_RANKS):
+            some = drops[first : first + limits.SEGMENT_RANKS]
+            self._keep(question.key, first, some)
+            segments.append((first, encode_drops(some)))
+        self._try(question.key, "insert", segments)
+        return drops
+
+    def _keep(self, key: DecisionKey, first: int, drops: Sequence[bytes]) -> None:
+        self._segments.put((key, first), tuple(drops), sum(map(len, drops)) + _PER_RANK_BYTES * len(drops))
+
+    def _try(self, key: DecisionKey, what: str, segments: Sequence[tuple[int, bytes]]) -> None:
+        """Stores a decision, or that it is in use. A rank is not refused its answer because that cannot be written."""
+        try:
+            with self._database.write(lock=f"decisions/{key.project_id}") as connection:
+                now_us = self._database.now_us(connection)
+                if what == "insert":
+                    decision_rows.insert_decision(connection, key.project_id, key.digest, segments, now_us)
+                else:
+                    decision_rows.touch(connection, key.project_id, key.digest, now_us)
+        except ShardbookError as error:
+            _log.warning("a decision is not stored, it will be made anew", what=what, reason=error.reason)
+
+
+def _first_of(rank: int) -> int:
+    return rank - rank % limits.SEGMENT_RANKS
+
+
+def _decoded(payload: bytes, count: int) -> list[bytes] | None:
+    """Returns the parts of ``count`` ranks; None where the row is damaged: then it is decided anew."""
+    try:
+        drops = decode_drops(payload)
+    except InvalidArgumentError as error:
+        _log.error("a stored decision is damaged, it is made anew", error=str(error))
+        return None
+    return drops if len(drops) == count else None
