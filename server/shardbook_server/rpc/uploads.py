@@ -18,7 +18,7 @@ from shardbook_server.observer import SILENT, Observer
 from shardbook_server.rpc.batcher import Batcher, BatchLimits
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.call import current_call
-from shardbook_server.rpc.limits import CHECKS_AT_ONCE, UPLOADS_AT_ONCE, ByteBudget
+from shardbook_server.rpc.limits import ANSWER_S, CHECKS_AT_ONCE, UPLOADS_AT_ONCE, ByteBudget
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckAsk, CheckedBlobs
 from shardbook_server.service.types import BlobRef, BlobUpload
 
@@ -97,7 +97,8 @@ class Uploads:
             needed = [(project, ref) for ref in answer.unknown if ref not in checked.held]
             if any(self._recent.get(name, 0) > began_with for name in needed):
                 continue  # it has come since this call was checked
-            own = self._claim(needed)
+            in_a_hurry = current_call().remaining_s() < 2 * ANSWER_S
+            own = [ref for _, ref in needed] if in_a_hurry else self._claim(needed)
             if own:
                 # Uploads that could not be checked were not kept: they have to come again, with what they lacked.
                 unknown = sorted({*own, *checked.held})
@@ -141,6 +142,7 @@ class Uploads:
         began_s = time.monotonic()
         senders = [self._senders[name] for name in needed]
         until_s = min(sender.until_s for sender in senders)
+        until_s = min(until_s, began_s + max(0.0, current_call().remaining_s() - ANSWER_S))
         arrival: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         for sender in senders:
             sender.waiting.add(arrival)

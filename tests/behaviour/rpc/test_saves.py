@@ -112,6 +112,50 @@ def test_all_ranks_wait_for_the_commit_and_get_the_checkpoint(
     assert len(looks) < 10
 
 
+def _commit_once_known(job: Job) -> types_pb2.Checkpoint:
+    """Commits beside registrations that are on their way; before the first there is nothing to commit."""
+    while True:
+        try:
+            return job.commit(wait_s=15)
+        except grpc.RpcError as error:
+            assert grpc.StatusCode.NOT_FOUND == error.code()
+            time.sleep(0.02)
+
+
+def test_a_registration_can_wait_for_the_commit(api: Api, run: str) -> None:
+    """Rule: with `wait` the answer to a registration brings the checkpoint, so that a rank needs no further call."""
+    job = Job.start(api, run)
+    requests = [job.register_request(rank, what) for rank, what in enumerate(job.rows())]
+    for request, what in zip(requests, job.rows(), strict=True):
+        request.blobs.extend(what.blobs.values())
+        request.wait.FromSeconds(15)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(api.registration.RegisterShards, one, timeout=DEADLINE_S) for one in requests]
+        checkpoint = _commit_once_known(job)
+        answers = [call.result(10) for call in calls]
+    assert [checkpoint] * 2 == [answer.checkpoint for answer in answers]
+    # Asked once more, as after a lost answer, it says the same.
+    assert checkpoint == api.registration.RegisterShards(requests[0], timeout=DEADLINE_S).checkpoint
+
+
+def test_a_registration_that_waited_in_vain_is_durable(api: Api, run: str) -> None:
+    """Rule: the wait is only a wait: without it, after it and with a failed attempt the registration is answered."""
+    job = Job.start(api, run)
+    world = job.rows()
+    request = job.register_request(0, world[0])
+    request.blobs.extend(world[0].blobs.values())
+    request.wait.FromMilliseconds(300)
+    answer = api.registration.RegisterShards(request, timeout=DEADLINE_S)
+    assert ([], False) == (list(answer.unknown), answer.HasField("checkpoint"))
+    assert 1 == job.progress().progress.registered_count
+    request.wait.FromSeconds(15)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.registration.RegisterShards, request, timeout=DEADLINE_S)
+        time.sleep(0.2)
+        api.registration.AbortCheckpoint(pb.AbortCheckpointRequest(key=job.key(), reason="x"), timeout=DEADLINE_S)
+        assert types_pb2.CHECKPOINT_STATE_FAILED == waiting.result(10).checkpoint.state
+
+
 def test_progress_until_registered_ends_with_the_last_registration(api: Api, run: str) -> None:
     """Rule: the coordinator can wait for all ranks without committing."""
     job = Job.start(api, run)
