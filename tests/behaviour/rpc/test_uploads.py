@@ -113,6 +113,8 @@ def test_structures_that_ranks_share_travel_once_too(api: Api, fresh: str) -> No
         other = pool.submit(api.registration.RegisterShards, job.register_request(1, what), timeout=DEADLINE_S)
         time.sleep(0.3)
         assert not other.done()
-        job.register(0, what)
+        sent = job.register_request(0, what)
+        sent.blobs.extend(what.blobs.values())
+        assert not api.registration.RegisterShards(sent, timeout=DEADLINE_S).unknown
         assert not other.result(10).unknown
     assert 2 == job.progress().progress.registered_count
