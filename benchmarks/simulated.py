@@ -128,7 +128,7 @@ def _environment(database: Path, port: int) -> dict[str, str]:
         "SHARDBOOK_LISTEN": f"127.0.0.1:{port}",
         "SHARDBOOK_HTTP_LISTEN": "off",
         "SHARDBOOK_DATABASE_URL": f"sqlite:///{database}",
-        "SHARDBOOK_LOG_LEVEL": "error",
+        "SHARDBOOK_LOG_LEVEL": os.environ.get("BENCH_LOG", "error"),
     }
 
 

@@ -257,6 +257,10 @@ def _spare_the_collector() -> None:
     gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
 
 
+#: How long a call may wait before it is picked up, seconds; longer than any deadline that clients set.
+_MAX_UNREQUESTED_S: Final = 3600
+
+
 def _options(settings: Settings) -> list[tuple[str, int]]:
     options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -265,6 +269,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         # what a world of ranks would meet that saves at the same moment.
         ("grpc.server.max_pending_requests", settings.max_concurrent_rpcs),
         ("grpc.server.max_pending_requests_hard_limit", settings.max_concurrent_rpcs),
+        # And it cancels what has waited there for 30 s, though its caller still waits: deadlines are for callers to set.
+        ("grpc.server_max_unrequested_time_in_server", _MAX_UNREQUESTED_S),
         # Two servers on one port would each get half the calls.
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(settings.keepalive_permit_s)),
