@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,7 +165,19 @@ def test_decisions_of_this_version_never_change() -> None:
 
     digest = hashlib.sha256(b"".join(np.packbits(drop).tobytes() for drop in drops)).hexdigest()
     expected = "0ea9c4c5db089da5141b4e60d07b13aabfb2466b08f3ebdc06deb41bc36378dd"
-    assert (1, expected) == (planning.ALGORITHM_VERSION, digest)
+    assert (2, expected) == (planning.ALGORITHM_VERSION, digest)
+
+
+@given(_ranks(), _ranks())
+def test_ranks_without_a_common_name_are_decided_about_apart(first: list[list[Item]], second: list[list[Item]]) -> None:
+    """Pipeline stages cost the memory of one of them, and what one does changes nothing for the others."""
+    stage = [[replace(item, fqn=f"stage1.{item.fqn}") for item in items] for items in second]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_ITEMS_AT_ONCE", 1)
+        together = _decide([*first, *stage])
+        assert _decide(first) == together[: len(first)]
+    count = Counter(item for items in together for item in items)
+    assert {item: 1 for items in [*first, *stage] for item in items} == dict(count)
 
 
 def test_a_score_has_room_for_every_rank() -> None:

@@ -46,13 +46,15 @@ class Election:
         weights: (K,) bytes of each item, 1 to ``MAX_WEIGHT_BYTES``.
         firsts: (K + 1,) where the plans that hold each item begin in ``plan``.
         plan: (H,) plans that hold each item, each once.
-        plan_of_rank: (R,) plan of each rank; every plan has a rank.
+        ranks: (R,) ranks that take part, climbing.
+        plan_of_rank: (R,) plan of each of them; every plan has a rank.
     """
 
     hashes: UInt64Array
     weights: Int64Array
     firsts: Int64Array
     plan: Int64Array
+    ranks: Int64Array
     plan_of_rank: Int64Array
 
 
@@ -68,7 +70,7 @@ def elect(election: Election, lowest: Int64Array) -> Int64Array:
     writer = lowest.copy()
     contested = holders.counts > 1
     loads = np.zeros(len(bounds), dtype=np.int64)
-    np.add.at(loads, writer[~contested], election.weights[~contested])
+    np.add.at(loads, np.searchsorted(election.ranks, writer[~contested]), election.weights[~contested])
     size_class = np.frexp(election.weights.astype(np.float64))[1]
     for size in np.unique(size_class[contested])[::-1].tolist():
         pending = np.flatnonzero(contested & (size_class == size))
@@ -84,7 +86,10 @@ def elect(election: Election, lowest: Int64Array) -> Int64Array:
 def _place(
     holders: _Holders, pending: Int64Array, loads: Int64Array, bounds: npt.NDArray[np.float64], writer: Int64Array
 ) -> Int64Array:
-    """Places what fits within ``bounds`` of ``pending``, adds it to ``loads`` and ``writer``; returns the rest."""
+    """Places what fits within ``bounds`` of ``pending``, adds it to ``loads`` and ``writer``; returns the rest.
+
+    Bounds and loads are (R,), of the ranks that take part.
+    """
     hashes, weights = holders.election.hashes, holders.election.weights
     refused = []
     below = np.full(len(pending), _HIGHEST, dtype=np.uint64)
@@ -94,15 +99,15 @@ def _place(
         pending, scores = pending[scores > 0], scores[scores > 0]
         if not len(pending):
             break
-        rank = (scores & _RANK_MASK).astype(np.int64)
-        order = np.lexsort((hashes[pending], -weights[pending], rank))
-        pending, scores, rank = pending[order], scores[order], rank[order]
-        asked = firsts_of(np.bincount(rank))
+        chosen = np.searchsorted(holders.election.ranks, (scores & _RANK_MASK).astype(np.int64))
+        order = np.lexsort((hashes[pending], -weights[pending], chosen))
+        pending, scores, chosen = pending[order], scores[order], chosen[order]
+        asked = firsts_of(np.bincount(chosen))
         upto = np.cumsum(weights[pending])
-        upto -= (upto - weights[pending])[asked[rank]]
-        fits = loads[rank] + upto <= bounds[rank]
-        writer[pending[fits]] = rank[fits]
-        np.add.at(loads, rank[fits], weights[pending[fits]])
+        upto -= (upto - weights[pending])[asked[chosen]]
+        fits = loads[chosen] + upto <= bounds[chosen]
+        writer[pending[fits]] = holders.election.ranks[chosen[fits]]
+        np.add.at(loads, chosen[fits], weights[pending[fits]])
         pending, below = pending[~fits], scores[~fits]
     return np.concatenate([*refused, pending])
 
@@ -114,7 +119,7 @@ class _Holders:
         self.election = election
         ranks_of_plan = np.bincount(election.plan_of_rank)
         self._plan_firsts = firsts_of(ranks_of_plan)
-        self._ranks = np.argsort(election.plan_of_rank, kind="stable").astype(np.uint64)
+        self._ranks = election.ranks[np.argsort(election.plan_of_rank, kind="stable")].astype(np.uint64)
         self._salts = mix(self._ranks ^ _RANK_SALT)
         self._row_counts = np.diff(election.firsts)
         #: (K,) ranks that hold each item.

@@ -19,12 +19,15 @@ from shardbook.core.dtype import ITEMSIZES
 from shardbook.core.election import MAX_WEIGHT_BYTES, Election, elect
 from shardbook.core.merge import Declared, declare, distinct_tables, ranked
 from shardbook.core.mixing import UInt64Array, mix
-from shardbook.core.ragged import firsts_of
+from shardbook.core.ragged import firsts_of, rows_of
 from shardbook.core.structure import RankPlan
 from shardbook.core.table import EntryKind
 
 #: Part of every stored decision's key. Raise it with any change of what ``decide`` returns.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
+#: Plans that have no name in common are decided about apart, together only as long as they hold no more items:
+#: what a decision takes is for its largest part, not for the world.
+_ITEMS_AT_ONCE = 1 << 19
 
 
 def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_rank: bool = False) -> list[BoolArray]:
@@ -48,8 +51,56 @@ def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_
     """
     lowest, index = ranked(rank_index, len(plans))
     present = [plans[at] for at in rank_index[lowest].tolist()]
-    items = _group(present)
-    # Plans are in the order of their lowest ranks, and the first holder of a key is its first plan.
+    by_plan = np.argsort(index, kind="stable")
+    rank_firsts = firsts_of(np.bincount(index, minlength=len(present)))
+    drops: list[BoolArray] = [_NO_DROPS] * len(index)
+    for part in _parts(present):
+        ranks = np.sort(by_plan[rows_of(rank_firsts[part], np.diff(rank_firsts)[part])])
+        own = np.searchsorted(part, index[ranks])
+        decided = _decide([present[at] for at in part.tolist()], ranks, own, save_to_lowest_rank=save_to_lowest_rank)
+        for rank, drop in zip(ranks.tolist(), decided, strict=True):
+            drops[rank] = drop
+    return drops
+
+
+_NO_DROPS: BoolArray = np.zeros(0, dtype=np.bool_)
+
+
+def _parts(plans: Sequence[RankPlan]) -> list[Int64Array]:
+    """Returns the plans in parts, each climbing, such that no two parts have a name in common."""
+    tables, table_of = distinct_tables([plan.table for plan in plans])
+    family = list(range(len(tables)))
+
+    def head(table: int) -> int:
+        while family[table] != table:
+            family[table] = table = family[family[table]]
+        return table
+
+    named_by: dict[str, int] = {}
+    for at, table in enumerate(tables):
+        for other in {named_by.setdefault(fqn, at) for fqn in table.fqns}:
+            low, high = sorted((head(other), head(at)))
+            family[high] = low
+    of_plan = np.array([head(at) for at in range(len(tables))], dtype=np.int64)[table_of]
+    counts = np.bincount(of_plan, weights=[plan.item_count for plan in plans])
+    part_of = np.zeros(len(tables), dtype=np.int64)
+    part, held = 0, 0.0
+    for at in np.unique(of_plan).tolist():
+        if held and held + counts[at] > _ITEMS_AT_ONCE:
+            part, held = part + 1, 0.0
+        part_of[at] = part
+        held += counts[at]
+    part_of_plan = part_of[of_plan]
+    return [np.flatnonzero(part_of_plan == number).astype(np.int64) for number in range(part + 1)]
+
+
+def _decide(
+    plans: Sequence[RankPlan], ranks: Int64Array, plan_of_rank: Int64Array, *, save_to_lowest_rank: bool
+) -> list[BoolArray]:
+    """Returns what each of ``ranks`` (R,), climbing, drops of its plan; plans are in the order of their lowest rank."""
+    items = _group(plans)
+    lowest = ranks[np.unique(plan_of_rank, return_index=True)[1]]
+    # The first holder of a key is its first plan.
     writer = lowest[items.plan[items.holders[items.firsts[:-1]]]]
     if not save_to_lowest_rank:
         election = Election(
@@ -57,13 +108,14 @@ def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_
             weights=items.weights,
             firsts=items.firsts,
             plan=items.plan[items.holders],
-            plan_of_rank=index,
+            ranks=ranks,
+            plan_of_rank=plan_of_rank,
         )
         writer = elect(election, writer)
-    bounds = firsts_of(np.array([plan.item_count for plan in present], dtype=np.int64)).tolist()
+    bounds = firsts_of(np.array([plan.item_count for plan in plans], dtype=np.int64)).tolist()
     writer_of_item = writer[items.key]
     drops = []
-    for rank, at in enumerate(index.tolist()):
+    for rank, at in zip(ranks.tolist(), plan_of_rank.tolist(), strict=True):
         own = slice(bounds[at], bounds[at + 1])
         drops.append((writer_of_item[own] != rank) | items.again[own])
     return drops
