@@ -269,7 +269,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         # what a world of ranks would meet that saves at the same moment.
         ("grpc.server.max_pending_requests", settings.max_concurrent_rpcs),
         ("grpc.server.max_pending_requests_hard_limit", settings.max_concurrent_rpcs),
-        # And it cancels what has waited there for 30 s, though its caller still waits: deadlines are for callers to set.
+        # And it cancels what has waited there for 30 s, though the caller still waits: deadlines are for callers.
         ("grpc.server_max_unrequested_time_in_server", _MAX_UNREQUESTED_S),
         # Two servers on one port would each get half the calls.
         ("grpc.so_reuseport", 0),

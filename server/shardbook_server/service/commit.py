@@ -20,6 +20,7 @@ from shardbook.errors import (
 )
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service import present
+from shardbook_server.service.admission import MemoryBudget
 from shardbook_server.service.attempts import closed_error, disagreement, find_current, renew, row_key
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.checks import prose
@@ -51,15 +52,21 @@ class _Ready:
 class CommitService:
     """Commits attempts in which every rank is there. Thread-safe.
 
-    Unknown structures are assembled outside the transaction, one at a time in a process.
+    Unknown structures are assembled outside the transaction, as many at a time as memory is set apart for.
     """
 
     def __init__(
-        self, database: Database, blobs: BlobService, *, lease_ttl_s: float, observer: Observer = SILENT
+        self,
+        database: Database,
+        blobs: BlobService,
+        memory: MemoryBudget,
+        *,
+        lease_ttl_s: float,
+        observer: Observer = SILENT,
     ) -> None:
         """Keeps no state of its own."""
         self._database = database
-        self._folder = Folder(database, blobs)
+        self._folder = Folder(database, blobs, memory)
         self._lease_ttl_s = lease_ttl_s
         self._observer = observer
 

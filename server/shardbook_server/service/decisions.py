@@ -6,7 +6,6 @@ a world's decision is stored in segments of ranks, so that a replica that forgot
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from shardbook.core.decisions import decode_drops, encode_drops
 from shardbook.core.digest import ordered_digest
 from shardbook.core.planning import ALGORITHM_VERSION, decide
 from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.storage import decisions as decision_rows
@@ -28,6 +28,8 @@ from shardbook_server.storage.database import Database
 
 #: Bytes of decisions kept in memory.
 _CACHE_BYTES: Final = 64 << 20
+#: What an item of a plan takes while it is decided about, bytes.
+_BYTES_PER_ITEM: Final = 192
 #: What a rank's part costs in memory beside its bits.
 _PER_RANK_BYTES: Final = 64
 
@@ -75,12 +77,13 @@ class DecisionKey:
 class DecisionService:
     """Decides, stores and finds decisions. Thread-safe."""
 
-    def __init__(self, database: Database, blobs: BlobService) -> None:
+    def __init__(self, database: Database, blobs: BlobService, memory: MemoryBudget) -> None:
         """Starts with nothing in memory."""
         self._database = database
         self._blobs = blobs
+        self._memory = memory
         self._segments: BoundedCache[tuple[DecisionKey, int], tuple[bytes, ...]] = BoundedCache(_CACHE_BYTES)
-        self._deciding = threading.Lock()
+        self._flight = SingleFlight()
 
     def held(self, key: DecisionKey, rank: int) -> bytes | None:
         """Returns what a rank drops where that is in memory; never waits."""
@@ -112,8 +115,7 @@ class DecisionService:
 
         CPU work when nobody has decided yet.
         """
-        # Under the interpreter's lock two decisions at a time would take twice as long each.
-        with self._deciding:
+        with self._flight.alone(question.key):
             found = self.find(question.key, rank)
             return self._compute(question)[rank] if found is None else found
 
@@ -121,8 +123,9 @@ class DecisionService:
         distinct = {digest: at for at, digest in enumerate(dict.fromkeys(question.digests))}
         index = np.fromiter((distinct[digest] for digest in question.digests), np.int64, len(question.digests))
         plans = self._blobs.plans(question.project, list(distinct))
-        decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
-        drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]
+        with self._memory.hold(sum(plan.item_count for plan in plans) * _BYTES_PER_ITEM):
+            decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
+            drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]
         segments = []
         for first in range(0, len(drops), limits.SEGMENT_RANKS):
             some = drops[first : first + limits.SEGMENT_RANKS]

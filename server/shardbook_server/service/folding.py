@@ -5,9 +5,10 @@ Outside any transaction that matters: complete, insert-only registrations cannot
 
 from __future__ import annotations
 
+import copy
 import json
-import threading
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -20,10 +21,12 @@ from shardbook.core.digest import ordered_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
 from shardbook.core.table import printable
-from shardbook.errors import InvalidArgumentError
+from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError
+from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.checks import prose
 from shardbook_server.service.closing import Folded
+from shardbook_server.service.lru import BoundedCache
 from shardbook_server.storage import blobs as blob_rows
 from shardbook_server.storage import structures as structure_rows
 from shardbook_server.storage.database import Database
@@ -35,14 +38,23 @@ from shardbook_server.storage.structures import NewStructure, NewTensor
 _STRUCTURE_DOMAIN = "checkpoint-structure/1"
 
 
-class Folder:
-    """Folds registrations. Thread-safe; one assembly at a time, others wait and then find it done."""
+#: What an item of a rank takes while it is assembled, bytes: decoded, merged, judged, placed.
+_BYTES_PER_ITEM: Final = 256
+#: Refusals that are remembered.
+_REFUSAL_COUNT: Final = 1024
 
-    def __init__(self, database: Database, blobs: BlobService) -> None:
-        """Keeps no state of its own."""
+
+class Folder:
+    """Folds registrations. Thread-safe; the same ranks are assembled once, others wait and then find it done."""
+
+    def __init__(self, database: Database, blobs: BlobService, memory: MemoryBudget) -> None:
+        """Remembers nothing yet."""
         self._database = database
         self._blobs = blobs
-        self._assembling = threading.Lock()
+        self._memory = memory
+        self._flight = SingleFlight()
+        #: Why ranks do not fit together, which no retry changes.
+        self._refusals: BoundedCache[tuple[int, bytes], ShardbookError] = BoundedCache(_REFUSAL_COUNT)
 
     def fold(self, part: PartRow, rows: Sequence[RegistrationRow]) -> Folded:
         """Returns what ``commit_attempt`` needs; stores the checkpoint structure when it is new.
@@ -63,8 +75,12 @@ class Folder:
         digest = ordered_digest(_STRUCTURE_DOMAIN, [digests[at] for at in index.tolist()])
         structure_id = self._find(part, digest)
         if structure_id is None:
-            with self._assembling:
-                structure_id = self._find(part, digest) or self._assemble(part, digest, blob_ids, digests, index)
+            items = sum(blobs[blob_id].item_count for blob_id in distinct.tolist())
+            with self._flight.alone((part.project_id, digest)):
+                structure_id = self._find(part, digest)
+                if structure_id is None:
+                    with self._memory.hold(items * _BYTES_PER_ITEM):
+                        structure_id = self._assemble(part, digest, blob_ids, digests, index)
         return Folded(structure_id, _segments(rows), _size_bytes(rows), any(row.explicit for row in rows))
 
     def _find(self, part: PartRow, digest: bytes) -> int | None:
@@ -74,8 +90,7 @@ class Folder:
     def _assemble(
         self, part: PartRow, digest: bytes, blob_ids: Int64Array, digests: Sequence[bytes], index: Int64Array
     ) -> int:
-        structures = self._blobs.structures(part.name.run.project, digests)
-        assembled = assemble(structures, index.astype(np.int64))
+        assembled = self._assembled(part, digest, digests, index)
         new = NewStructure(
             digest=digest,
             tensor_count=assembled.tensor_count,
@@ -92,6 +107,19 @@ class Folder:
             now_us = self._database.now_us(connection)
             blob_rows.touch(connection, sorted(set(blob_ids.tolist())), now_us)
             return structure_rows.insert_structure(connection, part.project_id, new, now_us)
+
+    def _assembled(
+        self, part: PartRow, digest: bytes, digests: Sequence[bytes], index: Int64Array
+    ) -> CheckpointStructure:
+        refusal = self._refusals.get((part.project_id, digest))
+        if refusal is not None:
+            raise copy.copy(refusal)
+        structures = self._blobs.structures(part.name.run.project, digests)
+        try:
+            return assemble(structures, index.astype(np.int64))
+        except (InvalidGeometryError, InvalidArgumentError) as error:
+            self._refusals.put((part.project_id, digest), copy.copy(error))
+            raise
 
 
 def _segments(rows: Sequence[RegistrationRow]) -> tuple[tuple[int, bytes], ...]:

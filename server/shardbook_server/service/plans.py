@@ -9,6 +9,7 @@ from typing import Final
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.observer import SILENT, Observer
+from shardbook_server.service.admission import MemoryBudget
 from shardbook_server.service.attempts import Ask, Attempt, closed_error, open_attempts
 from shardbook_server.service.batches import Want, WantedBlobs, run_by_run_when_busy
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckedBlobs, unknown_refs
@@ -55,14 +56,20 @@ class PlanService:
     """Takes plans and decides what is dropped. Thread-safe."""
 
     def __init__(
-        self, database: Database, blobs: BlobService, *, lease_ttl_s: float, observer: Observer = SILENT
+        self,
+        database: Database,
+        blobs: BlobService,
+        memory: MemoryBudget,
+        *,
+        lease_ttl_s: float,
+        observer: Observer = SILENT,
     ) -> None:
         """Starts with no decision in memory."""
         self._database = database
         self._blobs = blobs
         self._lease_ttl_s = lease_ttl_s
         self._observer = observer
-        self._decisions = DecisionService(database, blobs)
+        self._decisions = DecisionService(database, blobs, memory)
         # By key and time of the attempt: a database that lost its last commits hands out the same keys again.
         self._by_attempt: BoundedCache[tuple[int, int], DecisionKey] = BoundedCache(_ATTEMPT_COUNT)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardbook_server.observer import SILENT, Observer
+from shardbook_server.service.admission import MemoryBudget
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.commit import CommitService
@@ -20,6 +21,8 @@ from shardbook_server.storage.database import Database
 LEASE_TTL_S = 60.0
 #: Decoded blobs kept in memory, bytes.
 BLOB_CACHE_BYTES = 256 << 20
+#: Memory for deciding about plans and for assembling checkpoints that are new, bytes.
+WORK_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,17 @@ def build_services(
     lease_ttl_s: float = LEASE_TTL_S,
     reap_interval_s: float = REAP_INTERVAL_S,
     blob_cache_bytes: int = BLOB_CACHE_BYTES,
+    work_memory_bytes: int = WORK_MEMORY_BYTES,
     observer: Observer = SILENT,
 ) -> Services:
     """Returns the services over ``database``."""
     blobs = BlobService(database, cache_bytes=blob_cache_bytes)
-    commits = CommitService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer)
+    memory = MemoryBudget(work_memory_bytes)
+    commits = CommitService(database, blobs, memory, lease_ttl_s=lease_ttl_s, observer=observer)
     return Services(
         sessions=SessionService(database, lease_ttl_s=lease_ttl_s, reap_interval_s=reap_interval_s, observer=observer),
         blobs=blobs,
-        plans=PlanService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),
+        plans=PlanService(database, blobs, memory, lease_ttl_s=lease_ttl_s, observer=observer),
         registrations=RegistrationService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),
         progress=ProgressService(database),
         commits=commits,
