@@ -28,9 +28,14 @@ Cell = str | int | float | None
 def parse_arguments(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the arguments that every benchmark takes: ``quick`` and ``check``."""
     parser = argparse.ArgumentParser(description=description)
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that every benchmark takes."""
     parser.add_argument("--quick", action="store_true", help="end in less than a minute, on smaller workloads")
     parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed, and name it")
-    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- time

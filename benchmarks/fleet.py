@@ -34,6 +34,8 @@ from shardbook.v1 import registration_pb2_grpc, types_pb2
 
 #: Ranks that share a connection: the hosts of a real job have one for each rank, at a cost told elsewhere.
 RANKS_PER_CHANNEL: Final = 256
+#: Client processes.
+PROCESSES: Final = 2
 #: Calls other than waits that a process has under way at once.
 IN_FLIGHT: Final = 256
 _WAIT: Final = Duration(seconds=20)
@@ -361,7 +363,7 @@ class Fleet:
 
 
 @contextmanager
-def fleet(layout: Layout, address: str, processes: int = 2) -> Iterator[Fleet]:
+def fleet(layout: Layout, address: str, processes: int = PROCESSES) -> Iterator[Fleet]:
     """Yields the ranks of ``layout``, connected and in a session of their own."""
     ranks = Fleet(layout, address, processes)
     try:
