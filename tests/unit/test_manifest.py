@@ -19,7 +19,7 @@ IDENTITY = AttemptIdentity(
     incarnation=bytes(range(16)),
     attempt=2,
     world_size=4,
-    prefix="a-a2",
+    prefix="000102030405-a2",
 )
 BLOBS = (StoredBlob(BlobKind.TABLE, b"t" * 32, b"table"), StoredBlob(BlobKind.PLAN, b"p" * 32, b"plan"))
 

@@ -10,13 +10,12 @@ from typing import Annotated
 
 import typer
 
-from shardbook._attempts import Exporter
 from shardbook.cli import output
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import AsJson, Server, Timeout, client_of
 from shardbook.core.fold import FoldedAttempt
 from shardbook.errors import ShardbookError
-from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
+from shardbook.sync import Exporter, SyncedAttempt, SyncOutcome, sync_directories, unsettled
 
 EXAMPLES = """\b
 Examples:

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from shardbook import recording
-from shardbook._attempts import find_attempts
+from shardbook._attempts import TreeFiles, find_attempts
 from shardbook._trees import open_tree
 from shardbook.client import Client
 from shardbook.core.manifest import Manifest
@@ -98,7 +98,7 @@ def test_records_that_a_coordinator_folds_meanwhile_are_not_missed(
     """Records that vanish between two looks have become a manifest: that one is taken."""
     who = identity()
     step.add_records(who)
-    (found,) = find_attempts(open_tree(step.path), str(step.path))
+    (found,) = find_attempts(TreeFiles(open_tree(step.path), str(step.path)))
     step.add_manifest(who)
     (step.path / ".shardbook" / who.prefix / "rank-2.record").unlink()
     assert (manifest(who), None) == found.read()
