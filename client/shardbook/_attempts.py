@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Final, Protocol
@@ -191,7 +191,7 @@ def list_attempts(files: DirectoryFiles) -> dict[str, frozenset[str]]:
     return {prefix: frozenset(files.names(names.attempt_path(prefix))) for prefix in prefixes}
 
 
-def find_manifests(files: DirectoryFiles, listed: dict[str, frozenset[str]]) -> list[FoundAttempt]:
+def find_manifests(files: DirectoryFiles, listed: Mapping[str, frozenset[str]]) -> list[FoundAttempt]:
     """Returns the attempts whose manifest can be read, as far as its beginning tells."""
     found = []
     for prefix, there in listed.items():
@@ -206,7 +206,7 @@ def find_manifests(files: DirectoryFiles, listed: dict[str, frozenset[str]]) -> 
     return found
 
 
-def find_attempts(files: DirectoryFiles, listed: dict[str, frozenset[str]] | None = None) -> list[FoundAttempt]:
+def find_attempts(files: DirectoryFiles, listed: Mapping[str, frozenset[str]] | None = None) -> list[FoundAttempt]:
     """Returns the attempts of a checkpoint directory, oldest first as far as clocks tell."""
     listed = list_attempts(files) if listed is None else listed
     found = {one.prefix: one for one in find_manifests(files, listed)}
@@ -214,6 +214,16 @@ def find_attempts(files: DirectoryFiles, listed: dict[str, frozenset[str]] | Non
         if prefix not in found and (there & {names.MANIFEST_NAME} or any(map(_is_record, there))):
             found[prefix] = _without_manifest(files, prefix, there)
     return sorted(found.values(), key=lambda one: (one.identity.write_time_s if one.identity else 0.0, one.prefix))
+
+
+def find_record_sets(files: DirectoryFiles, listed: Mapping[str, frozenset[str]]) -> list[FoundAttempt]:
+    """Returns the attempts that left records, whole or not, and that nobody has made a manifest of."""
+    sets = {
+        prefix: there
+        for prefix, there in listed.items()
+        if names.MANIFEST_NAME not in there and any(map(_is_record, there))
+    }
+    return [_without_manifest(files, prefix, there) for prefix, there in sets.items()]
 
 
 def _is_record(name: str) -> bool:
@@ -269,7 +279,7 @@ def read_records(files: DirectoryFiles, prefix: str, ranks: Iterable[int]) -> li
     return [RegistrationRecord.from_bytes(content) for content in contents if content is not None]
 
 
-def read_exported(files: DirectoryFiles, listed: dict[str, frozenset[str]]) -> Exported:
+def read_exported(files: DirectoryFiles, listed: Mapping[str, frozenset[str]]) -> Exported:
     """Returns whose ``.metadata`` is there: the mark of its fingerprint lies with the attempt that it speaks of.
 
     Args:
@@ -283,7 +293,7 @@ def read_exported(files: DirectoryFiles, listed: dict[str, frozenset[str]]) -> E
     return _match_exported(files, list_attempts(files))
 
 
-def _match_exported(files: DirectoryFiles, listed: dict[str, frozenset[str]]) -> Exported:
+def _match_exported(files: DirectoryFiles, listed: Mapping[str, frozenset[str]]) -> Exported:
     facts = files.facts(names.DCP_METADATA)
     if facts is None:
         is_there = files.read(names.DCP_METADATA, 1) is not None

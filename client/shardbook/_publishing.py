@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 from weakref import WeakValueDictionary
@@ -19,8 +19,8 @@ from weakref import WeakValueDictionary
 from shardbook._attempts import (
     DirectoryFiles,
     FoundAttempt,
-    find_attempts,
     find_manifests,
+    find_record_sets,
     list_attempts,
     newest_of,
     read_exported,
@@ -104,11 +104,14 @@ def settle(files: DirectoryFiles, export: Export | None, own: FoldedAttempt | No
         return _Settling(files, export, own).run()
 
 
-def fold_sets(files: DirectoryFiles, is_mine: Callable[[FoundAttempt], bool]) -> tuple[int, int]:
+def fold_sets(
+    files: DirectoryFiles, listed: Mapping[str, frozenset[str]], is_mine: Callable[[FoundAttempt], bool]
+) -> tuple[int, int]:
     """Leaves the manifests of attempts that are whole and that nobody has folded; their records stay.
 
     Args:
         files: The directory.
+        listed: What every attempt left in it, see ``list_attempts``.
         is_mine: Says of an attempt whether it is to be folded.
 
     Returns:
@@ -118,9 +121,9 @@ def fold_sets(files: DirectoryFiles, is_mine: Callable[[FoundAttempt], bool]) ->
         OSError: The storage failed.
     """
     folded_count = waiting_count = 0
-    for one in filter(is_mine, find_attempts(files)):
+    for one in filter(is_mine, find_record_sets(files, listed)):
         if not one.is_unfolded:
-            waiting_count += one.manifest_path is None and one.identity is not None
+            waiting_count += 1
             continue
         try:
             manifest, _ = one.read()
