@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.device_mesh import DeviceMesh
@@ -111,6 +111,26 @@ def load_read_only(rank: Rank, layout: str, path: str) -> dict[str, list[str]]:
     state = spoil(LAYOUTS[layout](rank))
     dcp.load(state, storage_reader=reader)
     return {path: wrong_pieces(state)}
+
+
+class _NoRecords(FileSystem):
+    """A store that takes everything but registration records, and says so in words of its own."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if "w" in mode and ".record" in os.fspath(path):
+            raise LookupError("503")
+        with super().create_stream(path, mode) as stream:
+            yield stream
+
+
+def save_without_record(rank: Rank, start: dict[str, Any], path: str, failing_rank: int) -> dcp.SaveResult:
+    """Saves while one rank cannot leave its record."""
+    dcp.init(**start)
+    writer = FileSystemWriter(path)
+    if rank.rank == failing_rank:
+        writer.fs = _NoRecords()
+    return dcp.save(fill(LAYOUTS["uneven"](rank)), storage_writer=writer)
 
 
 def init_only(_: Rank, start: dict[str, Any]) -> list[str]:
