@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
@@ -16,7 +17,7 @@ from shardbook.core import directory as names
 from shardbook.core.exported import Fingerprint
 from shardbook.core.manifest import Manifest
 from shardbook.dcp.catching_up import CatchingUp, Waiting, export_metadata
-from shardbook.dcp.runtime import current
+from shardbook.dcp.runtime import current, replace_current
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.sync import sync_directories
 from tests.behaviour.client.directories import CheckpointDirectory, identity
@@ -174,6 +175,23 @@ class TestEarlierSets:
         dcp.save(some_state(), checkpoint_id=tmp_path / "step-3")
         dcp.close()
         assert is_settled(earlier)
+
+    def test_one_of_this_process_whose_ranks_were_late(self, run: str, tmp_path: Path) -> None:
+        """Its coordinator went on without them; the next save finds their records."""
+        first = tmp_path / "step-1"
+        session = dcp.init(run=run, mode="offline")
+        dcp.close()
+        dcp.init(session=session, rank=0, world_size=2)
+        result = dcp.save({"a": torch.ones(2)}, checkpoint_id=first, timeout_s=0.3)
+        assert "1 ranks left no record" in result.reason
+        runtime = current()
+        dcp.init(session=session, rank=1, world_size=2)
+        dcp.save({"b": torch.ones(2)}, checkpoint_id=first)
+        replace_current(runtime)
+        assert not (first / names.MANIFEST).exists()
+        dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "step-2", timeout_s=0.3)
+        dcp.close()
+        assert is_settled(first)
 
     def test_an_earlier_attempt_in_the_same_directory(self, pool: RankPool, run: str, tmp_path: Path) -> None:
         """It gets its manifest, and the newer one stays what the directory means."""

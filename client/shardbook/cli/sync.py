@@ -38,7 +38,8 @@ def sync(
 ) -> None:
     """Record what checkpoint directories hold and the catalogue lacks.
 
-    For saves that were made while the server was away. Safe to repeat, and while jobs save. Exits 1 when a save was
+    For saves that were made while the server was away. Directories whose job was killed before it had described them
+    are put right, too. Safe to repeat, and while jobs save. Exits 1 when a save was
     found that could not be recorded, or none was found.
     """
     client, config = client_of(server, timeout_s)

@@ -97,6 +97,10 @@ class CatchingUp:
     neighbours: Neighbours = field(default_factory=Neighbours)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def look_again_at(self, files: CheckpointFiles) -> None:
+        """Has later saves look at a directory in which an attempt was not whole."""
+        self.neighbours.waiting.append((files, Waiting(str(files.root))))
+
 
 def catch_up(runtime: Runtime, files: CheckpointFiles, step: int, *, is_committed: bool, exports: bool) -> None:
     """Does for earlier saves what is left to do; best effort, on the coordinator, never raises.
@@ -181,18 +185,22 @@ def _fold_earlier(runtime: Runtime, files: CheckpointFiles, step: int, *, export
     for one, waiting in list(neighbours.waiting):
         if waiting.is_due() and (_fold_near(runtime, one, exports=exports) or waiting.is_given_up):
             neighbours.waiting.remove((one, waiting))
+    _fold_next(runtime, files, step, exports=exports)
+
+
+def _fold_next(runtime: Runtime, files: CheckpointFiles, step: int, *, exports: bool) -> None:
+    """Looks at some of the directories beside this one that nobody of this process has looked at."""
+    neighbours = runtime.catching_up.neighbours
     above = files.beside("")
     if above is None:
         return
     ahead = neighbours.ahead.get(above.place)
     if ahead is None:
         ahead = neighbours.ahead[above.place] = _nearest(files, above, step)
-    for _ in range(min(_NEIGHBOURS_A_SAVE, len(ahead))):
-        one = ahead.pop(0)
+    chosen, ahead[:] = ahead[:_NEIGHBOURS_A_SAVE], ahead[_NEIGHBOURS_A_SAVE:]
+    for one in chosen:
         if not _fold_near(runtime, one, exports=exports):
-            waiting = Waiting(str(one.root))
-            waiting.is_due()
-            neighbours.waiting.append((one, waiting))
+            runtime.catching_up.look_again_at(one)
 
 
 def _nearest(files: CheckpointFiles, above: CheckpointFiles, step: int) -> list[CheckpointFiles]:

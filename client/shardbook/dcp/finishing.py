@@ -317,6 +317,7 @@ class Finisher:
         if absence.failed:
             raise RankFailedError(f"step {attempt.step}: {absence}", metadata={"rank": str(min(absence.failed))})
         if not absence.is_empty:
+            self._runtime.catching_up.look_again_at(self._files)
             return f"{unregistered}; {absence}: the next load, save or sync that finds their records goes on"
         try:
             folded = self._fold(record)
