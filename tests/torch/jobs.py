@@ -133,6 +133,28 @@ def save_without_record(rank: Rank, start: dict[str, Any], path: str, failing_ra
     return dcp.save(fill(LAYOUTS["uneven"](rank)), storage_writer=writer)
 
 
+class _Unreadable(FileSystem):
+    """A disk that does not give back some of what was written to it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if mode == "rb" and os.fspath(path).endswith(self._what):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with super().create_stream(path, mode) as stream:
+            yield stream
+
+
+def save_unreadable(rank: Rank, start: dict[str, Any], path: str, what: str) -> dcp.SaveResult:
+    """Saves to a disk that gives back no file whose name ends in ``what``."""
+    dcp.init(**start)
+    writer = FileSystemWriter(path)
+    writer.fs = _Unreadable(what)
+    return dcp.save(fill(LAYOUTS["uneven"](rank)), storage_writer=writer)
+
+
 def init_only(_: Rank, start: dict[str, Any]) -> list[str]:
     """Starts a session; returns what that said to others."""
     with detector() as noticed:

@@ -170,6 +170,15 @@ class TestLooking:
         assert top is not None
         assert result.prefix == top.manifest.identity.prefix
 
+    @pytest.mark.parametrize("what", [".record", "manifest"])
+    def test_a_save_that_cannot_fold_is_not_lost(self, pool: RankPool, run: str, tmp_path: Path, what: str) -> None:
+        """EIO for good: the reason says so, and whoever comes next folds."""
+        path = tmp_path / "step-1"
+        saved = pool.run(jobs.save_unreadable, {"run": run, "mode": "offline"}, str(path), what, world_size=2)
+        assert [SaveState.UNREGISTERED] * 2 == [one.state for one in saved]
+        assert os.strerror(errno.EIO) in saved[0].reason
+        assert [{str(path): []}] * 2 == pool.run(jobs.load, "uneven", [str(path)], world_size=2)
+
     def test_loads_while_another_process_folds(self, records: Path) -> None:
         """Records become a manifest, again and again, and junk lies beside them: every look finds the whole."""
         files = CheckpointFiles.of(FileSystemReader(records))
