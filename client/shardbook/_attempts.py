@@ -239,6 +239,10 @@ def _without_manifest(files: DirectoryFiles, prefix: str, there: frozenset[str])
     paths = [f"{names.attempt_path(prefix)}/{name}" for name in sorted(filter(_is_record, there))]
     identities = side_by_side(lambda path: _identity_of(files, path, prefix), paths)
     best = max((one for one in identities if one is not None), key=lambda one: one.session, default=None)
+    path = names.manifest_path(prefix)
+    if best is None and paths and (stored := _identity_of(files, path, prefix)) is not None:
+        # A coordinator took the records away since they were listed.
+        return FoundAttempt(files, prefix, there, path, stored)
     return FoundAttempt(files, prefix, there, None if paths else names.manifest_path(prefix), best)
 
 

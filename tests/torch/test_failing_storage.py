@@ -14,12 +14,10 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 
 from shardbook import Client, dcp
-from shardbook._publishing import publish
 from shardbook.core import directory as names
 from shardbook.core.fold import fold
 from shardbook.dcp import SaveState
-from shardbook.dcp.catching_up import export_metadata
-from shardbook.dcp.directory import await_records, read_attempt, read_records
+from shardbook.dcp.directory import await_records, publish, read_attempt, read_records
 from shardbook.dcp.runtime import current
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import RankFailedError, StorageError, UnregisteredError
@@ -65,6 +63,39 @@ class Flaky(FileSystem):
     def ls(self, path: Any) -> list[str]:
         """Lists, or fails."""
         self._strike(path, "ls")
+        return super().ls(path)
+
+
+class Watched(FileSystem):
+    """Lets something happen just before one of the looks at it.
+
+    Args:
+        do: What happens.
+        after: Looks before it does.
+    """
+
+    def __init__(self, do: Callable[[], object], after: int) -> None:
+        self._do = do
+        self._after = after
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def _look(self) -> None:
+        with self._lock:  # records are read side by side
+            if self.count == self._after:
+                self._do()
+            self.count += 1
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        """Opens."""
+        self._look()
+        with super().create_stream(path, mode) as stream:
+            yield stream
+
+    def ls(self, path: Any) -> list[str]:
+        """Lists."""
+        self._look()
         return super().ls(path)
 
 
@@ -179,36 +210,32 @@ class TestLooking:
         assert os.strerror(errno.EIO) in saved[0].reason
         assert [{str(path): []}] * 2 == pool.run(jobs.load, "uneven", [str(path)], world_size=2)
 
-    def test_loads_while_another_process_folds(self, records: Path) -> None:
-        """Records become a manifest, again and again, and junk lies beside them: every look finds the whole."""
+    def test_a_load_while_another_process_folds(self, records: Path) -> None:
+        """Records become a manifest at any moment of a look, beside junk and an older attempt: the newest is found."""
         files = CheckpointFiles.of(FileSystemReader(records))
         prefix = next(name for name in files.names(names.ROOT) if names.is_prefix(name))
         mine = read_records(files, prefix, 3)
         folded = fold(mine)
+        older = identity(1, incarnation=b"o" * 16, write_time_s=1.0)
+        CheckpointDirectory(records).add_manifest(older)
+        top = (records / names.MANIFEST).read_bytes()
         for name in ("0123456789ab-a1/rank-0.record", "0123456789ab-a2/manifest", "0123456789ab-a3/junk", "junk"):
             junk = records / names.ROOT / name
             junk.parent.mkdir(exist_ok=True)
             junk.write_bytes(b"junk")
-        over, seen = threading.Event(), list[str]()
-
-        def fold_again_and_again() -> None:
-            while not over.is_set():
-                for record in mine:
-                    files.write(names.record_path(prefix, record.rank), record.to_bytes())
-                files.remove([names.manifest_path(prefix), names.MANIFEST])
-                publish(files, folded, lambda one: export_metadata(str(records), one))
-                files.remove(names.record_path(prefix, rank) for rank in range(3))
-
-        folder = threading.Thread(target=fold_again_and_again)
-        folder.start()
-        try:
-            for _ in range(60):
-                found = read_attempt(files)
-                seen.append("nothing" if found is None else found.manifest.identity.prefix)
-        finally:
-            over.set()
-            folder.join()
-        assert {prefix} == set(seen)
+        steps, count = 0, 1
+        while steps < count:
+            for record in mine:
+                files.write(names.record_path(prefix, record.rank), record.to_bytes())
+            (records / names.manifest_path(prefix)).unlink(missing_ok=True)
+            (records / names.DCP_METADATA).unlink(missing_ok=True)
+            (records / names.MANIFEST).write_bytes(top)
+            watched = Watched(lambda: publish(files, folded, None), steps)
+            found = read_attempt(CheckpointFiles(watched, records))
+            assert found is not None
+            assert prefix == found.manifest.identity.prefix, steps
+            steps, count = steps + 1, watched.count
+        assert steps > 10
 
 
 class TestNames:

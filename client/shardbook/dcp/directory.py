@@ -195,10 +195,10 @@ def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
     for look in range(1, _LOOKS + 1):
         try:
             found, attempt_count = _newest_whole(files, is_last=look == _LOOKS)
-        except OSError as error:
+        except (CorruptManifestError, OSError) as error:
             if look == _LOOKS:
                 raise
-            _LOG.warning("cannot read what is in %s, and look again: %s", files.root, error)
+            _LOG.info("cannot read what is in %s, and look again: %s", files.root, error)
             time.sleep(_FIRST_PAUSE_S)
             continue
         if found is not None or not attempt_count:
