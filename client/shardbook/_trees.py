@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from shardbook.core.directory import ROOT, is_prefix
 from shardbook.core.exported import FileFacts
-from shardbook.errors import InvalidArgumentError, NotFoundError
-from shardbook.stores import normalized
+from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError, StorageError
+from shardbook.stores import encodable, normalized
 
 
 class Tree(Protocol):
@@ -40,8 +40,23 @@ class Tree(Protocol):
         ...
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes a file durably and as a whole, in place of an older one; its directory is there."""
+        """Writes a file durably and as a whole, in place of an older one; makes its directory where it lacks."""
         ...
+
+
+@contextmanager
+def storage_errors(what: str, path: str) -> Iterator[None]:
+    """Raises what a filesystem says in words of its own as StorageError; OSErrors and ours pass as they are.
+
+    Libraries behind fsspec raise anything, from ``botocore`` errors to plain ``Exception``.
+    """
+    try:
+        yield
+    except (OSError, ShardbookError):
+        raise
+    except Exception as error:
+        told = encodable(f"cannot {what} {path}: {type(error).__name__}: {error}")
+        raise StorageError(told) from error
 
 
 def open_tree(path: str | os.PathLike[str]) -> Tree:
@@ -115,6 +130,7 @@ class _LocalTree:
 
     def write(self, path: str, content: bytes) -> None:
         target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with temporary.open("xb") as file:
@@ -156,36 +172,42 @@ class _FsspecTree:
 
     def checkpoints(self) -> Iterator[str]:
         marker = f"/{ROOT}"
-        for folder, _, _ in self._fs.walk(self._root):
-            if str(folder).endswith(marker):
-                yield str(self._fs.unstrip_protocol(str(folder).removesuffix(marker)))
+        with storage_errors("walk", self._root):
+            for folder, _, _ in self._fs.walk(self._root):
+                if str(folder).endswith(marker):
+                    yield str(self._fs.unstrip_protocol(str(folder).removesuffix(marker)))
 
     def names(self, path: str) -> list[str]:
-        try:
-            listed = self._fs.ls(self._inside(path), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with storage_errors("list", path):
+            try:
+                listed = self._fs.ls(self._inside(path), detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
         return sorted(str(name).rstrip("/").rpartition("/")[2] for name in listed)
 
     def read(self, path: str, limit_bytes: int | None = None) -> bytes | None:
-        try:
-            content: bytes = self._fs.cat_file(self._inside(path), start=None, end=limit_bytes)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with storage_errors("read", path):
+            try:
+                content: bytes = self._fs.cat_file(self._inside(path), start=None, end=limit_bytes)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         return content
 
     def facts(self, path: str) -> FileFacts | None:
-        try:
-            return facts_of(self._fs.info(self._inside(path)))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with storage_errors("look at", path):
+            try:
+                return facts_of(self._fs.info(self._inside(path)))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
-        content: bytes = self._fs.cat_file(self._inside(path), start=max(0, size_bytes - count), end=size_bytes)
-        return content
+        with storage_errors("read", path):
+            content: bytes = self._fs.cat_file(self._inside(path), start=max(0, size_bytes - count), end=size_bytes)
+            return content
 
     def write(self, path: str, content: bytes) -> None:
-        self._fs.pipe_file(self._inside(path), content)
+        with storage_errors("write", path):
+            self._fs.pipe_file(self._inside(path), content)
 
     def _inside(self, path: str) -> str:
         return str(self._strip(path))

@@ -23,6 +23,7 @@
     ├── InternalError                   INTERNAL             a bug, always
     ├── UnregisteredError               (client only)        strict=True and the service did not record the save
     ├── CorruptManifestError            (client only)        a file of a checkpoint directory does not parse
+    ├── StorageError                    (client only)        a filesystem failed in words of its own; an OSError too
     └── ForkedClientError               (client only)        a client used in a forked child
 
 The class is chosen by ErrorInfo reason, else by status; never by message text. Errors are picklable and
@@ -252,6 +253,15 @@ class CorruptManifestError(ShardbookError):
     """A manifest or registration record does not parse; nothing in it is ever executed."""
 
     default_reason = "CORRUPT_MANIFEST"
+
+
+class StorageError(ShardbookError, OSError):
+    """A filesystem raised something that is no OSError, as libraries behind fsspec do; ``__cause__`` is what it was.
+
+    An OSError too, so that whoever bears with a failing disk bears with a failing store.
+    """
+
+    default_reason = "STORAGE_FAILED"
 
 
 class ForkedClientError(ShardbookError):

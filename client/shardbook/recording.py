@@ -13,6 +13,7 @@ from shardbook.core.manifest import AttemptIdentity, Manifest, StoredBlob
 from shardbook.core.names import RunName
 from shardbook.core.structure import BlobKind, reference_of
 from shardbook.errors import CorruptManifestError, InternalError, InvalidArgumentError
+from shardbook.stores import check_location
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, Blob, BlobRef
 from shardbook.v1.types_pb2 import BlobKind as BlobKindNumber
@@ -52,8 +53,10 @@ def record_attempt(client: Client, manifest: Manifest, location: str, *, recover
 
     Raises:
         CorruptManifestError: The manifest contradicts itself.
+        InvalidArgumentError: The location is no Unicode (``INVALID_LOCATION``).
         ShardbookError: What the server answered, or that it did not.
     """
+    check_location(location)
     attempt = _Attempt(manifest)
     request = pb.RecordCheckpointRequest(
         key=attempt_key(manifest.identity),

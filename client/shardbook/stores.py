@@ -107,6 +107,29 @@ class Stores:
             return None
 
 
+def encodable(text: str) -> str:
+    """Returns ``text`` with what UTF-8 does not know escaped: paths may hold any bytes, messages and logs may not."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_location(location: str) -> str:
+    """Returns ``location`` when the catalogue can record it.
+
+    Raises:
+        InvalidArgumentError: Its name is no Unicode.
+    """
+    try:
+        location.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidArgumentError(
+            f"the catalogue cannot record {encodable(location)}: the path is not UTF-8. The directory is enough to "
+            "load it; rename it, then run `shardbook sync`",
+            reason="INVALID_LOCATION",
+            field="location",
+        ) from None
+    return location
+
+
 def normalized(path: str | os.PathLike[str]) -> str:
     """Returns an absolute path, or a URL without credentials; without trailing slash."""
     text = os.fspath(path)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from shardbook._attempts import Exporter, FoundAttempt, find_attempts
+from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, newest_of
+from shardbook._publishing import settle
 from shardbook._trees import Tree, open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
+from shardbook.core import directory as names
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.limits import MAX_NAMED_RANKS
 from shardbook.core.manifest import AttemptIdentity, Manifest
@@ -31,9 +33,12 @@ from shardbook.errors import (
     UnavailableError,
 )
 from shardbook.recording import record_attempt
-from shardbook.stores import Stores, normalized
+from shardbook.stores import Stores, check_location, encodable, normalized
 
 _LOG = logging.getLogger(__name__)
+
+#: Makes the content of DCP's own ``.metadata`` from the directory and what its records were folded into.
+Exporter = Callable[[str, FoldedAttempt], bytes]
 
 
 class SyncOutcome(StrEnum):
@@ -63,7 +68,7 @@ class SyncedAttempt:
 
     Attributes:
         directory: Path or URL of the checkpoint directory.
-        prefix: Directory of the attempt's data files in it.
+        prefix: Directory of the attempt's data files in it; empty when the whole directory could not be looked at.
         outcome: What became of it.
         ref: Short form of the checkpoint; None when the files do not say which it is.
         run: ``project/run``; None like ``ref``.
@@ -119,8 +124,8 @@ def sync_directories(
         client: The server.
         directories: Paths, or URLs where fsspec is installed.
         stores: Named roots, for locations; none when None.
-        export: Makes DCP's own ``.metadata`` for directories whose records are folded here; with None they get a
-            manifest only, which is enough for ``shardbook.dcp.load``.
+        export: Makes DCP's own ``.metadata`` for directories that lack that of their newest attempt; with None they
+            get a manifest only, which is enough for ``shardbook.dcp.load``, and the results say so.
 
     Yields:
         One result an attempt, as it is done.
@@ -134,7 +139,14 @@ def sync_directories(
     for directory in directories:
         tree = open_tree(directory)
         for checkpoint in tree.checkpoints():
-            yield from sync_directory(client, checkpoint, stores=stores, export=export, tree=tree)
+            try:
+                yield from sync_directory(client, checkpoint, stores=stores, export=export, tree=tree)
+            except ShardbookError as error:
+                if _ends_all(error):
+                    raise
+                yield _unreadable(checkpoint, error)
+            except Exception as error:  # noqa: BLE001 - one directory is no reason to give up those after it
+                yield _unreadable(checkpoint, error)
 
 
 def sync_directory(
@@ -149,7 +161,37 @@ def sync_directory(
     tree = open_tree(directory) if tree is None else tree
     path = normalized(directory)
     location = (stores or Stores()).location_of(path)
-    return [_Sync(client, found, location, export).run() for found in find_attempts(tree, path)]
+    files = TreeFiles(tree, path)
+    works = [_Sync(client, found, path, location) for found in find_attempts(files)]
+    # First what needs no service: the directory is to be enough whatever becomes of the rest.
+    for work in works:
+        work.fold()
+    note = _settled(files, export)
+    newest = newest_of(work.found for work in works)
+    return [work.run(note if newest is not None and work.found.prefix == newest.prefix else "") for work in works]
+
+
+def _settled(files: TreeFiles, export: Exporter | None) -> str:
+    """Makes the directory mean its newest attempt; returns what could not be written, which undoes nothing."""
+    try:
+        return "; ".join(settle(files, None if export is None else lambda one: export(files.directory, one)))
+    except Exception as error:  # noqa: BLE001 - the manifests and records say the same
+        _LOG.warning("manifest or .metadata of %s was not written: %s", encodable(files.directory), error)
+        return encodable(f"its manifest or .metadata was not written: {error}")
+
+
+def _ends_all(error: ShardbookError) -> bool:
+    """True for an error after which no further attempt needs to be tried."""
+    # The bare class stands for statuses without one of their own, such as UNIMPLEMENTED from an older server.
+    return isinstance(error, _STOPS) or type(error) is ShardbookError
+
+
+def _unreadable(directory: str, error: Exception) -> SyncedAttempt:
+    """What became of a directory that could not be looked at."""
+    _LOG.warning("%s could not be synced: %s", encodable(directory), error, exc_info=True)
+    reason = error.reason if isinstance(error, ShardbookError) else "UNREADABLE"
+    message = encodable(str(error) or type(error).__name__)
+    return SyncedAttempt(directory, "", SyncOutcome.REFUSED, reason=reason, message=message)
 
 
 def unsettled(results: Iterable[SyncedAttempt]) -> list[SyncedAttempt]:
@@ -162,15 +204,39 @@ def unsettled(results: Iterable[SyncedAttempt]) -> list[SyncedAttempt]:
 class _Sync:
     """Work on one attempt."""
 
-    def __init__(self, client: Client, found: FoundAttempt, location: str, export: Exporter | None) -> None:
+    def __init__(self, client: Client, found: FoundAttempt, directory: str, location: str) -> None:
+        self.found = found
         self._client = client
-        self._found = found
+        self._directory = directory
         self._location = location
-        self._export = export
+        self._manifest: Manifest | None = None
+        self._failure: OSError | ShardbookError | None = None
+        self._note = ""
 
-    def run(self) -> SyncedAttempt:
-        """Does the work."""
-        found = self._found
+    def fold(self) -> None:
+        """Makes a manifest of a complete set of records that nobody has folded, and leaves it in the directory."""
+        if not self.found.is_unfolded:
+            return
+        try:
+            self._manifest, folded = self.found.read()
+        except (OSError, ShardbookError) as error:
+            self._failure = error
+            return
+        if folded is None:
+            return
+        try:
+            self.found.files.write(names.manifest_path(self.found.prefix), self._manifest.to_bytes())
+        except OSError as error:  # a directory that cannot be written keeps its records, which say the same
+            self._note = encodable(f"its manifest was not written: {error}")
+
+    def run(self, note: str) -> SyncedAttempt:
+        """Records the attempt, unless the catalogue has it; ``note`` is what else there is to say of it."""
+        result = self._outcome()
+        notes = dict.fromkeys(filter(None, (result.message, self._note, note)))
+        return replace(result, message="; ".join(notes))
+
+    def _outcome(self) -> SyncedAttempt:
+        found = self.found
         if found.identity is None:
             return self._result(SyncOutcome.REFUSED, reason="CORRUPT_MANIFEST", message="its files are damaged")
         missing = found.missing_ranks
@@ -182,31 +248,27 @@ class _Sync:
                 message=f"{len(missing)} of {found.identity.world_size} ranks left no record",
             )
         try:
-            return self._complete(found.identity)
-        except OSError as error:
-            return self._result(SyncOutcome.REFUSED, reason="UNREADABLE", message=str(error))
+            if self._failure is not None:
+                raise self._failure
+            return self._recorded(found.identity)
         except ShardbookError as error:
-            # The bare class stands for statuses without one of their own, such as UNIMPLEMENTED from an older server.
-            if isinstance(error, _STOPS) or type(error) is ShardbookError:
+            if _ends_all(error):
                 raise
             outcome = SyncOutcome.SUPERSEDED if error.reason == "STEP_SUPERSEDED" else SyncOutcome.REFUSED
             return self._result(outcome, reason=error.reason, message=error.message)
+        except OSError as error:
+            return self._result(SyncOutcome.REFUSED, reason="UNREADABLE", message=encodable(str(error)))
 
-    def _complete(self, identity: AttemptIdentity) -> SyncedAttempt:
-        """Records a complete attempt, unless it is there, and leaves its manifest, unless that is there."""
+    def _recorded(self, identity: AttemptIdentity) -> SyncedAttempt:
+        """Records a complete attempt, unless it is there."""
+        check_location(self._location)
         known = self._known(identity)
-        manifest: Manifest | None = None
-        note = ""
-        if self._found.manifest_path is None:
-            manifest, folded = self._found.read()
-            note = self._publish(folded) if folded is not None else ""
         if known is not None and known.state in (CheckpointState.COMMITTED, CheckpointState.DELETED):
             deleted = "it was deleted from the catalogue" if known.state is CheckpointState.DELETED else ""
-            return self._result(SyncOutcome.PRESENT, message=deleted or note)
-        if manifest is None:
-            manifest, _ = self._found.read()
+            return self._result(SyncOutcome.PRESENT, message=deleted)
+        manifest = self.found.read()[0] if self._manifest is None else self._manifest
         record_attempt(self._client, manifest, self._location, recovered=True)
-        return self._result(SyncOutcome.RECORDED, message=note)
+        return self._result(SyncOutcome.RECORDED)
 
     def _known(self, identity: AttemptIdentity) -> Checkpoint | None:
         """Returns what the catalogue has under the attempt's name; None when it has nothing, or another's."""
@@ -217,17 +279,8 @@ class _Sync:
         # A number alone is no identity: after a restore the catalogue may have handed it out again.
         return known if known.incarnation == identity.incarnation.hex() else None
 
-    def _publish(self, folded: FoldedAttempt) -> str:
-        """Leaves the manifest; a directory that cannot be written keeps its records, which say the same."""
-        try:
-            self._found.publish(folded, self._export)
-        except (OSError, ImportError, RuntimeError, ValueError, ShardbookError) as error:
-            _LOG.warning("manifest or .metadata of %s was not written: %s", self._found.directory, error)
-            return f"its manifest or .metadata was not written: {error}"
-        return ""
-
     def _result(self, outcome: SyncOutcome, **facts: Any) -> SyncedAttempt:
-        identity = self._found.identity
+        identity = self.found.identity
         named: dict[str, Any] = {}
         if identity is not None:
             named = {
@@ -238,7 +291,7 @@ class _Sync:
                 "session": identity.session,
                 "attempt": identity.attempt,
             }
-        return SyncedAttempt(self._found.directory, self._found.prefix, outcome, **named, **facts)
+        return SyncedAttempt(self._directory, self.found.prefix, outcome, **named, **facts)
 
 
 def _name(identity: AttemptIdentity) -> CheckpointName:

@@ -18,6 +18,7 @@ from shardbook import Client, dcp
 from shardbook.dcp.finishing import Finisher
 from shardbook.dcp.runtime import current
 from shardbook.dcp.submission import Submitter
+from shardbook.dcp.writer import CheckpointFiles
 from tests.torch.harness import Rank
 from tests.torch.layouts import fill, fsdp, spoil, wrong_pieces
 
@@ -241,3 +242,22 @@ def broken_state(rank: Rank, start: dict[str, Any], path: str, broken_rank: int,
     """Saves an object that fails on one rank, before anything is planned."""
     dcp.init(**start)
     return _timed(fill(fsdp(rank)) | {"x": _Broken(rank.rank == broken_rank)}, path, is_async=is_async)
+
+
+def die_publishing(rank: Rank, start: dict[str, Any], path: str, write_count: int) -> None:
+    """Saves; the coordinator is killed after that many files of those that describe the directory."""
+    dcp.init(**start)
+    original, written = CheckpointFiles.write, list[str]()
+
+    def killing(files: CheckpointFiles, path: str, content: bytes) -> None:
+        describes = not path.endswith((".record", "alone"))
+        if describes and len(written) == write_count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(files, path, content)
+        if describes:
+            written.append(path)
+
+    if rank.rank == 0:
+        setattr(CheckpointFiles, "write", killing)  # noqa: B010 - its first argument has a name of its own
+    dcp.save(fill(fsdp(rank)), checkpoint_id=path)
+    os.kill(os.getpid(), signal.SIGKILL)

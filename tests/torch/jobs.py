@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.device_mesh import DeviceMesh
 
 from shardbook import dcp
-from shardbook.dcp.finishing import Finisher
+from shardbook.dcp.finishing import Finisher, Outcome
 from shardbook.errors import ForkedClientError
 from tests.torch.detector import detector
 from tests.torch.harness import Rank
@@ -89,6 +93,68 @@ def load(rank: Rank, layout: str, targets: list[str], plain_dcp: bool = False) -
     return wrong
 
 
+class _ReadOnly(FileSystem):
+    """A mount that takes nothing."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if "w" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+        with super().create_stream(path, mode) as stream:
+            yield stream
+
+
+def load_read_only(rank: Rank, layout: str, path: str) -> dict[str, list[str]]:
+    """Loads from a read-only mount; returns what is wrong, as ``load`` does."""
+    reader = FileSystemReader(path)
+    reader.fs = _ReadOnly()
+    state = spoil(LAYOUTS[layout](rank))
+    dcp.load(state, storage_reader=reader)
+    return {path: wrong_pieces(state)}
+
+
+class _NoRecords(FileSystem):
+    """A store that takes everything but registration records, and says so in words of its own."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if "w" in mode and ".record" in os.fspath(path):
+            raise LookupError("503")
+        with super().create_stream(path, mode) as stream:
+            yield stream
+
+
+def save_without_record(rank: Rank, start: dict[str, Any], path: str, failing_rank: int) -> dcp.SaveResult:
+    """Saves while one rank cannot leave its record."""
+    dcp.init(**start)
+    writer = FileSystemWriter(path)
+    if rank.rank == failing_rank:
+        writer.fs = _NoRecords()
+    return dcp.save(fill(LAYOUTS["uneven"](rank)), storage_writer=writer)
+
+
+class _Unreadable(FileSystem):
+    """A disk that does not give back some of what was written to it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        if mode == "rb" and os.fspath(path).endswith(self._what):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with super().create_stream(path, mode) as stream:
+            yield stream
+
+
+def save_unreadable(rank: Rank, start: dict[str, Any], path: str, what: str) -> dcp.SaveResult:
+    """Saves to a disk that gives back no file whose name ends in ``what``."""
+    dcp.init(**start)
+    writer = FileSystemWriter(path)
+    writer.fs = _Unreadable(what)
+    return dcp.save(fill(LAYOUTS["uneven"](rank)), storage_writer=writer)
+
+
 def init_only(_: Rank, start: dict[str, Any]) -> list[str]:
     """Starts a session; returns what that said to others."""
     with detector() as noticed:
@@ -152,12 +218,12 @@ def init_too_early(rank: Rank, start: dict[str, Any], store: str, path: str) -> 
 def save_unfolded(rank: Rank, layout: str, path: str, start: dict[str, Any]) -> None:
     """Saves; the coordinator goes before it folds the records."""
     dcp.init(**start)
-    original = Finisher._describe_alone
-    Finisher._describe_alone = lambda *_: "gone"  # type: ignore[method-assign]
+    original = Finisher.coordinate
+    Finisher.coordinate = lambda *_: Outcome(dcp.SaveState.UNREGISTERED, "gone")  # type: ignore[method-assign]
     try:
         dcp.save(fill(LAYOUTS[layout](rank)), checkpoint_id=path)
     finally:
-        Finisher._describe_alone = original  # type: ignore[method-assign]
+        Finisher.coordinate = original  # type: ignore[method-assign]
 
 
 def save_lopsided(rank: Rank, path: str, start: dict[str, Any], options: dict[str, Any]) -> dcp.SaveResult:

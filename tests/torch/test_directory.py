@@ -70,9 +70,17 @@ class TestRecords:
         return path
 
     def test_load_folds_them(self, pool: RankPool, records: Path) -> None:
-        """Nobody needs to have written a manifest, and the directory may be read-only."""
+        """Nobody needs to have written a manifest; the load leaves it and ``.metadata`` for whoever comes next."""
         before = files_below(records)
-        assert [{str(records): []}] * 2 == pool.run(jobs.load, "uneven", [str(records)], world_size=2)
+        for plain_dcp in (False, True):
+            loaded = pool.run(jobs.load, "uneven", [str(records)], plain_dcp, world_size=2)
+            assert [{str(records): []}] * 2 == loaded
+        assert set(before) < set(files_below(records))
+
+    def test_load_from_a_directory_that_cannot_be_written(self, pool: RankPool, records: Path) -> None:
+        """Loading needs no more than is there."""
+        before = files_below(records)
+        assert [{str(records): []}] == pool.run(jobs.load_read_only, "uneven", str(records), world_size=1)
         assert before == files_below(records)
 
     def test_one_is_missing(self, records: Path) -> None:
@@ -183,7 +191,7 @@ class TestKilledCoordinator:
             folder.mkdir()
             (folder / name).write_bytes((path / names.MANIFEST).read_bytes()[:40])
         assert loads(path)
-        assert "passed over" in caplog.text
+        assert 2 == len({one.getMessage() for one in caplog.records if "is damaged" in one.getMessage()})
 
 
 def spoiled() -> dict[str, Any]:

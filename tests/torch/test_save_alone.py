@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from shardbook import Client, dcp
 from shardbook.core import directory as names
+from shardbook.core.exported import Fingerprint
 from shardbook.dcp import SaveState
 from shardbook.dcp.runtime import current
 from shardbook.errors import (
@@ -67,7 +68,9 @@ class TestResult:
         """Data below the prefix, manifests beside it, records gone, nothing else."""
         result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
         assert f"{session.incarnation.hex()[:12]}-a1" == result.prefix
-        expected = [names.DCP_METADATA, names.EXPORTED, names.MANIFEST, names.manifest_path(result.prefix)]
+        exported = (tmp_path / "1" / names.DCP_METADATA).read_bytes()
+        mark = names.mark_path(result.prefix, Fingerprint.of(len(exported), exported).mark)
+        expected = [names.DCP_METADATA, mark, names.MANIFEST, names.manifest_path(result.prefix)]
         assert sorted([*expected, f"{result.prefix}/__0_0.distcp"]) == files_below(tmp_path / "1")
 
     def test_the_second_save_sends_digests(self, session: dcp.Session, tmp_path: Path) -> None:

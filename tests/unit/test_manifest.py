@@ -19,7 +19,7 @@ IDENTITY = AttemptIdentity(
     incarnation=bytes(range(16)),
     attempt=2,
     world_size=4,
-    prefix="a-a2",
+    prefix="000102030405-a2",
 )
 BLOBS = (StoredBlob(BlobKind.TABLE, b"t" * 32, b"table"), StoredBlob(BlobKind.PLAN, b"p" * 32, b"plan"))
 
@@ -84,12 +84,29 @@ def test_lists_of_payloads_come_back(items: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"world_size": 0}, {"attempt": 0}, {"step": -1}, {"step": 2**63}, {"incarnation": b"x"}]
+    "change",
+    [
+        {"world_size": 0},
+        {"attempt": 0},
+        {"step": -1},
+        {"step": 2**63},
+        {"incarnation": b"x"},
+        {"run": "llm"},
+        {"run": "../8b"},
+        {"part": "a/b"},
+        {"prefix": ""},
+        {"prefix": "../../elsewhere"},
+        {"prefix": "/etc"},
+        {"prefix": "ffffffffffff-a1"},
+        {"write_time_s": float("nan")},
+    ],
 )
 def test_an_impossible_identity_is_refused(change: dict[str, object]) -> None:
     """The error names the field."""
     with pytest.raises(InvalidArgumentError) as caught:
-        AttemptIdentity(**{"run": "llm/8b", "incarnation": bytes(range(16)), **change})  # type: ignore[arg-type]
+        AttemptIdentity(
+            **{"run": "llm/8b", "incarnation": bytes(range(16)), "prefix": "000102030405-a1", **change}  # type: ignore[arg-type]
+        )
     assert caught.value.violations[0].field == next(iter(change))
 
 

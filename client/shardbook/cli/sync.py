@@ -10,13 +10,12 @@ from typing import Annotated
 
 import typer
 
-from shardbook._attempts import Exporter
 from shardbook.cli import output
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import AsJson, Server, Timeout, client_of
 from shardbook.core.fold import FoldedAttempt
 from shardbook.errors import ShardbookError
-from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
+from shardbook.sync import Exporter, SyncedAttempt, SyncOutcome, sync_directories, unsettled
 
 EXAMPLES = """\b
 Examples:
@@ -39,7 +38,8 @@ def sync(
 ) -> None:
     """Record what checkpoint directories hold and the catalogue lacks.
 
-    For saves that were made while the server was away. Safe to repeat, and while jobs save. Exits 1 when a save was
+    For saves that were made while the server was away. Directories whose job was killed before it had described them
+    are put right, too. Safe to repeat, and while jobs save. Exits 1 when a save was
     found that could not be recorded, or none was found.
     """
     client, config = client_of(server, timeout_s)

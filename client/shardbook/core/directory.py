@@ -4,8 +4,9 @@
 
     .metadata                               DCP's own, for whoever knows only DCP
     .shardbook/manifest                     the newest attempt's manifest
-    .shardbook/exported                     by what Shardbook knows its own .metadata again
     .shardbook/{prefix}/manifest            manifest of one attempt
+    .shardbook/{prefix}/exported-{...}      mark by which its export is known again, see shardbook.core.exported
+    .shardbook/{prefix}/unexported          the attempt wants no .metadata
     .shardbook/{prefix}/rank-{rank}.record  registration record, until the manifest takes its place
     .shardbook/{prefix}/rank-{rank}.failed  why a rank gave up, for whoever waits for its record
     .shardbook/{prefix}/alone               the coordinator goes on without the service: nobody waits for a commit
@@ -23,8 +24,12 @@ from typing import Final
 ROOT: Final = ".shardbook"
 #: File that says which manifest counts.
 MANIFEST: Final = f"{ROOT}/manifest"
-#: File by which Shardbook knows the ``.metadata`` that it wrote, see ``shardbook.core.exported``.
+#: Where earlier versions kept by what they knew their ``.metadata`` again; read, never written.
 EXPORTED: Final = f"{ROOT}/exported"
+#: Last component of the path of an attempt's manifest.
+MANIFEST_NAME: Final = "manifest"
+#: The same of the note that an attempt wants no ``.metadata``.
+UNEXPORTED_NAME: Final = "unexported"
 #: DCP's own metadata file.
 DCP_METADATA: Final = ".metadata"
 
@@ -39,7 +44,17 @@ def attempt_path(prefix: str) -> str:
 
 def manifest_path(prefix: str) -> str:
     """Returns the path of an attempt's manifest."""
-    return f"{ROOT}/{prefix}/manifest"
+    return f"{ROOT}/{prefix}/{MANIFEST_NAME}"
+
+
+def mark_path(prefix: str, mark: str) -> str:
+    """Returns the path of the mark of an attempt's export, see ``Fingerprint.mark``."""
+    return f"{ROOT}/{prefix}/{mark}"
+
+
+def unexported_path(prefix: str) -> str:
+    """Returns the path of the note that an attempt wants no ``.metadata``."""
+    return f"{ROOT}/{prefix}/{UNEXPORTED_NAME}"
 
 
 def record_path(prefix: str, rank: int) -> str:

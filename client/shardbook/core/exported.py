@@ -1,20 +1,21 @@
-"""Whose ``.metadata`` a directory holds: Shardbook's, or that of a plain DCP save that came later.
+"""Whose ``.metadata`` a directory holds: which attempt's, or that of a plain DCP save that came later.
 
 Plain DCP may save into a directory that Shardbook saved into before. Its ``.metadata`` then speaks of newer data than
-our manifest does, and whoever loads must get that. Shardbook notes what it exported, so that it knows its own file
-again, wherever the directory was copied to; another file counts when it is younger than ours.
+our manifest does, and whoever loads must get that. Shardbook leaves a mark in the attempt's directory before it writes
+the attempt's export, so that it knows its own file again, wherever the directory was copied to, and whose it is, also
+where several write at the same time. Another file counts when it is younger than what Shardbook left.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-#: DCP ends its metadata with the id of the save, so the end of the file tells saves apart.
+#: DCP ends its metadata with the id of the save, and Shardbook with the attempt, so the end tells files apart.
 TAIL_BYTES: Final = 4096
+_MARK_DIGITS: Final = 32
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,18 @@ class Fingerprint:
         """Returns the fingerprint of a file by its size and its last ``TAIL_BYTES`` bytes, or all where it has less."""
         return cls(size_bytes, hashlib.sha256(tail[-TAIL_BYTES:]).hexdigest())
 
+    @property
+    def mark(self) -> str:
+        """Name of the mark: several exports of one attempt have one each, so none is lost to another."""
+        return f"exported-{self.size_bytes}-{self.tail_sha256[:_MARK_DIGITS]}"
+
     def to_bytes(self) -> bytes:
-        """Returns what is kept in ``.shardbook/exported``."""
+        """Returns the content of the mark, for people: its name says all."""
         return json.dumps({"v": 1, "size": self.size_bytes, "tail_sha256": self.tail_sha256}).encode()
 
     @classmethod
     def from_bytes(cls, content: bytes | None) -> Fingerprint | None:
-        """Returns what was kept; None when it is absent or damaged: then no file is known again."""
+        """Returns what ``.shardbook/exported`` says, which earlier versions kept; None when it is absent or damaged."""
         try:
             fields = json.loads(content or b"")
             return cls(int(fields["size"]), str(fields["tail_sha256"]))
@@ -51,20 +57,21 @@ class Fingerprint:
             return None
 
 
-def foreign_since(facts: FileFacts | None, tail: Callable[[], bytes], exported: bytes | None) -> float | None:
-    """Returns when somebody else wrote ``.metadata``, seconds since the epoch; None when it is ours, or nobody knows.
+@dataclass(frozen=True)
+class Exported:
+    """Whose ``.metadata`` a directory holds.
 
-    Args:
-        facts: Of ``.metadata``; None when there is none.
-        tail: Reads its last ``TAIL_BYTES`` bytes.
-        exported: Content of ``.shardbook/exported``; None when there is none.
+    Attributes:
+        is_there: There is one.
+        prefix: Attempt that it was exported from; None when it is nobody's that is known.
+        foreign_s: When somebody else wrote it, seconds since the epoch; None when nobody else did, or nobody knows.
+        is_known: False where the filesystem cannot say.
     """
-    if facts is None or facts.mtime_s is None:
-        return None
-    own = Fingerprint.from_bytes(exported)
-    if own is not None and own.size_bytes == facts.size_bytes and own == Fingerprint.of(facts.size_bytes, tail()):
-        return None
-    return facts.mtime_s
+
+    is_there: bool
+    prefix: str | None = None
+    foreign_s: float | None = None
+    is_known: bool = True
 
 
 def is_saved_over(foreign_s: float | None, ours: FileFacts | None) -> bool:

@@ -8,6 +8,7 @@ for ``shardbook.dcp`` to say; these are their contents.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
@@ -18,7 +19,7 @@ from shardbook.core import limits
 from shardbook.core.columns import ByteReader, ByteWriter
 from shardbook.core.container import pack_list, read_container, unpack_list, write_container
 from shardbook.core.digest import DIGEST_BYTES
-from shardbook.core.names import DEFAULT_PART, check_incarnation
+from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_incarnation, prefix_of
 from shardbook.core.structure import BlobKind
 from shardbook.errors import CorruptManifestError, InvalidArgumentError
 
@@ -38,7 +39,8 @@ class AttemptIdentity:
         incarnation: 16 bytes.
         attempt: Attempt within the session.
         world_size: Ranks that take part.
-        prefix: Directory of the attempt's data files, relative to the checkpoint's.
+        prefix: Directory of the attempt's data files, relative to the checkpoint's: what ``prefix_of`` says and
+            nothing else, since paths are made of it.
         write_time_s: When the first of its ranks began, seconds since the epoch by that rank's clock.
     """
 
@@ -53,6 +55,7 @@ class AttemptIdentity:
     write_time_s: float = 0.0
 
     def __post_init__(self) -> None:
+        _ = PartName(RunName.parse(self.run), self.part)
         check_incarnation(self.incarnation)
         for name, low, high in (
             ("step", 0, limits.INT64_MAX),
@@ -63,6 +66,10 @@ class AttemptIdentity:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InvalidArgumentError(f"{name} is {value}, not within {low} and {high}", field=name)
+        if not math.isfinite(self.write_time_s):
+            raise InvalidArgumentError(f"write_time_s is {self.write_time_s}", field="write_time_s")
+        if self.prefix != prefix_of(self.incarnation, self.attempt):
+            raise InvalidArgumentError(f"prefix {self.prefix!a} is not this attempt's", field="prefix")
 
     @property
     def key(self) -> tuple[str, str, int, int, bytes, int]:
@@ -89,7 +96,9 @@ class AttemptIdentity:
                 prefix=str(fields["prefix"]),
                 write_time_s=float(fields["write_time_s"]),
             )
-        except (ValueError, KeyError, TypeError, InvalidArgumentError) as exc:
+        except InvalidArgumentError as exc:
+            raise CorruptManifestError(f"the identity of an attempt is damaged: {exc}") from exc
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
             raise CorruptManifestError("the identity of an attempt is damaged") from exc
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp.attempt import Attempt
-from shardbook.dcp.catching_up import record_missing
+from shardbook.dcp.catching_up import Waiting, catch_up
 from shardbook.dcp.directory import await_records, go_alone, is_alone, publish, read_record, read_records
 from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.results import SaveState
@@ -208,6 +208,23 @@ class Finisher:
             RankFailedError, RanksMissingError, InvalidGeometryError, SessionFencedError, CheckpointClosedError: As
                 the service, or the directory, says.
         """
+        running = self._files.place, self._attempt.prefix
+        self._runtime.catching_up.running.add(running)
+        try:
+            outcome = self._coordinate(record, storage_meta, unregistered)
+        finally:
+            self._runtime.catching_up.running.discard(running)
+        is_committed = outcome.state is SaveState.COMMITTED
+        exports = storage_meta is not None
+        catch_up(self._runtime, self._files, self._attempt.step, is_committed=is_committed, exports=exports)
+        return outcome
+
+    def _coordinate(
+        self,
+        record: RegistrationRecord,
+        storage_meta: Callable[[], StorageMeta | None] | None,
+        unregistered: str,
+    ) -> Outcome:
         checkpoint = None
         if self._submitter is not None and not unregistered:
             try:
@@ -218,13 +235,12 @@ class Finisher:
                 _LOG.warning("step %d was not committed, it stays on storage: %s", self._attempt.step, error)
                 unregistered = f"{error.reason}: {error}"
         place = self._attempt.part, self._attempt.step
+        missed = self._runtime.catching_up.unregistered
         if checkpoint is None:
-            self._runtime.unregistered[place] = self._attempt.path
+            missed[place] = Waiting(self._attempt.path, self._attempt.prefix)
             return Outcome(SaveState.UNREGISTERED, self._describe_alone(record, storage_meta, unregistered))
-        self._runtime.unregistered.pop(place, None)
-        problems = self._describe(record, storage_meta)
-        record_missing(self._runtime)
-        return Outcome(SaveState.COMMITTED, problems, checkpoint)
+        missed.pop(place, None)
+        return Outcome(SaveState.COMMITTED, self._describe(record, storage_meta), checkpoint)
 
     def _commit(self, submitter: Submitter) -> types_pb2.Checkpoint:
         """Commits once every rank is registered, by itself or by the record it left."""
@@ -301,6 +317,7 @@ class Finisher:
         if absence.failed:
             raise RankFailedError(f"step {attempt.step}: {absence}", metadata={"rank": str(min(absence.failed))})
         if not absence.is_empty:
+            self._runtime.catching_up.look_again_at(self._files)
             return f"{unregistered}; {absence}: the next load, save or sync that finds their records goes on"
         try:
             folded = self._fold(record)
@@ -315,7 +332,7 @@ class Finisher:
             problems = publish(self._files, folded, self._exporter(storage_meta))
         except InvalidGeometryError:
             raise
-        except (OSError, ShardbookError) as error:
+        except Exception as error:  # noqa: BLE001 - the records are there, so the save is not lost
             _LOG.exception("the directory of step %d was not described", attempt.step)
             problems = (f"the manifest was not written: {error}",)
         return "; ".join((unregistered, *problems))
@@ -339,7 +356,8 @@ class Finisher:
             prefix = folded.manifest.identity.prefix
             header = default_header(self._attempt.path, prefix)
             metadata = build_metadata(folded.structure, folded.located, prefix, header)
-            metadata.storage_meta = make_meta()
+            if prefix == self._attempt.prefix:  # a newer attempt of somebody else's has an id of its own
+                metadata.storage_meta = make_meta()
             return metadata
 
         return export

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner as TorchLoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 
+from shardbook._attempts import list_attempts
+from shardbook._publishing import fold_sets, settle
 from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
@@ -29,6 +32,7 @@ from shardbook.core.head import decode_head, decode_metadata_header
 from shardbook.core.locate import locate
 from shardbook.core.names import CheckpointName, RunName, is_ref
 from shardbook.dcp._torch import storage_reader_for
+from shardbook.dcp.catching_up import export_metadata
 from shardbook.dcp.directory import incomplete_attempts, read_attempt
 from shardbook.dcp.metadata import CheckpointColumns, default_header
 from shardbook.dcp.pickled import read_pickled_metadata
@@ -36,6 +40,9 @@ from shardbook.dcp.planner import LoadPlanner
 from shardbook.dcp.runtime import current_config, is_distributed
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
+from shardbook.stores import encodable
+
+_LOG = logging.getLogger(__name__)
 
 #: What fetching the metadata of a whole checkpoint may take, seconds.
 _METADATA_S: Final = 300.0
@@ -55,7 +62,8 @@ def load(
     """Loads a checkpoint into a state dict in place, as ``torch.distributed.checkpoint.load`` does.
 
     No rank waits for another one, so ranks may load different keys, and a single process may load what many saved.
-    Neither ``init`` nor a process group is needed.
+    Neither ``init`` nor a process group is needed. From a directory whose coordinator was killed before it had
+    described it, rank 0 writes the manifest and ``.metadata`` that lack, where it may.
 
     Args:
         state_dict: Tensors to fill; other values are replaced.
@@ -93,6 +101,8 @@ def load(
         planner = LoadPlanner(weights_only=weights_only)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
     _load_into(state_dict, reader, metadata, planner, rank)
+    if name is None and rank == 0:
+        repair_directory(reader)
 
 
 def _name_of(target: str | os.PathLike[str] | CheckpointName | None) -> CheckpointName | None:
@@ -192,6 +202,24 @@ def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
             reason=error.reason,
         ) from error
     return metadata
+
+
+def repair_directory(reader: Any) -> None:
+    """Makes the directory mean what was loaded where a coordinator was killed before it had; best effort.
+
+    Whoever comes next then finds a manifest, and plain DCP its ``.metadata``. A directory that cannot be written stays
+    as it is: loading needs no more than it has.
+    """
+    if not (hasattr(reader, "fs") and hasattr(reader, "path")):
+        return
+    files = CheckpointFiles.of(reader)
+    try:
+        listed = list_attempts(files)
+        if listed:
+            fold_sets(files, listed, lambda one: one.identity is not None)
+            settle(files, lambda folded: export_metadata(os.fspath(files.root), folded))
+    except Exception as error:  # noqa: BLE001 - what was loaded is right whatever becomes of this
+        _LOG.info("%s was not repaired: %s", encodable(os.fspath(files.root)), encodable(str(error)))
 
 
 def _folded_columns(folded: FoldedAttempt, path: str) -> CheckpointColumns:

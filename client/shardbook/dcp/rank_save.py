@@ -34,10 +34,12 @@ from shardbook.dcp.submission import EncodedPlan, Submitter, make_record
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import (
     FailedPreconditionError,
+    InvalidArgumentError,
     SessionFencedError,
     ShardbookError,
     UnregisteredError,
 )
+from shardbook.stores import check_location, encodable
 
 _LOG = logging.getLogger(__name__)
 
@@ -124,6 +126,11 @@ class RankSave:
             self._unregistered = f"mode {self._runtime.session.mode}"
             return None
         try:
+            check_location(self._attempt.location)
+        except InvalidArgumentError as error:
+            self._unregistered = f"{error.reason}: {error}"
+            return None
+        try:
             session = self._runtime.session_number(self._attempt.part, client)
             return Submitter(client, self._attempt, session, self._runtime.known_blobs)
         except ShardbookError as error:
@@ -143,7 +150,7 @@ class RankSave:
                 "first save that reaches the service records what it missed, or run `shardbook sync %s`",
                 self._attempt.step,
                 error,
-                self._attempt.path,
+                encodable(self._attempt.path),
             )
         self._unregistered = f"{error.reason}: {error}"
 
@@ -295,15 +302,16 @@ class RankSave:
     def _result(self, outcome: Outcome, stats: SaveStats) -> SaveResult:
         attempt, checkpoint = self._attempt, outcome.checkpoint
         if outcome.state is SaveState.UNREGISTERED and self._prepared.options.strict:
+            shown = encodable(attempt.path)
             raise UnregisteredError(
-                f"step {attempt.step} is in {attempt.path}, but not in the catalogue ({outcome.reason}): run "
-                f"`shardbook sync {attempt.path}` once the server is back",
+                f"step {attempt.step} is in {shown}, but not in the catalogue ({encodable(outcome.reason)}): run "
+                f"`shardbook sync {shown}` once the server is back",
                 metadata={"path": attempt.path},
             )
         return SaveResult(
             state=outcome.state,
             ref=attempt.path if checkpoint is None else checkpoint.ref,
-            reason=outcome.reason,
+            reason=encodable(outcome.reason),
             path=attempt.path,
             step=attempt.step,
             name="" if checkpoint is None else checkpoint.name,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from shardbook.breaker import SaveBudget
 from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
+from shardbook.dcp.catching_up import CatchingUp
 from shardbook.dcp.lease import LeaseKeeper
 from shardbook.dcp.session import Session
 from shardbook.errors import (
@@ -74,16 +75,14 @@ class Runtime:
         self.joined = joined
         self.is_shared = is_shared
         self.breaker = config.breaker()
-        #: Saves that the service does not know yet: path of the directory by (part, step).
-        self.unregistered: dict[tuple[str, int], str] = {}
+        #: What is left to do for earlier saves.
+        self.catching_up = CatchingUp()
         #: The server did not answer the last save, and that was said.
         self.outage_told = False
         #: Names of entries that were looked at for what `load` will refuse.
         self.checked_entries: set[str] = set()
         #: Blobs that the server has from this process, so that later saves send digests alone.
         self.known_blobs: set[tuple[int, bytes]] = set()
-        #: Held while a thread records what the service missed.
-        self.catching_up = threading.Lock()
         self._lock = threading.Lock()
         self._numbers = {session.part: session.number} if session.number else {}
         self._counts = _Counts()

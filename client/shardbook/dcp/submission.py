@@ -17,6 +17,7 @@ from shardbook.core.table import encode_table
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.session import host_name
 from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
+from shardbook.stores import encodable
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef, RankFailure
@@ -143,7 +144,8 @@ class Submitter:
         Raises:
             ShardbookError: What the server answered, or that it did not.
         """
-        failure = RankFailure(rank=self.attempt.member.rank, host=host_name(), phase=phase, reason=reason)
+        told = encodable(reason)
+        failure = RankFailure(rank=self.attempt.member.rank, host=host_name(), phase=phase, reason=told)
         key = AttemptKey()
         key.CopyFrom(self.key)
         for name in ("step", "world_size"):

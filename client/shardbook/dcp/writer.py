@@ -10,8 +10,7 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,18 +19,18 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWr
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from shardbook._trees import facts_of
+from shardbook._side_by_side import side_by_side
+from shardbook._trees import facts_of, storage_errors
 from shardbook.core.exported import FileFacts
 from shardbook.dcp._torch import FileSystem
 from shardbook.errors import UnsupportedWriterError
+from shardbook.stores import normalized
 
 #: fsspec protocols on which a file appears whole at its close, under its final name, and a rename is a slow copy.
 _SINGLE_PUT: Final = frozenset(
     ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci", "r2", "http", "https", "memory")
 )
 _LOCAL: Final = frozenset(("file", "local"))
-#: Files read side by side; storage answers many small reads much faster than one after the other.
-_READERS: Final = 16
 
 
 def check_writer(writer: StorageWriter) -> FileSystemWriter:
@@ -63,6 +62,8 @@ def _refused(writer: StorageWriter, why: str) -> UnsupportedWriterError:
 class CheckpointFiles:
     """Small files of a checkpoint directory, by paths relative to it. Thread-safe as far as the filesystem is.
 
+    Everything raises OSError where the storage fails: StorageError for what a filesystem says in words of its own.
+
     Attributes:
         fs: A storage writer's or reader's filesystem.
         root: Its path of the checkpoint.
@@ -76,102 +77,115 @@ class CheckpointFiles:
         """Returns the files of a FileSystemWriter or FileSystemReader."""
         return cls(storage.fs, storage.path)
 
-    def read(self, path: str, limit_bytes: int = -1) -> bytes | None:
-        """Returns the content of a file, its first bytes when a limit is given; None when it is not there."""
-        try:
-            with self.fs.create_stream(self._full(path), "rb") as stream:
-                content: bytes = stream.read(limit_bytes)
-                return content
-        except (FileNotFoundError, NotADirectoryError):
+    @property
+    def place(self) -> str:
+        """What two objects have in common when they are about one directory of one process."""
+        return normalized(self.root) if self.is_local else f"{sorted(self._protocols)}:{self.root}"
+
+    def beside(self, name: str) -> CheckpointFiles | None:
+        """Returns the files of a sibling directory, of the parent for no name; None where there is none above."""
+        parent = os.path.dirname(os.fspath(self.root).rstrip("/"))  # noqa: PTH120 - also of URLs
+        if not parent and not self.is_local:
             return None
+        return CheckpointFiles(self.fs, self.fs.init_path(f"{parent or '.'}/{name}" if name else parent or "."))
+
+    def read(self, path: str, limit_bytes: int | None = None) -> bytes | None:
+        """Returns the content of a file, its first bytes when a limit is given; None when it is not there."""
+        with storage_errors("read", path):
+            try:
+                with self.fs.create_stream(self._full(path), "rb") as stream:
+                    content: bytes = stream.read(-1 if limit_bytes is None else limit_bytes)
+                    return content
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def read_many(self, paths: Iterable[str]) -> list[bytes | None]:
         """Returns the contents of files, in order."""
-        wanted = list(paths)
-        try:
-            with ThreadPoolExecutor(_READERS, "shardbook-read") as pool:
-                return list(pool.map(self.read, wanted))
-        except RuntimeError:  # the interpreter ends, and a save in the background with it: no new threads any more
-            return list(map(self.read, wanted))
+        return side_by_side(self.read, paths)
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a file that is either not there or whole, durably; replaces an older one in one step.
 
         Temporary file, fsync and rename; a single PUT on object stores.
         """
-        self.make_directory(path.rpartition("/")[0])
-        if self._protocols & _SINGLE_PUT:
-            with self.fs.create_stream(self._full(path), "wb") as stream:
-                stream.write(content)
-            return
-        temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
-        try:
-            with self.fs.create_stream(self._full(temporary), "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                with contextlib.suppress(AttributeError, io.UnsupportedOperation):
-                    os.fsync(stream.fileno())
-            if not self.is_local and self.fs.exists(self._full(path)):
-                self.fs.rm_file(self._full(path))  # as DCP does: not every filesystem renames onto a file
-            self.fs.rename(self._full(temporary), self._full(path))
-        except BaseException:
-            self.remove([temporary])
-            raise
-        self.sync_directory(path.rpartition("/")[0])
+        with storage_errors("write", path):
+            self.make_directory(path.rpartition("/")[0])
+            if self._protocols & _SINGLE_PUT:
+                with self.fs.create_stream(self._full(path), "wb") as stream:
+                    stream.write(content)
+                return
+            temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
+            try:
+                self._write_through(temporary, content)
+                if not self.is_local and self.fs.exists(self._full(path)):
+                    self.fs.rm_file(self._full(path))  # as DCP does: not every filesystem renames onto a file
+                self.fs.rename(self._full(temporary), self._full(path))
+            except BaseException:
+                self._remove(temporary)
+                raise
+            self.sync_directory(path.rpartition("/")[0])
+
+    def _write_through(self, path: str, content: bytes) -> None:
+        with self.fs.create_stream(self._full(path), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+                os.fsync(stream.fileno())
 
     def facts(self, path: str) -> FileFacts | None:
         """Returns size and age of a file; None when it is not there or the filesystem does not say."""
         full = self._full(path)
-        try:
-            if isinstance(self.fs, FileSystem):
-                found = Path(full).stat()
-                return FileFacts(found.st_size, found.st_mtime)
-            info = getattr(getattr(self.fs, "fs", None), "info", None)
-            if info is None:
+        with storage_errors("look at", path):
+            try:
+                if isinstance(self.fs, FileSystem):
+                    found = Path(full).stat()
+                    return FileFacts(found.st_size, found.st_mtime)
+                info = getattr(getattr(self.fs, "fs", None), "info", None)
+                if info is None:
+                    return None
+                self._forget_listings()
+                return facts_of(info(full))
+            except (FileNotFoundError, NotADirectoryError):
                 return None
-            self._forget_listings()
-            return facts_of(info(full))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
 
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         """Returns the last ``count`` bytes of a file of ``size_bytes``."""
-        with self.fs.create_stream(self._full(path), "rb") as stream:
+        with storage_errors("read", path), self.fs.create_stream(self._full(path), "rb") as stream:
             stream.seek(max(0, size_bytes - count))
             content: bytes = stream.read(count)
             return content
 
     def exists(self, path: str) -> bool:
         """Returns True when a file or directory is there."""
-        self._forget_listings()
-        return bool(self.fs.exists(self._full(path)))
+        with storage_errors("look at", path):
+            self._forget_listings()
+            return bool(self.fs.exists(self._full(path)))
 
     def names(self, path: str) -> list[str]:
         """Returns the names in a directory, sorted; none when it is not there or cannot be listed."""
         lister = getattr(self.fs, "ls", None)
         if lister is None:
             return []
-        self._forget_listings()
-        try:
-            return sorted(str(name).rstrip("/").rpartition("/")[2] for name in lister(self._full(path)))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        with storage_errors("list", path):
+            self._forget_listings()
+            try:
+                listed = lister(self._full(path) if path else self.root)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        return sorted(str(name).rstrip("/").rpartition("/")[2] for name in listed)
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Removes files; those that are gone already, or cannot be removed, are left alone."""
-        for path in paths:
-            with contextlib.suppress(OSError):
-                self.fs.rm_file(self._full(path))
+        """Removes files, many at a time; those that are gone already, or cannot be removed, are left alone."""
+        side_by_side(self._remove, paths)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(OSError), storage_errors("remove", path):
+            self.fs.rm_file(self._full(path))
 
     def make_directory(self, path: str) -> None:
         """Makes a directory and those above it."""
-        self.fs.mkdir(self._full(path) if path else self.root)
-
-    @contextlib.contextmanager
-    def stream(self, path: str) -> Iterator[Any]:
-        """Opens a file for reading."""
-        with self.fs.create_stream(self._full(path), "rb") as opened:
-            yield opened
+        with storage_errors("make", path):
+            self.fs.mkdir(self._full(path) if path else self.root)
 
     @property
     def is_local(self) -> bool:

@@ -126,8 +126,8 @@ def test_sync_brings_in_what_an_outage_left(form: str, client: Client, shardbook
         directory = CheckpointDirectory(tmp_path / str(who.step))
         directory.add_records(who) if form == "records" else directory.add_manifest(who)
     assert ["recorded", "recorded"] == [row[0] for row in shardbook("sync", str(tmp_path)).rows[1:3]]
-    # Where torch is installed, a directory that is folded here gets what plain DCP reads, too.
-    assert (form == "records") == (tmp_path / "30" / ".metadata").exists()
+    # Where torch is installed, a directory that lacks what plain DCP reads gets it.
+    assert (tmp_path / "30" / ".metadata").exists()
     again = shardbook("sync", str(tmp_path), "--json")
     assert (0, 2) == (again.code, again.json["counts"]["present"])
     found = {c["step"]: c for c in shardbook("ls", run, "--json").json["checkpoints"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,15 @@ class CheckpointDirectory:
     def add_record(self, one: RegistrationRecord) -> CheckpointDirectory:
         """Leaves one record."""
         self._put(files.record_path(one.identity.prefix, one.rank), one.to_bytes())
+        return self
+
+    def add_altered(self, who: AttemptIdentity, **changed: object) -> CheckpointDirectory:
+        """Leaves a record whose identity says something that no identity of ours would."""
+        whole = record(who, 0)
+        altered = object.__new__(AttemptIdentity)
+        for name, value in {**vars(who), **changed}.items():
+            object.__setattr__(altered, name, value)
+        self._put(files.record_path(who.prefix, 0), replace(whole, identity=altered).to_bytes())
         return self
 
     def add_manifest(self, who: AttemptIdentity) -> CheckpointDirectory:

@@ -9,9 +9,10 @@ import fsspec
 import pytest
 
 from shardbook import recording
-from shardbook._attempts import find_attempts
+from shardbook._attempts import TreeFiles, find_attempts
 from shardbook._trees import open_tree
 from shardbook.client import Client
+from shardbook.core.fold import FoldedAttempt
 from shardbook.core.manifest import Manifest
 from shardbook.errors import CorruptManifestError, InvalidArgumentError, NotFoundError, UnavailableError
 from shardbook.recording import record_attempt
@@ -98,7 +99,7 @@ def test_records_that_a_coordinator_folds_meanwhile_are_not_missed(
     """Records that vanish between two looks have become a manifest: that one is taken."""
     who = identity()
     step.add_records(who)
-    (found,) = find_attempts(open_tree(step.path), str(step.path))
+    (found,) = find_attempts(TreeFiles(open_tree(step.path), str(step.path)))
     step.add_manifest(who)
     (step.path / ".shardbook" / who.prefix / "rank-2.record").unlink()
     assert (manifest(who), None) == found.read()
@@ -315,3 +316,58 @@ def test_links_are_not_followed(tmp_path: Path, server: ScriptedServer, step: Ch
     step.add_manifest(identity())
     (step.path / "up").symlink_to(tmp_path)
     assert ["recorded"] == outcomes(synced(server, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"run": "no run"}, {"part": "../x"}, {"prefix": "../../../elsewhere"}, {"prefix": "/elsewhere"}]
+)
+def test_record_that_names_what_cannot_be_is_told_and_the_walk_goes_on(
+    changed: dict[str, object], tmp_path: Path, server: ScriptedServer
+) -> None:
+    """Nothing is made of such a name, neither a call nor a path."""
+    CheckpointDirectory(tmp_path / "a").add_altered(identity(1, world_size=1), **changed)
+    CheckpointDirectory(tmp_path / "b").add_manifest(identity(2))
+    before = sorted(tmp_path.rglob("*"))
+    results = synced(server, tmp_path)
+    assert [("refused", "CORRUPT_MANIFEST"), ("recorded", "")] == [(one.outcome.value, one.reason) for one in results]
+    assert results[:1] == unsettled(results)
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+def test_record_in_the_place_of_another_attempt(step: CheckpointDirectory, server: ScriptedServer) -> None:
+    """It is not taken for that one, and makes no manifest there."""
+    who = identity(world_size=1)
+    step.add_records(who)
+    folder = step.path / ".shardbook"
+    (folder / who.prefix).rename(folder / "ffffffffffff-a1")
+    (result,) = synced(server, step.path)
+    assert (SyncOutcome.REFUSED, "CORRUPT_MANIFEST") == (result.outcome, result.reason)
+    assert not (folder / "manifest").exists()
+
+
+def test_newest_manifest_that_is_not_on_top_is_put_there(step: CheckpointDirectory, server: ScriptedServer) -> None:
+    """Its coordinator was killed between two files; the catalogue had it already."""
+    older, newer = identity(attempt=1), identity(attempt=2)
+    step.add_manifest(newer).add_manifest(older)
+    synced(server, step.path)
+    assert newer == Manifest.from_bytes((step.path / ".shardbook" / "manifest").read_bytes()).identity
+    assert not (step.path / ".metadata").exists()
+
+
+def test_metadata_of_an_older_attempt_is_told_without_torch_and_repaired_with_it(
+    step: CheckpointDirectory, server: ScriptedServer
+) -> None:
+    """Who cannot write it says who can; a third run has nothing to say."""
+    client, older, newer = Client(server.target), identity(attempt=1), identity(attempt=2)
+
+    def export(_: str, folded: FoldedAttempt) -> bytes:
+        return folded.manifest.identity.prefix.encode()
+
+    step.add_records(older)
+    sync_directory(client, step.path, export=export)
+    step.add_records(newer)
+    for has_torch, told in ((False, True), (False, True), (True, False), (True, False), (False, False)):
+        results = sync_directory(client, step.path, export=export if has_torch else None)
+        assert [False, told] == ["where torch is installed" in one.message for one in results]
+        kept = newer if has_torch or not told else older
+        assert kept.prefix == (step.path / ".metadata").read_text()
