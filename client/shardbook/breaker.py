@@ -45,6 +45,8 @@ from shardbook.errors import (
 FIRST_S: Final = 10.0
 #: Silence that every later save of the same outage may spend, seconds.
 LATER_S: Final = 1.0
+#: What gRPC's own retries may take before a failure is seen, seconds.
+_HIDDEN_S: Final = 2.0
 #: Below this much a call is not worth starting, seconds.
 _LEAST_S: Final = 0.005
 
@@ -166,10 +168,10 @@ class GuardedCall:
 
     def failed(self, error: ShardbookError) -> None:
         """Notes that a try of the call failed and will be made again."""
-        # A connection on which the server has just said that it lives breaks at the moment it dies. One that is
-        # silent is noticed by the next look instead.
+        # A connection on which the server has lately said that it lives breaks at the moment it dies, but for what
+        # gRPC's own retries hide. One that is silent is noticed by the next look instead.
         if self._was_alive and not self._is_failing and isinstance(error, UnavailableError):
-            self._quiet_since_s = self._breaker.clock()
+            self._quiet_since_s = max(self._quiet_since_s, self._breaker.clock() - _HIDDEN_S)
         self._is_failing, self._was_alive = True, False
 
     def answered(self) -> None:
