@@ -95,7 +95,7 @@ class _Look:
         silence_s: float,
         every_s: float,
     ) -> None:
-        self._transport = transport.unguarded()
+        self._transport = replace(transport.unguarded(), on_retry=None if guarded is None else guarded.failed)
         self._is_alive = is_alive
         self._guarded = guarded
         self.every_s = max(_LEAST_LOOK_S, min(every_s, silence_s / 4))
@@ -125,6 +125,7 @@ class Transport:
             may take that it answers; a budget has its own.
         backoff: Delays between attempts.
         meter: The save whose bytes are counted when ``budget`` is None.
+        on_retry: Told of every try that failed and is made again.
     """
 
     address: ServerAddress
@@ -134,6 +135,7 @@ class Transport:
     outage_s: float = OUTAGE_S
     backoff: Backoff = field(default=_BACKOFF, repr=False, compare=False)
     meter: SaveBudget | None = field(default=None, repr=False, compare=False)
+    on_retry: Callable[[ShardbookError], None] | None = field(default=None, repr=False, compare=False)
 
     def unguarded(self) -> Transport:
         """Returns the same transport without a budget; what it sends is counted all the same."""
@@ -267,6 +269,8 @@ class Transport:
                     guarded.failed(error)
                     if guarded.quiet_s + delay_s >= guarded.silence_s:
                         raise
+                if self.on_retry is not None:
+                    self.on_retry(error)
             connections.look_again(self.address)
             time.sleep(delay_s)
 
