@@ -124,20 +124,20 @@ def _begin(
     """Copies the state dict and starts the thread that saves the copy."""
     owned = None
     plain = state_of(prepared, state_dict)
-    if async_stager is None:
-        own: object = storage_writer  # every FileSystemWriter is a stager too, which StorageWriter does not say
-        if isinstance(own, AsyncStager):
-            async_stager = own
-        else:
-            async_stager = owned = _usual_stager(plain)
     try:
+        if async_stager is None:
+            own: object = storage_writer  # every FileSystemWriter is a stager too, which StorageWriter does not say
+            if isinstance(own, AsyncStager):
+                async_stager = own
+            else:
+                async_stager = owned = _usual_stager(plain)
         staged = async_stager.stage(plain)
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
+        upload = executor.submit(_upload, prepared, staged)
     except BaseException as error:
         RankSave(prepared).give_up("plan", error)
         _close(owned)
         raise
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
-    upload = executor.submit(_upload, prepared, staged)
     executor.shutdown(wait=False)
     upload.add_done_callback(lambda done: _ended(done, prepared, owned))
     if not isinstance(staged, Future) and async_stager.should_synchronize_after_execute:

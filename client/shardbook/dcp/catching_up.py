@@ -9,9 +9,9 @@ from typing import Final
 
 from shardbook.client import Client
 from shardbook.core.fold import FoldedAttempt
+from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.runtime import Runtime
-from shardbook.errors import ShardbookError
 from shardbook.sync import sync_directory, unsettled
 
 _LOG = logging.getLogger(__name__)
@@ -29,21 +29,24 @@ def record_missing(runtime: Runtime) -> None:
     if client is None or not runtime.unregistered or not runtime.catching_up.acquire(blocking=False):
         return
     thread = threading.Thread(target=_work, args=(runtime, client), name="shardbook-sync", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter ends, and a save in the background with it: `shardbook sync` has the rest
+        runtime.catching_up.release()
+        return
     thread.join(_PATIENCE_S)
 
 
 def _work(runtime: Runtime, client: Client) -> None:
     try:
-        for place, path in list(runtime.unregistered.items()):
-            left = unsettled(sync_directory(client, path, stores=runtime.config.stores, export=export_metadata))
-            if left:
-                _LOG.warning("%s is not in the catalogue yet: %s", path, left[0].message)
-            else:
-                runtime.unregistered.pop(place, None)
-                _LOG.info("%s is in the catalogue now", path)
-    except (OSError, ShardbookError) as error:
-        _LOG.warning("earlier saves are not in the catalogue yet: %s", error)
+        with best_effort("record earlier saves in the catalogue; the next save tries again"):
+            for place, path in list(runtime.unregistered.items()):
+                left = unsettled(sync_directory(client, path, stores=runtime.config.stores, export=export_metadata))
+                if left:
+                    _LOG.warning("%s is not in the catalogue yet: %s", path, left[0].message)
+                else:
+                    runtime.unregistered.pop(place, None)
+                    _LOG.info("%s is in the catalogue now", path)
     finally:
         runtime.catching_up.release()
 

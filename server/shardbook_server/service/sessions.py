@@ -237,9 +237,7 @@ def _moved(request: SessionStart, part: PartRow) -> FailedPreconditionError | No
     )
 
 
-def _fenced(
-    request: SessionStart, held: tuple[SessionRow, LeaseRow] | None, now_us: int
-) -> SessionFencedError | None:
+def _fenced(request: SessionStart, held: tuple[SessionRow, LeaseRow] | None, now_us: int) -> SessionFencedError | None:
     """Returns the refusal when a later incarnation of the same job has taken the part, be it done already."""
     if held is None or not _same_job(request, held[0]) or held[0].start_time_us <= _begin_us(request, now_us):
         return None

@@ -54,7 +54,7 @@ def test_starting_again_as_another_job_is_refused(job: Job) -> None:
 def test_a_late_start_of_an_old_incarnation_does_not_fence_the_restarted_job(
     services: Services, other_job: Callable[[], Job], clock: Clock
 ) -> None:
-    """The restarted job takes over at once; what its predecessor sends later, be the lease alive or over, is refused."""
+    """The restarted job takes over at once; what its predecessor sends later is refused, be the lease alive or over."""
     first, old, new = (Job(services, Model(1)) for _ in range(3))
     first.start("slurm-1")
     clock.advance(100)  # the old incarnation begins, and cannot reach the service
