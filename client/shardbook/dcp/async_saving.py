@@ -135,7 +135,7 @@ def _begin(
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
         upload = executor.submit(_upload, prepared, staged)
     except BaseException as error:
-        RankSave(prepared).give_up("plan", error)
+        prepared.give_up(error)
         _close(owned)
         raise
     executor.shutdown(wait=False)
@@ -177,13 +177,12 @@ def _holds_sharded_tensor(value: object) -> bool:
 
 
 def _upload(prepared: PreparedSave, staged: Future[dict[str, Any]] | dict[str, Any]) -> SaveResult:
-    save = RankSave(prepared)
     try:
         state_dict = staged.result() if isinstance(staged, Future) else staged
     except BaseException as error:
-        save.give_up("plan", error)
+        prepared.give_up(error)
         raise
-    return save.run(state_dict)
+    return RankSave(prepared).run(state_dict)
 
 
 def _staging_future(staged: Future[dict[str, Any]] | dict[str, Any]) -> Future[None]:

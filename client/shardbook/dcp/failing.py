@@ -42,7 +42,7 @@ def tell_failure(
     if submitter is not None:
         with best_effort(f"tell the service that rank {rank} failed"):
             submitter.report(failure, REPORT_S)
-    if files is not None:
+    if files is not None and attempt.member.world_size > 1:
         with best_effort(f"leave word that rank {rank} failed"):  # the disk that made it fail, as a rule
             write_failure(files, attempt.prefix, rank, _text(failure))
 
@@ -50,7 +50,12 @@ def tell_failure(
 def give_up(
     runtime: Runtime, attempt: Attempt, files: CheckpointFiles | None, phase: str, error: BaseException
 ) -> None:
-    """Says that this rank's save ended before it had a way to the service. Never raises."""
+    """Says that this rank's save ended before it had a way to the service. Never raises.
+
+    One rank alone tells nobody: its attempt has not been opened, and nothing is left behind.
+    """
+    if attempt.member.world_size == 1:
+        return
     submitter = None
     with best_effort("reach the service to tell of a failure"):
         submitter = connect(runtime, attempt, runtime.breaker.start_save())

@@ -80,6 +80,10 @@ class PreparedSave:
     options: SaveOptions
     files: CheckpointFiles | None
 
+    def give_up(self, error: BaseException) -> None:
+        """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""
+        give_up(self.runtime, self.attempt, self.files, "plan", error)
+
     def release(self) -> None:
         """Lets other saves have the writer and the planner; once this one is over."""
         with _in_use_lock:

@@ -36,6 +36,7 @@ from shardbook.dcp.verdicts import explain, is_mismatch, is_verdict, report_mism
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import (
     FailedPreconditionError,
+    ForkedClientError,
     SessionFencedError,
     SessionUnknownError,
     ShardbookError,
@@ -117,15 +118,12 @@ class RankSave:
         )
         return self._result(outcome, stats)
 
-    def give_up(self, phase: str, error: BaseException) -> None:
-        """Says that this rank's save ended before it began, so that nobody waits for it."""
-        self._submitter = self._connect()
-        tell_failure(self._attempt, self._submitter, self._early_files, phase, error)
-
     def _connect(self) -> Submitter | None:
         """The way to the service, with the number of the session; None when there is none now."""
         try:
             submitter = connect(self._runtime, self._attempt, self._budget)
+        except ForkedClientError:
+            raise
         except SessionFencedError as error:
             self._fenced = error
             return None
