@@ -76,7 +76,7 @@ def test_the_coordinator_is_cut_off_for_longer_than_its_lease(pool: RankPool, ru
 def test_a_coordinator_without_route_is_slow(pool: RankPool, run: str, tmp_path: Path) -> None:
     """The lease ends while it writes; what it leaves on storage at last is what the others return with."""
     path = str(tmp_path / "step-1")
-    with ServerProcess(tmp_path / "server", SHARDBOOK_LEASE_TTL_S="60", SHARDBOOK_REAP_INTERVAL_S="0.3") as server:
+    with ServerProcess(tmp_path / "server", SHARDBOOK_LEASE_TTL_S="3", SHARDBOOK_REAP_INTERVAL_S="0.3") as server:
         start = {"run": run, "server": server.address}
         until = tmp_path / "write"
         running = pool.start(

@@ -233,11 +233,12 @@ class Runtime:
         Args:
             part: The part; the session's own when None.
         """
+        part = self.session.part if part is None else part
         if self._client is None or (part == self.session.part and not self.joined.is_coordinator):
             return
         with self._lock:
-            is_new = (part or self.session.part) not in self._kept
-            self._kept.add(part or self.session.part)
+            is_new = part not in self._kept
+            self._kept.add(part)
             if self._keeper is None:
                 self._keeper = LeaseKeeper(self._client, self.session, self._kept_numbers, self._restart_session)
         if is_new:
