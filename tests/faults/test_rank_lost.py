@@ -123,7 +123,7 @@ def test_a_restarted_job_saves_the_step_with_another_world_size(
 
 
 def test_the_coordinator_is_killed_before_its_commit(pool: RankPool, run: str, tmp_path: Path) -> None:
-    """The attempt never becomes ``latest``; the lease ends, the others wait a while for nothing, and a new session wins.
+    """The attempt never becomes ``latest``; the lease ends, the others wait a while in vain, and a new session wins.
 
     It has left its record, so it would have committed by then, or left word: three times what an outage may cost.
     """
