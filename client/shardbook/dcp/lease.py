@@ -28,7 +28,7 @@ class LeaseKeeper:
     Args:
         client: The server.
         session: Whose leases.
-        numbers: Returns the numbers of the session's parts to be kept, as far as they are known.
+        numbers: Returns the numbers of the session's parts to be kept; 0 for one that has to be started anew.
         restart: Starts a session anew that the server does not know any more, given its part and number.
     """
 
@@ -62,22 +62,28 @@ class LeaseKeeper:
 
     def _send(self, *, release: bool, deadline_s: float) -> None:
         for part, number in self._numbers().items():
-            request = pb.KeepAliveRequest(
-                run=str(self._session.run_name),
-                part=part,
-                session=number,
-                incarnation=self._session.incarnation,
-                release=release,
-            )
             try:
-                self._client.keep_alive(request, deadline_s=deadline_s)
+                if number:
+                    self._client.keep_alive(self._request(part, number, release=release), deadline_s=deadline_s)
+                    continue
             except SessionUnknownError:
-                if not release:
-                    with best_effort(f"start a new session of {self._session.run}:{part}"):
-                        self._restart(part, number, self._client)
+                pass
             except ShardbookError as error:
                 # Saves notice what matters (a fenced session, an outage); a lease alone is nothing to raise for.
                 _LOG.debug("lease of %s:%s was not renewed: %s", self._session.run, part, error)
+                continue
+            if not release:
+                with best_effort(f"start a new session of {self._session.run}:{part}"):
+                    self._restart(part, number, self._client)
+
+    def _request(self, part: str, number: int, *, release: bool) -> pb.KeepAliveRequest:
+        return pb.KeepAliveRequest(
+            run=str(self._session.run_name),
+            part=part,
+            session=number,
+            incarnation=self._session.incarnation,
+            release=release,
+        )
 
     def close(self) -> None:
         """Stops renewing and ends the leases."""

@@ -250,8 +250,9 @@ class Runtime:
                 self._keeper.keep(lease_ttl_s)
 
     def _kept_numbers(self) -> dict[str, int]:
+        """Numbers of the kept parts; 0 where the server has forgotten the session and given no new one yet."""
         with self._lock:
-            return {part: number for part, number in self._numbers.items() if part in self._kept}
+            return {part: self._numbers.get(part, 0) for part in self._kept & self._numbered}
 
     def _restart_session(self, part: str, number: int, client: Client) -> None:
         """Starts a session anew that the server has forgotten: until then another job could take the run."""
