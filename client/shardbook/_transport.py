@@ -29,7 +29,7 @@ _BACKOFF: Final = Backoff()
 #: While a patient call is out, the server is asked after this time, and then this often, whether it is alive, seconds.
 _FIRST_LOOK_S: Final = 1.0
 LOOK_EVERY_S: Final = 2.0
-_LEAST_LOOK_S: Final = 0.05
+_LEAST_LOOK_S: Final = 0.25
 _LEAST_TIMEOUT_S: Final = 0.001
 #: Seconds for which a server that gives no sign of life is tried again, unless told otherwise: a restart takes less.
 OUTAGE_S: Final = 10.0
@@ -100,7 +100,7 @@ class _Look:
         self._guarded = guarded
         self.every_s = max(_LEAST_LOOK_S, min(every_s, silence_s / 4))
         self.first_s = min(_FIRST_LOOK_S, self.every_s)
-        self._limit_s = max(_LEAST_LOOK_S, silence_s - self.every_s)
+        self._limit_s = max(_LEAST_LOOK_S, silence_s - self.every_s)  # a look that may take no time tells nothing
 
     def __call__(self) -> None:
         try:
