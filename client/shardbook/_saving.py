@@ -18,15 +18,20 @@ from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef
 
 R = TypeVar("R")
 _M = TypeVar("_M", bound=Message)
-_Waiting = TypeVar("_Waiting", pb.PlanSaveRequest, pb.GetCheckpointProgressRequest)
+_Asking = TypeVar("_Asking", pb.PlanSaveRequest, pb.GetCheckpointProgressRequest)
+_Waiting = pb.PlanSaveRequest | pb.GetCheckpointProgressRequest | pb.CommitCheckpointRequest
 
 #: Finds blobs that the server asked for.
 BlobSource = Callable[[Sequence[BlobRef]], Iterable[Blob]]
 
 #: Time that the server has for its answer beyond the wait it was asked for, seconds.
 _GRACE_S: Final = 10.0
-#: Share of the allowed silence that a call asks the server to wait; the rest is for the answer's way.
+#: Share of the allowed silence that a probe asks the server to wait; the rest is for the answer's way.
 _WAIT_SHARE: Final = 0.8
+#: While a call waits for other ranks, the server is asked this often whether it lives, seconds: there may be thousands.
+_LOOK_EVERY_S: Final = 5.0
+#: What such a question asks the server to wait: more than nothing, so that all that ask share one answer, seconds.
+_GLANCE_S: Final = 0.001
 #: Rounds of "send me these" before the server is called confused: three levels, and blobs too many for one call.
 _MAX_BLOB_ROUNDS: Final = 64
 
@@ -177,21 +182,22 @@ class SavingCalls:
             InvalidGeometryError: The chunks do not make whole tensors.
         """
         progress = Progress(key=request.key)
-        end_s = time.monotonic() + timeout_s
+        wait = _Wait(self._transport, timeout_s)
         asked = _copy(request)
         while True:
-            remaining_s = end_s - time.monotonic()
-            asked.wait.FromTimedelta(timedelta(seconds=min(MAX_WAIT_S, max(0.0, remaining_s))))
+            wait_s = wait.begin(asked)
             try:
                 return self._transport.call_patiently(
                     COMMIT,
                     asked,
-                    limit_s=max(0.0, remaining_s) + _GRACE_S,
+                    limit_s=wait_s + _GRACE_S,
                     is_alive=lambda transport, limit_s: transport.call(GET_PROGRESS, progress, deadline_s=limit_s),
                 )
             except RanksMissingError:
-                if time.monotonic() >= end_s:
+                if wait.is_over:
                     raise
+            wait.end()
+            wait.pause()
 
     def abort(
         self, request: pb.AbortCheckpointRequest, *, deadline_s: float | None = None
@@ -233,6 +239,8 @@ class _Wait:
     def __init__(self, transport: Transport, timeout_s: float) -> None:
         self._transport = transport
         self._end_s = time.monotonic() + timeout_s
+        self._began_s = 0.0
+        self._wait_s = 0.0
         self._early_count = 0
 
     @property
@@ -240,26 +248,50 @@ class _Wait:
         """True when the time is up."""
         return time.monotonic() >= self._end_s
 
-    def ask(self, rpc: Rpc[_Waiting, R], request: _Waiting) -> R:
+    def begin(self, request: _Waiting, limit_s: float = MAX_WAIT_S) -> float:
+        """Sets the request's ``wait`` to what is left, at most ``limit_s`` seconds; returns it."""
+        self._began_s = time.monotonic()
+        self._wait_s = min(limit_s, max(0.0, self._end_s - self._began_s))
+        request.wait.FromTimedelta(timedelta(seconds=self._wait_s))
+        return self._wait_s
+
+    def end(self) -> None:
+        """Notes that the server answered "not yet"."""
+        is_early = time.monotonic() - self._began_s < self._wait_s / 2
+        self._early_count = self._early_count + 1 if is_early else 0
+
+    def ask(self, rpc: Rpc[_Asking, R], request: _Asking) -> R:
         """Returns the answer to one call that waits as long as it may; sets the request's ``wait``.
 
         A server that is away is asked again until the time is over, unless a budget says for how long.
         """
         while True:
-            budget = self._transport.budget
-            wait_s = min(MAX_WAIT_S, max(0.0, self._end_s - time.monotonic()))
-            if budget is not None:
-                wait_s = min(wait_s, _WAIT_SHARE * budget.remaining_s)
-            request.wait.FromTimedelta(timedelta(seconds=wait_s))
-            started_s = time.monotonic()
             try:
-                answer = self._transport.call(rpc, request, deadline_s=wait_s + _GRACE_S)
+                answer = self._ask(rpc, request)
             except (UnavailableError, DeadlineExceededError):
-                if budget is not None or self.is_over:
+                if self._transport.budget is not None or self.is_over:
                     raise
             else:
-                self._early_count = self._early_count + 1 if time.monotonic() - started_s < wait_s / 2 else 0
+                self.end()
                 return answer
+
+    def _ask(self, rpc: Rpc[_Asking, R], request: _Asking) -> R:
+        budget = self._transport.budget
+        if budget is None:
+            return self._transport.call(rpc, request, deadline_s=self.begin(request) + _GRACE_S)
+        if budget.is_probing:
+            wait_s = self.begin(request, min(MAX_WAIT_S, _WAIT_SHARE * budget.remaining_s))
+            return self._transport.call(rpc, request, deadline_s=wait_s + _GRACE_S)
+        # Waiting for other ranks is not silence: so it is asked whether the server lives, and only that may cost.
+        glance = Progress(key=request.key, until=Progress.UNTIL_CLOSED)
+        glance.wait.FromTimedelta(timedelta(seconds=_GLANCE_S))
+        return self._transport.call_patiently(
+            rpc,
+            request,
+            limit_s=self.begin(request) + _GRACE_S,
+            is_alive=lambda transport, limit_s: transport.call(GET_PROGRESS, glance, deadline_s=limit_s),
+            look_every_s=_LOOK_EVERY_S,
+        )
 
     def pause(self) -> None:
         """Sleeps when the server answered "not yet" early (it has its own limit of waiters): no busy loop."""

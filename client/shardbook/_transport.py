@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, TypeVar, cast
 
 import grpc
+from google.protobuf.message import Message
 
 from shardbook._address import ServerAddress
 from shardbook._channel import Connection, connections
@@ -25,8 +26,10 @@ R = TypeVar("R")
 _LOG = logging.getLogger(__name__)
 
 _BACKOFF: Final = Backoff()
-#: While a patient call is out, the server is asked this often whether it is alive, seconds.
-_LOOK_EVERY_S: Final = 2.0
+#: While a patient call is out, the server is asked after this time, and then this often, whether it is alive, seconds.
+_FIRST_LOOK_S: Final = 1.0
+LOOK_EVERY_S: Final = 2.0
+_LEAST_LOOK_S: Final = 0.25
 _LEAST_TIMEOUT_S: Final = 0.001
 #: Seconds for which a server that gives no sign of life is tried again, unless told otherwise: a restart takes less.
 OUTAGE_S: Final = 10.0
@@ -81,6 +84,34 @@ class _Silence:
         return self._since_s + self._transport.outage_s
 
 
+class _Look:
+    """Asks whether the server lives while a patient call is out; an outage there is raised, as one of the call."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        is_alive: Callable[[Transport, float], object],
+        guarded: GuardedCall | None,
+        silence_s: float,
+        every_s: float,
+    ) -> None:
+        self._transport = replace(transport.unguarded(), on_retry=None if guarded is None else guarded.failed)
+        self._is_alive = is_alive
+        self._guarded = guarded
+        self.every_s = max(_LEAST_LOOK_S, min(every_s, silence_s / 4))
+        self.first_s = min(_FIRST_LOOK_S, self.every_s)
+        self._limit_s = max(_LEAST_LOOK_S, silence_s - self.every_s)  # a look that may take no time tells nothing
+
+    def __call__(self) -> None:
+        try:
+            self._is_alive(self._transport, self._limit_s)
+        except ShardbookError as error:
+            if is_outage(error):
+                raise
+        if self._guarded is not None:
+            self._guarded.alive()
+
+
 @dataclass(frozen=True)
 class Transport:
     """How calls reach the server. Immutable and thread-safe; picklable unless it has a budget.
@@ -93,6 +124,8 @@ class Transport:
         outage_s: Seconds for which a server that gives no sign of life at all is tried again, however long a call
             may take that it answers; a budget has its own.
         backoff: Delays between attempts.
+        meter: The save whose bytes are counted when ``budget`` is None.
+        on_retry: Told of every try that failed and is made again.
     """
 
     address: ServerAddress
@@ -101,10 +134,12 @@ class Transport:
     budget: SaveBudget | None = field(default=None, repr=False, compare=False)
     outage_s: float = OUTAGE_S
     backoff: Backoff = field(default=_BACKOFF, repr=False, compare=False)
+    meter: SaveBudget | None = field(default=None, repr=False, compare=False)
+    on_retry: Callable[[ShardbookError], None] | None = field(default=None, repr=False, compare=False)
 
     def unguarded(self) -> Transport:
-        """Returns the same transport without a budget."""
-        return replace(self, budget=None)
+        """Returns the same transport without a budget; what it sends is counted all the same."""
+        return replace(self, budget=None, meter=self.budget)
 
     def call(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> R:
         """Returns the answer to ``request``, asking again until the deadline where that may help.
@@ -125,47 +160,61 @@ class Transport:
             def attempt(remaining_s: float) -> R:
                 return self._attempt(rpc, request, remaining_s, guarded)
 
-            return self._until_deadline(attempt, limit_s)
+            return self._until_deadline(attempt, limit_s, guarded)
 
     def call_patiently(
-        self, rpc: Rpc[Q, R], request: Q, *, limit_s: float, is_alive: Callable[[Transport, float], object]
+        self,
+        rpc: Rpc[Q, R],
+        request: Q,
+        *,
+        limit_s: float,
+        is_alive: Callable[[Transport, float], object],
+        look_every_s: float = LOOK_EVERY_S,
     ) -> R:
-        """Returns the answer to a call that may be silent for long because it works, not because it is lost.
+        """Returns the answer to a call that may be silent for long because it works or waits, not because it is lost.
 
         Args:
             rpc: The call.
             request: Its request.
             limit_s: Seconds for everything.
-            is_alive: Makes another, quick call over the transport given, within the seconds given, and raises
-                unless it is answered. Called every now and then while the answer is awaited.
+            is_alive: Makes another, quick call over the transport given, within the seconds given. Called every now
+                and then while the answer is awaited; any answer to it, a refusal too, is a sign of life.
+            look_every_s: How often, seconds; more often where the server may not be silent for that long.
 
         Raises:
             ShardbookError: What the server answered, or that it gave no sign of life.
         """
         with self._guard(rpc.name) as guarded:
             silence_s = guarded.silence_s if guarded is not None else self.timeout_s
-            look_every_s = min(_LOOK_EVERY_S, silence_s / 4)
+            look = _Look(self, is_alive, guarded, silence_s, look_every_s)
             end_s = time.monotonic() + limit_s
 
             def wait_for(future: Any) -> R:
+                pause_s = look.first_s
                 while True:
                     try:
-                        result: R = future.result(timeout=max(0.0, min(look_every_s, end_s - time.monotonic())))
+                        result: R = future.result(timeout=max(0.0, min(pause_s, end_s - time.monotonic())))
                     except grpc.FutureTimeoutError as error:
                         if time.monotonic() >= end_s:
                             raise self._too_late(rpc.name, limit_s) from error
-                        is_alive(self.unguarded(), silence_s - look_every_s)
-                        if guarded is not None:
-                            guarded.alive()
+                        look()
+                        pause_s = look.every_s
                     else:
                         return result
 
             def attempt(remaining_s: float) -> R:
+                future: Any = None
                 try:
                     started = rpc.on(connections.get(self.address))
-                    return wait_for(started.future(request, timeout=remaining_s, metadata=self._metadata()))
+                    self._count(request)
+                    future = started.future(request, timeout=remaining_s, metadata=self._metadata())
+                    return wait_for(future)
                 except grpc.RpcError as error:
                     raise self._typed(error, rpc.name) from error
+                except ShardbookError:
+                    if future is not None:  # nobody waits for it any more
+                        future.cancel()
+                    raise
 
             return self._until_deadline(attempt, limit_s, guarded)
 
@@ -179,6 +228,7 @@ class Transport:
         def attempt(remaining_s: float) -> list[R]:
             try:
                 started = rpc.on(connections.get(self.address))
+                self._count(request)
                 return list(started(request, timeout=remaining_s, metadata=self._metadata()))
             except grpc.RpcError as error:
                 raise self._typed(error, rpc.name) from error
@@ -215,14 +265,19 @@ class Transport:
                 # No sleep that the deadline would end: the caller learns what is wrong while it still has time.
                 if not is_retryable(error) or time.monotonic() + delay_s >= min(end_s, silence.end_s(error)):
                     raise
-                if guarded is not None and guarded.quiet_s + delay_s >= guarded.silence_s:
-                    raise
+                if guarded is not None:
+                    guarded.failed(error)
+                    if guarded.quiet_s + delay_s >= guarded.silence_s:
+                        raise
+                if self.on_retry is not None:
+                    self.on_retry(error)
             connections.look_again(self.address)
             time.sleep(delay_s)
 
     def _attempt(self, rpc: Rpc[Q, R], request: Q, remaining_s: float, guarded: GuardedCall | None) -> R:
         try:
             started = rpc.on(connections.get(self.address))
+            self._count(request)
             if guarded is None or guarded.linger_s <= guarded.silence_s:
                 return started(request, timeout=remaining_s, metadata=self._metadata())
             future: Any = started.future(request, timeout=guarded.linger_s, metadata=self._metadata())
@@ -249,6 +304,11 @@ class Transport:
             f"no answer to {method} from {self.address} within {waited_s:.1f} s; it may or may not have happened",
             metadata={"target": str(self.address), "method": method},
         )
+
+    def _count(self, request: object) -> None:
+        meter = self.budget or self.meter
+        if meter is not None and isinstance(request, Message):
+            meter.note_sent(request.ByteSize())
 
     def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()

@@ -17,6 +17,10 @@ may spend ``later_s``; its calls are probes, and each goes on in the background 
 has stopped waiting for it. So a server that is only slow after an outage is trusted again by the next save, and
 no save pays for finding out. The circuit closes when every call that met the outage has been answered once, or
 after a save whose calls were all answered.
+
+What counts is the time from the last sign of life to the next one, or to the end of the call. Waiting for other ranks
+is no silence: while such a call is out the server is asked every now and then whether it lives. A server that comes
+back within the share costs what it was away for, and the save goes on with it.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ from shardbook.errors import (
 FIRST_S: Final = 10.0
 #: Silence that every later save of the same outage may spend, seconds.
 LATER_S: Final = 1.0
+#: What gRPC's own retries may take before a failure is seen, seconds.
+_HIDDEN_S: Final = 2.0
 #: Below this much a call is not worth starting, seconds.
 _LEAST_S: Final = 0.005
 
@@ -132,18 +138,41 @@ class GuardedCall:
     def __init__(self, breaker: CircuitBreaker, method: str, silence_s: float, linger_s: float) -> None:
         self._breaker = breaker
         self._quiet_since_s = breaker.clock()
+        self._lost_s = 0.0
+        self._is_failing = False
+        self._was_alive = False
         self.method = method
         self.silence_s = silence_s
         self.linger_s = linger_s
 
     @property
     def quiet_s(self) -> float:
-        """Seconds since the call began or the server last gave a sign of life, at most ``silence_s``."""
-        return min(self._breaker.clock() - self._quiet_since_s, self.silence_s)
+        """Seconds since the call began or the server last gave a sign of life, and what was lost before that.
+
+        At most ``silence_s``.
+        """
+        return min(self._lost_s + self._breaker.clock() - self._quiet_since_s, self.silence_s)
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds that the call has lost to outages, as far as it got over them; at most ``silence_s``."""
+        return self.quiet_s if self._is_failing else min(self._lost_s, self.silence_s)
 
     def alive(self) -> None:
-        """Notes a sign of life while the call still runs: the time until now was no silence."""
-        self._quiet_since_s = self._breaker.clock()
+        """Notes a sign of life while the call still runs: the time until now was silence only if a try had failed."""
+        now_s = self._breaker.clock()
+        if self._is_failing:
+            self._lost_s += now_s - self._quiet_since_s
+        self._quiet_since_s = now_s
+        self._is_failing, self._was_alive = False, True
+
+    def failed(self, error: ShardbookError) -> None:
+        """Notes that a try of the call failed and will be made again."""
+        # A connection on which the server has lately said that it lives breaks at the moment it dies, but for what
+        # gRPC's own retries hide. One that is silent is noticed by the next look instead.
+        if self._was_alive and not self._is_failing and isinstance(error, UnavailableError):
+            self._quiet_since_s = max(self._quiet_since_s, self._breaker.clock() - _HIDDEN_S)
+        self._is_failing, self._was_alive = True, False
 
     def answered(self) -> None:
         """Notes an answer to this call. Thread-safe."""
@@ -161,6 +190,7 @@ class SaveBudget:
         self._breaker = breaker
         self._lock = threading.Lock()
         self._spent_s = 0.0
+        self._sent_bytes = 0
         self._answered = False
         self.outage: ShardbookError | None = None
 
@@ -169,6 +199,22 @@ class SaveBudget:
         """Seconds that this save lost to the outage."""
         with self._lock:
             return self._spent_s
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of all messages that were sent for this save, those that were sent again included."""
+        with self._lock:
+            return self._sent_bytes
+
+    def note_sent(self, size_bytes: int) -> None:
+        """Counts a message."""
+        with self._lock:
+            self._sent_bytes += size_bytes
+
+    @property
+    def is_probing(self) -> bool:
+        """True while the circuit is open: calls find out whether the outage is over."""
+        return self._breaker.is_open
 
     @property
     def remaining_s(self) -> float:
@@ -187,7 +233,7 @@ class SaveBudget:
 
     @contextmanager
     def call(self, method: str) -> Iterator[GuardedCall]:
-        """Runs one call inside the budget: charges its time when it meets an outage, and notes how it ended.
+        """Runs one call inside the budget: charges the time it loses to an outage, and notes how it ended.
 
         Args:
             method: Name of the call; an outage that only one call meets is remembered for that call.
@@ -217,6 +263,8 @@ class SaveBudget:
         self._breaker.failed(guarded.method, self)
 
     def _note_answer(self, guarded: GuardedCall) -> None:
+        with self._lock:
+            self._spent_s += guarded.lost_s
         self._answered = True
         guarded.answered()
 

@@ -123,14 +123,19 @@ def test_a_restarted_job_saves_the_step_with_another_world_size(
 
 
 def test_the_coordinator_is_killed_before_its_commit(pool: RankPool, run: str, tmp_path: Path) -> None:
-    """The attempt never becomes ``latest``; the lease ends, the others are told, and a new session wins."""
+    """The attempt never becomes ``latest``; the lease ends, the others wait a while in vain, and a new session wins.
+
+    It has left its record, so it would have committed by then, or left word: three times what an outage may cost.
+    """
     path = str(tmp_path / "step-1")
     with ServerProcess(tmp_path / "server", SHARDBOOK_LEASE_TTL_S="3", SHARDBOOK_REAP_INTERVAL_S="0.5") as server:
         start = {"run": run, "server": server.address}
-        outcomes = pool.start(jobs.kill_coordinator, start, path, world_size=2).outcomes()
+        patience = {"SHARDBOOK_OUTAGE_FIRST_S": "2"}
+        outcomes = pool.start(jobs.kill_coordinator, start, path, world_size=2, environment=patience).outcomes(60)
         assert isinstance(outcomes[0].error, EOFError)
         assert isinstance(outcomes[1].error, CheckpointClosedError), outcomes[1].traceback
         assert "EXPIRED" == outcomes[1].error.metadata["state"]
+        assert "rank 0" in str(outcomes[1].error)
         assert [CheckpointState.EXPIRED] == [one.state for one in p2_no_torn_checkpoint(server.client, run)]
         again = pool.run(jobs.save_once, start, path, {}, world_size=2)
         assert [SaveState.COMMITTED] * 2 == [one.state for one in again]

@@ -37,10 +37,11 @@ def test_save_async_save_and_load_say_nothing(
     assert [{target: [] for target in [*refs, paths[0]]}] * 4 == loaded
 
 
-def test_init_says_one_thing(pool: RankPool, server: str, run: str) -> None:
-    """``init`` broadcasts one object over the group, on every rank, and that is all."""
+def test_init_says_two_things(pool: RankPool, server: str, run: str) -> None:
+    """``init`` agrees on one number, that no rank has failed, and broadcasts one object: that is all."""
     said = pool.run(jobs.init_only, {"run": run, "server": server}, world_size=3)
     assert [["torch.distributed.broadcast_object_list"]] * 3 == [
         [what for what in one if "broadcast_object_list" in what][:1] for one in said
     ]
+    assert all("torch.distributed.all_reduce" in one for one in said)
     assert not [what for one in said for what in one if "barrier" in what or "gather" in what or "store" in what]

@@ -14,7 +14,7 @@ from shardbook.dcp import SaveState
 from shardbook.dcp.session import find_job_id
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from tests.torch import jobs
-from tests.torch.harness import RankPool
+from tests.torch.harness import GROUP_TIMEOUT_S, RankPool
 
 
 class TestInit:
@@ -38,6 +38,28 @@ class TestInit:
             jobs.start_session, {"run": run, "server": server}, {"live_wait_s": ["nonsense", 1.0]}, world_size=2
         ).outcomes()
         assert all(one.error is not None for one in outcomes)
+
+    @pytest.mark.parametrize("rank", [0, 1, 2])
+    @pytest.mark.parametrize(
+        "bad", [{"SHARDBOOK_TIMEOUT_S": "soon"}, {"SHARDBOOK_SERVER": "no address"}, {"SHARDBOOK_MODE": "sometimes"}]
+    )
+    def test_a_bad_setting_on_one_rank(self, pool: RankPool, run: str, rank: int, bad: dict[str, str]) -> None:
+        """Every rank raises, and is told where the setting is wrong; nobody waits in a collective."""
+        environments = [bad if one == rank else {} for one in range(3)]
+        running = pool.start(jobs.start_session, {"run": run}, {}, world_size=3, environments=environments)
+        errors = [one.error for one in running.outcomes(GROUP_TIMEOUT_S / 2)]
+        assert [InvalidArgumentError] * 3 == [type(error) for error in errors]
+        (name,) = bad
+        for one, error in enumerate(errors):
+            assert one == rank or f"on rank {rank}: " in str(error)
+            assert name in str(error) or bad[name] in str(error)
+
+    def test_no_session_is_left_behind_by_a_bad_setting(self, pool: RankPool, server: str, run: str) -> None:
+        """The ranks agree before the server is asked: the job that is started again is not in its own way."""
+        environments: list[dict[str, str]] = [{}, {"SHARDBOOK_TIMEOUT_S": "soon"}]
+        start = {"run": run, "server": server, "job_id": ""}
+        pool.start(jobs.start_session, start, {}, world_size=2, environments=environments).outcomes()
+        assert [1, 1] == [one.number for one in pool.run(jobs.start_session, start, {}, world_size=2)]
 
     def test_several_ranks_without_a_process_group(self, run: str) -> None:
         """Each would have a session of its own."""

@@ -141,6 +141,32 @@ def test_late_answer_closes_the_circuit(clock: Clock) -> None:
     assert not breaker.is_open
 
 
+def test_outage_that_ends_within_a_call_costs_what_it_lasted(clock: Clock) -> None:
+    """From the failure to the next sign of life; the save goes on with what is left of its share."""
+    save = CircuitBreaker(clock=clock).start_save()
+    with save.call("PlanSave") as guarded:
+        clock.now_s += 60
+        guarded.alive()
+        clock.now_s += 30
+        guarded.failed(errors.UnavailableError("cut"))
+        clock.now_s += 3
+        guarded.alive()
+        clock.now_s += 50
+    assert (5.0, 5.0) == (save.spent_s, save.remaining_s)  # two of them gRPC may have hidden
+    assert None is save.outage
+
+
+def test_silence_of_a_call_counts_from_its_beginning_until_the_server_was_heard(clock: Clock) -> None:
+    """A server that was never there is no connection that broke."""
+    save = CircuitBreaker(clock=clock).start_save()
+    with suppress(errors.UnavailableError), save.call("PlanSave") as guarded:
+        clock.now_s += 4
+        guarded.failed(errors.UnavailableError("refused"))
+        clock.now_s += 1
+        raise errors.UnavailableError("refused")
+    assert 5.0 == save.spent_s
+
+
 def test_signs_of_life_are_not_charged(clock: Clock) -> None:
     """A commit that works for a minute and then meets an outage costs the silence only."""
     save = CircuitBreaker(clock=clock).start_save()

@@ -32,6 +32,14 @@ def group_timeout_s(process_group: dist.ProcessGroup | None) -> float:
     return _USUAL_GROUP_TIMEOUT_S
 
 
+def highest(value: int, process_group: dist.ProcessGroup | None) -> int:
+    """Returns the highest of all ranks' values: a collective of one number, on the device that the group uses."""
+    device = dist.distributed_c10d._get_object_coll_device(process_group)  # noqa: SLF001
+    one = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(one, op=dist.ReduceOp.MAX, group=process_group)
+    return int(one.item())
+
+
 @contextlib.contextmanager
 def silent_overwrite(storage_writer: Any) -> Iterator[None]:
     """Keeps a writer that may overwrite from warning that it will: an attempt's own directory overwrites nothing."""
@@ -61,6 +69,7 @@ __all__ = [
     "StorageInfo",
     "StoragePrefix",
     "group_timeout_s",
+    "highest",
     "set_element",
     "silent_overwrite",
     "storage_reader_for",

@@ -124,20 +124,20 @@ def _begin(
     """Copies the state dict and starts the thread that saves the copy."""
     owned = None
     plain = state_of(prepared, state_dict)
-    if async_stager is None:
-        own: object = storage_writer  # every FileSystemWriter is a stager too, which StorageWriter does not say
-        if isinstance(own, AsyncStager):
-            async_stager = own
-        else:
-            async_stager = owned = _usual_stager(plain)
     try:
+        if async_stager is None:
+            own: object = storage_writer  # every FileSystemWriter is a stager too, which StorageWriter does not say
+            if isinstance(own, AsyncStager):
+                async_stager = own
+            else:
+                async_stager = owned = _usual_stager(plain)
         staged = async_stager.stage(plain)
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
+        upload = executor.submit(_upload, prepared, staged)
     except BaseException as error:
-        RankSave(prepared).give_up("plan", error)
+        prepared.give_up(error)
         _close(owned)
         raise
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
-    upload = executor.submit(_upload, prepared, staged)
     executor.shutdown(wait=False)
     upload.add_done_callback(lambda done: _ended(done, prepared, owned))
     if not isinstance(staged, Future) and async_stager.should_synchronize_after_execute:
@@ -177,13 +177,12 @@ def _holds_sharded_tensor(value: object) -> bool:
 
 
 def _upload(prepared: PreparedSave, staged: Future[dict[str, Any]] | dict[str, Any]) -> SaveResult:
-    save = RankSave(prepared)
     try:
         state_dict = staged.result() if isinstance(staged, Future) else staged
     except BaseException as error:
-        save.give_up("plan", error)
+        prepared.give_up(error)
         raise
-    return save.run(state_dict)
+    return RankSave(prepared).run(state_dict)
 
 
 def _staging_future(staged: Future[dict[str, Any]] | dict[str, Any]) -> Future[None]:

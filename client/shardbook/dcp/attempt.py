@@ -11,8 +11,10 @@ from shardbook.core import limits
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import RunName, prefix_of
 from shardbook.dcp.runtime import Member
+from shardbook.dcp.session import host_name
 from shardbook.errors import InvalidArgumentError
-from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation
+from shardbook.stores import encodable
+from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, RankFailure
 
 _DIGITS = re.compile(r"[0-9]+")
 
@@ -73,6 +75,10 @@ class Attempt:
             attempt=self.number,
             world_size=self.member.world_size,
         )
+
+    def failure(self, phase: str, reason: str) -> RankFailure:
+        """Returns how this rank says that it cannot finish."""
+        return RankFailure(rank=self.member.rank, host=host_name(), phase=phase, reason=encodable(reason))
 
     def place(self) -> AttemptLocation:
         """Returns where its files are, as every call of the attempt says."""

@@ -10,7 +10,6 @@ import logging
 import pickle
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -19,6 +18,7 @@ from shardbook._attempts import FoundAttempt, find_manifests, list_attempts
 from shardbook._publishing import fold_sets, settle
 from shardbook.client import Client
 from shardbook.core.fold import FoldedAttempt
+from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.stores import encodable
@@ -129,23 +129,13 @@ def catch_up(runtime: Runtime, files: CheckpointFiles, step: int, *, is_committe
 def _work(runtime: Runtime, client: Client | None, files: CheckpointFiles, step: int, *, exports: bool) -> None:
     left = runtime.catching_up
     try:
-        _best_effort(
-            "earlier attempts are not folded yet", partial(_fold_earlier, runtime, files, step, exports=exports)
-        )
+        with best_effort("fold earlier attempts"):
+            _fold_earlier(runtime, files, step, exports=exports)
         if client is not None:
-            _best_effort("earlier saves are not in the catalogue yet", partial(_record_missing, runtime, client))
+            with best_effort("record earlier saves in the catalogue; the next save tries again"):
+                _record_missing(runtime, client)
     finally:
         left.lock.release()
-
-
-def _best_effort(told: str, work: Callable[[], None]) -> bool:
-    """Works; returns False when that failed, which is logged and no more."""
-    try:
-        work()
-    except Exception as error:  # noqa: BLE001 - of all that may go wrong here nothing may reach a save
-        _LOG.warning("%s: %s", told, encodable(str(error)))
-        return False
-    return True
 
 
 def _record_missing(runtime: Runtime, client: Client) -> None:
@@ -213,12 +203,9 @@ def _nearest(files: CheckpointFiles, above: CheckpointFiles, step: int) -> list[
 
 def _fold_near(runtime: Runtime, files: CheckpointFiles, *, exports: bool) -> bool:
     """Folds what is whole in a directory; returns True when nothing there is left to wait for."""
-    rest = [True]
-
-    def look() -> None:
-        rest[0] = _fold(runtime, files, exports=exports, is_own=False)
-
-    return _best_effort(f"{encodable(str(files.root))} is not looked after yet", look) and rest[0]
+    with best_effort(f"look after {encodable(str(files.root))}"):
+        return _fold(runtime, files, exports=exports, is_own=False)
+    return False
 
 
 def _fold(runtime: Runtime, files: CheckpointFiles, *, exports: bool, is_own: bool) -> bool:

@@ -10,21 +10,24 @@ from typing import Final
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from shardbook.core import directory as names
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp.attempt import Attempt
+from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.catching_up import Waiting, catch_up
-from shardbook.dcp.directory import await_records, go_alone, is_alone, publish, read_record, read_records
+from shardbook.dcp.directory import Absence, await_records, go_alone, is_alone, publish, read_records
+from shardbook.dcp.failing import failure_of, raise_failure_of_others
 from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.results import SaveState
 from shardbook.dcp.runtime import Runtime
+from shardbook.dcp.standing_in import OtherRanks
 from shardbook.dcp.submission import Submitter
+from shardbook.dcp.verdicts import explain, is_verdict, rank_failed
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import (
     CheckpointClosedError,
-    InvalidArgumentError,
     InvalidGeometryError,
-    RankFailedError,
     RanksMissingError,
     SessionFencedError,
     ShardbookError,
@@ -42,54 +45,12 @@ _LOOK_EVERY_S: Final = 10.0
 #: How long a rank waits for the commit before it looks whether the coordinator went on alone, seconds.
 _FIRST_SLICE_S: Final = 2.0
 _LONGEST_SLICE_S: Final = 20.0
-
-#: What telling the service about a failure may take, seconds.
-_REPORT_S: Final = 5.0
-
-_VERDICTS: Final = (
-    CheckpointClosedError,
-    InvalidGeometryError,
-    RankFailedError,
-    RanksMissingError,
-    SessionFencedError,
-)
-
-
-def is_verdict(error: BaseException) -> bool:
-    """True for what the service says about this very save; anything else is no reason to lose it."""
-    return isinstance(error, _VERDICTS) or is_mismatch(error)
-
-
-def is_mismatch(error: BaseException) -> bool:
-    """True when the ranks of a save disagree about what they save: its step, its directory, how many they are."""
-    return isinstance(error, InvalidArgumentError) and error.reason == "ATTEMPT_MISMATCH"
-
-
-def report_mismatch(submitter: Submitter, phase: str, error: ShardbookError) -> None:
-    """Says so to the ranks that the service believed, else they would wait for this one."""
-    try:
-        submitter.report(phase, error.message, _REPORT_S, about=error)
-    except ShardbookError as failure:
-        _LOG.warning("the other ranks could not be told that they disagree: %s", failure)
-
-
-def explain(submitter: Submitter, error: ShardbookError) -> ShardbookError:
-    """Returns the error that says why an attempt is closed, where the service knows it: the rank that failed."""
-    if not isinstance(error, CheckpointClosedError):
-        return error
-    try:
-        answer = submitter.client.get_progress(pb.GetCheckpointProgressRequest(key=submitter.key))
-    except ShardbookError:
-        return error
-    return _rank_failed(answer.progress.failure) if answer.progress.HasField("failure") else error
-
-
-def _rank_failed(failure: types_pb2.RankFailure) -> RankFailedError:
-    where = f" on {failure.host}" if failure.host else ""
-    return RankFailedError(
-        f"rank {failure.rank}{where} failed to {failure.phase}: {failure.reason}",
-        metadata={"rank": str(failure.rank), "host": failure.host, "phase": failure.phase},
-    )
+#: Pause between two looks at an attempt whose lease has ended, or at a directory that cannot be read, seconds.
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 10.0
+#: A coordinator that has left its record and lives commits, or leaves word that it goes on alone, within as long as the
+#: service may be silent; this many times that is waited for it once the lease has ended.
+_OUTAGES_WAITED: Final = 3.0
 
 
 @dataclass(frozen=True)
@@ -165,22 +126,57 @@ class Finisher:
         """Waits until the attempt is closed, or the time is over; None when the coordinator went on alone.
 
         A coordinator that cannot reach the service leaves word on storage: else those who can would wait for its
-        commit, and it for them in the next save.
+        commit, and it for them in the next save. One that was cut off for longer than its lease may come back and
+        commit all the same, so an attempt that is EXPIRED counts as open for a while.
+
+        Raises:
+            RankFailedError: The coordinator is alone, and a rank left word that it failed.
+            SessionFencedError: A later session has taken the part.
         """
         end_s = time.monotonic() + self._timeout_s
-        slice_s = _FIRST_SLICE_S
+        slice_s, pause_s = _FIRST_SLICE_S, _FIRST_PAUSE_S
+        expired_end_s: float | None = None
         while True:
             remaining_s = max(0.0, end_s - time.monotonic())
             answer = submitter.client.wait_until_closed(submitter.key, timeout_s=min(slice_s, remaining_s))
-            if answer.HasField("checkpoint") or remaining_s <= slice_s:
+            is_expired = answer.progress.state == types_pb2.CHECKPOINT_STATE_EXPIRED
+            if answer.HasField("checkpoint") and not is_expired:
                 return answer
-            if is_alone(self._files, self._attempt.prefix):
+            if self._is_alone():
+                raise_failure_of_others(self._files, self._attempt.prefix, submitter)
                 return None
-            slice_s = min(2 * slice_s, _LONGEST_SLICE_S)
+            if not is_expired:
+                if remaining_s <= slice_s:
+                    return answer
+                expired_end_s, pause_s = None, _FIRST_PAUSE_S
+                slice_s = min(2 * slice_s, _LONGEST_SLICE_S)
+                continue
+            if answer.progress.registered_count == 0:  # this rank had registered: somebody emptied the staging
+                raise SessionFencedError(
+                    f"a later session has taken {self._attempt.run}:{self._attempt.part} before step "
+                    f"{self._attempt.step} was committed"
+                )
+            if expired_end_s is None and self._has_coordinators_record():
+                expired_end_s = time.monotonic() + _OUTAGES_WAITED * self._runtime.config.outage_first_s
+            left_s = min(end_s, expired_end_s or end_s) - time.monotonic()
+            if left_s <= 0:
+                return answer
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _is_alone(self) -> bool:
+        with best_effort("look whether the coordinator is alone"):
+            return is_alone(self._files, self._attempt.prefix)
+        return False
+
+    def _has_coordinators_record(self) -> bool:
+        with best_effort("look for the coordinator's record"):
+            return self._files.exists(names.record_path(self._attempt.prefix, 0))
+        return False
 
     def _not_committed(self, progress: types_pb2.AttemptProgress, checkpoint: types_pb2.Checkpoint) -> ShardbookError:
         if progress.HasField("failure"):
-            return _rank_failed(progress.failure)
+            return rank_failed(progress.failure)
         if progress.state == types_pb2.CHECKPOINT_STATE_OPEN:
             ranks = ", ".join(f"{one.rank} ({one.host})" if one.host else str(one.rank) for one in progress.missing)
             return RanksMissingError(
@@ -189,6 +185,8 @@ class Finisher:
             )
         state = types_pb2.CheckpointState.Name(progress.state).removeprefix("CHECKPOINT_STATE_")
         why = f": {checkpoint.failure}" if checkpoint.failure else ""
+        if progress.state == types_pb2.CHECKPOINT_STATE_EXPIRED:
+            why = ": the coordinator, rank 0, has given no sign of life since its lease ended, and has not committed"
         return CheckpointClosedError(f"step {self._attempt.step} is {state}{why}", metadata={"state": state})
 
     def coordinate(
@@ -245,6 +243,7 @@ class Finisher:
     def _commit(self, submitter: Submitter) -> types_pb2.Checkpoint:
         """Commits once every rank is registered, by itself or by the record it left."""
         request = pb.CommitCheckpointRequest(key=submitter.key)
+        others = OtherRanks(submitter, self._attempt, self._files)
         end_s = time.monotonic() + self._timeout_s
         look_s = _FIRST_LOOK_S
         while True:
@@ -252,45 +251,9 @@ class Finisher:
             try:
                 return submitter.client.commit_when_complete(request, timeout_s=limit_s).checkpoint
             except RanksMissingError:
-                if not self._register_for_others(submitter) and time.monotonic() >= end_s:
+                if not others.register() and time.monotonic() >= end_s:
                     raise
-            look_s = _LOOK_EVERY_S
-
-    def _register_for_others(self, submitter: Submitter) -> int:
-        """Registers missing ranks whose record is on storage: they have no route to the service. Returns how many.
-
-        DESIGN §7 records the whole for that. What is missing is enough: a registration is the same whoever sends it,
-        and stays the same when its own rank sends it again.
-        """
-        answer = submitter.client.get_progress(pb.GetCheckpointProgressRequest(key=submitter.key))
-        count = 0
-        for missing in answer.progress.missing:
-            try:
-                record = read_record(self._files, self._attempt.prefix, missing.rank)
-            except OSError as error:  # looked at again with the next round
-                _LOG.warning("cannot look for the record of rank %d: %s", missing.rank, error)
-                continue
-            if record is not None:
-                self._require_same(submitter, record)
-                submitter.register(record)
-                count += 1
-        if count:
-            _LOG.warning("%d ranks had no route to the service and were registered by the coordinator", count)
-        return count
-
-    def _require_same(self, submitter: Submitter, record: RegistrationRecord) -> None:
-        """Refuses a record that a rank left for another save: both together would be a torn checkpoint."""
-        own, other = self._attempt.identity(submitter.session), record.identity
-        for name in ("run", "part", "step", "incarnation", "attempt", "world_size"):
-            mine, its = getattr(own, name), getattr(other, name)
-            if mine != its:
-                error = InvalidArgumentError(
-                    f"the ranks of this save disagree: rank {record.rank} said {name} {its!r}, this one says {mine!r}",
-                    reason="ATTEMPT_MISMATCH",
-                    field=name,
-                )
-                report_mismatch(submitter, "register", error)
-                raise error
+            look_s = min(2 * look_s, _LOOK_EVERY_S)
 
     def _describe(self, record: RegistrationRecord, storage_meta: Callable[[], StorageMeta | None] | None) -> str:
         """Writes manifest and ``.metadata`` of a committed attempt; returns what went wrong, which undoes nothing."""
@@ -311,11 +274,14 @@ class Finisher:
         """
         attempt = self._attempt
         if attempt.member.world_size > 1 and self._runtime.plain_client is not None:
-            go_alone(self._files, attempt.prefix)
-        limit_s = min(self._timeout_s, RECORDS_WAIT_S)
-        absence = await_records(self._files, attempt.prefix, attempt.member.world_size, limit_s)
+            with best_effort("leave word that the coordinator goes on alone"):
+                go_alone(self._files, attempt.prefix)
+        absence = self._await_records(min(self._timeout_s, RECORDS_WAIT_S))
+        if isinstance(absence, str):
+            return f"{unregistered}; {absence}"
         if absence.failed:
-            raise RankFailedError(f"step {attempt.step}: {absence}", metadata={"rank": str(min(absence.failed))})
+            rank = min(absence.failed)
+            raise rank_failed(failure_of(rank, absence.failed[rank]))
         if not absence.is_empty:
             self._runtime.catching_up.look_again_at(self._files)
             return f"{unregistered}; {absence}: the next load, save or sync that finds their records goes on"
@@ -332,10 +298,28 @@ class Finisher:
             problems = publish(self._files, folded, self._exporter(storage_meta))
         except InvalidGeometryError:
             raise
-        except Exception as error:  # noqa: BLE001 - the records are there, so the save is not lost
+        except Exception as error:  # noqa: BLE001 - filesystems raise what they like, and the data is on storage
             _LOG.exception("the directory of step %d was not described", attempt.step)
             problems = (f"the manifest was not written: {error}",)
         return "; ".join((unregistered, *problems))
+
+    def _await_records(self, limit_s: float) -> Absence | str:
+        """Waits for the other ranks' records; returns who is absent, or why that cannot be said."""
+        end_s = time.monotonic() + limit_s
+        pause_s = _FIRST_PAUSE_S
+        prefix, world_size = self._attempt.prefix, self._attempt.member.world_size
+        while True:
+            told = "the directory was not looked at"
+            with best_effort("look for the other ranks' records"):
+                try:
+                    return await_records(self._files, prefix, world_size, max(0.0, end_s - time.monotonic()))
+                except Exception as error:
+                    told = f"the directory cannot be looked at: {error}"
+                    raise
+            if time.monotonic() + pause_s > end_s:
+                return told
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _fold(self, record: RegistrationRecord) -> FoldedAttempt:
         world_size = self._attempt.member.world_size

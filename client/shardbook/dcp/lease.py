@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Final
 
 from shardbook.client import Client
+from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.session import Session
-from shardbook.errors import ShardbookError
+from shardbook.errors import SessionUnknownError, ShardbookError
 from shardbook.v1 import registration_pb2 as pb
 
 _LOG = logging.getLogger(__name__)
@@ -27,13 +28,21 @@ class LeaseKeeper:
     Args:
         client: The server.
         session: Whose leases.
-        numbers: Returns the session's numbers by part, as far as they are known.
+        numbers: Returns the numbers of the session's parts to be kept; 0 for one that has to be started anew.
+        restart: Starts a session anew that the server does not know any more, given its part and number.
     """
 
-    def __init__(self, client: Client, session: Session, numbers: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        session: Session,
+        numbers: Callable[[], dict[str, int]],
+        restart: Callable[[str, int, Client], None],
+    ) -> None:
         self._client = client
         self._session = session
         self._numbers = numbers
+        self._restart = restart
         self._period_s = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -43,8 +52,9 @@ class LeaseKeeper:
         period_s = max(_LEAST_RENEWAL_S, lease_ttl_s / _RENEWALS_PER_LEASE)
         self._period_s = period_s if self._thread is None else min(period_s, self._period_s)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="shardbook-lease", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="shardbook-lease", daemon=True)
+            thread.start()  # raises where the interpreter ends
+            self._thread = thread
 
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):
@@ -52,18 +62,28 @@ class LeaseKeeper:
 
     def _send(self, *, release: bool, deadline_s: float) -> None:
         for part, number in self._numbers().items():
-            request = pb.KeepAliveRequest(
-                run=str(self._session.run_name),
-                part=part,
-                session=number,
-                incarnation=self._session.incarnation,
-                release=release,
-            )
             try:
-                self._client.keep_alive(request, deadline_s=deadline_s)
+                if number:
+                    self._client.keep_alive(self._request(part, number, release=release), deadline_s=deadline_s)
+                    continue
+            except SessionUnknownError:
+                pass
             except ShardbookError as error:
                 # Saves notice what matters (a fenced session, an outage); a lease alone is nothing to raise for.
                 _LOG.debug("lease of %s:%s was not renewed: %s", self._session.run, part, error)
+                continue
+            if not release:
+                with best_effort(f"start a new session of {self._session.run}:{part}"):
+                    self._restart(part, number, self._client)
+
+    def _request(self, part: str, number: int, *, release: bool) -> pb.KeepAliveRequest:
+        return pb.KeepAliveRequest(
+            run=str(self._session.run_name),
+            part=part,
+            session=number,
+            incarnation=self._session.incarnation,
+            release=release,
+        )
 
     def close(self) -> None:
         """Stops renewing and ends the leases."""

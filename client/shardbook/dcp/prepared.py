@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from shardbook.core.names import PartName
 from shardbook.dcp._torch import storage_writer_for
 from shardbook.dcp.attempt import Attempt, step_of
+from shardbook.dcp.best_effort import best_effort
+from shardbook.dcp.failing import give_up
 from shardbook.dcp.planner import check_planner
 from shardbook.dcp.runtime import Member, Runtime, current
-from shardbook.dcp.writer import check_writer
+from shardbook.dcp.writer import CheckpointFiles, check_writer
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError
 
 #: Longest that ranks wait for each other's data before ranks count as missing, seconds.
@@ -67,6 +69,7 @@ class PreparedSave:
         checkpoint_id: As the user gave it.
         planner: The save planner.
         options: How the save is to end.
+        files: The checkpoint's directory, for word of a failure; None when it cannot be had.
     """
 
     runtime: Runtime
@@ -75,6 +78,11 @@ class PreparedSave:
     checkpoint_id: str | os.PathLike[str] | None
     planner: DefaultSavePlanner
     options: SaveOptions
+    files: CheckpointFiles | None
+
+    def give_up(self, error: BaseException) -> None:
+        """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""
+        give_up(self.runtime, self.attempt, self.files, "plan", error)
 
     def release(self) -> None:
         """Lets other saves have the writer and the planner; once this one is over."""
@@ -116,42 +124,37 @@ def prepare(
     part: str | None,
     options: SaveOptions,
 ) -> PreparedSave:
-    """Checks the arguments of a save and counts its attempt; every rank of a save counts the same.
+    """Counts the attempt of a save and checks its arguments; every rank of a save counts the same.
+
+    Counted first: a rank that cannot go on, of all ranks perhaps the only one, must count like the others, and has to
+    name the attempt when it tells them.
 
     Raises:
         ShardbookError: The save cannot be made so.
     """
     runtime = current()
     member = runtime.member(process_group, no_dist=no_dist)
-    checked = check_planner(DefaultSavePlanner() if planner is None else planner)
-    if storage_writer is None and checkpoint_id is None:
+    path = getattr(storage_writer, "checkpoint_id", None) if checkpoint_id is None else checkpoint_id
+    if path is None:
+        if storage_writer is not None:
+            check_writer(storage_writer)
         raise InvalidArgumentError("pass checkpoint_id or storage_writer", field="checkpoint_id")
-    writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
-    _claim(writer, checked)
+    attempt = _counted(runtime, member, path, step, part)
     try:
-        return _prepared(runtime, member, writer, checkpoint_id, checked, step, part, options)
-    except BaseException:
-        with _in_use_lock:
-            _in_use.difference_update((id(writer), id(checked)))
+        return _prepared(runtime, attempt, checkpoint_id, storage_writer, planner, options)
+    except BaseException as error:
+        give_up(runtime, attempt, _files_of(storage_writer, path), "plan", error)
         raise
 
 
-def _prepared(
-    runtime: Runtime,
-    member: Member,
-    writer: FileSystemWriter,
-    checkpoint_id: str | os.PathLike[str] | None,
-    planner: DefaultSavePlanner,
-    step: int | None,
-    part: str | None,
-    options: SaveOptions,
-) -> PreparedSave:
-    path = writer.checkpoint_id if checkpoint_id is None else checkpoint_id
+def _counted(
+    runtime: Runtime, member: Member, path: str | os.PathLike[str], step: int | None, part: str | None
+) -> Attempt:
     session = runtime.session
     part = session.part if part is None else PartName(session.run_name, part).part
     number_of_step = step_of(step, path)
     location = runtime.config.location_of(path)
-    attempt = Attempt(
+    return Attempt(
         run=session.run,
         part=part,
         step=number_of_step,
@@ -161,4 +164,30 @@ def _prepared(
         path=os.fspath(path),
         location=location,
     )
-    return PreparedSave(runtime, attempt, writer, checkpoint_id, planner, options)
+
+
+def _prepared(
+    runtime: Runtime,
+    attempt: Attempt,
+    checkpoint_id: str | os.PathLike[str] | None,
+    storage_writer: StorageWriter | None,
+    planner: SavePlanner | None,
+    options: SaveOptions,
+) -> PreparedSave:
+    checked = check_planner(DefaultSavePlanner() if planner is None else planner)
+    writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
+    _claim(writer, checked)
+    files = _files_of(writer, attempt.path)
+    return PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files)
+
+
+def _files_of(writer: StorageWriter | None, path: str | os.PathLike[str]) -> CheckpointFiles | None:
+    """Returns the directory of a checkpoint, for word of a failure; None when it cannot be had.
+
+    The writer is not reset to it: it may still serve another save.
+    """
+    with best_effort("open the checkpoint's directory"):
+        if isinstance(writer, FileSystemWriter):
+            return CheckpointFiles(writer.fs, writer.fs.init_path(path))
+        return CheckpointFiles.of(storage_writer_for(None, path))
+    return None

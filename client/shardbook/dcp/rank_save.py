@@ -18,24 +18,28 @@ import numpy as np
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from shardbook.breaker import SaveBudget
 from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
-from shardbook.dcp.directory import has_records, write_failure, write_record
-from shardbook.dcp.finishing import Finisher, Outcome, explain, is_mismatch, is_verdict, report_mismatch
+from shardbook.dcp.best_effort import best_effort
+from shardbook.dcp.directory import write_record
+from shardbook.dcp.failing import raise_failure_of_others, tell_failure
+from shardbook.dcp.finishing import Finisher, Outcome
 from shardbook.dcp.items import PlannedItems, kept_items, plan_columns, structure_columns
 from shardbook.dcp.planner import set_up_planner, warn_of_unsafe_entries
 from shardbook.dcp.prepared import PreparedSave
 from shardbook.dcp.results import SaveResult, SaveState, SaveStats
-from shardbook.dcp.submission import EncodedPlan, Submitter, make_record
+from shardbook.dcp.submission import EncodedPlan, Submitter, connect, make_record
+from shardbook.dcp.verdicts import explain, is_mismatch, is_verdict, report_mismatch
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import (
     FailedPreconditionError,
+    ForkedClientError,
     InvalidArgumentError,
     SessionFencedError,
+    SessionUnknownError,
     ShardbookError,
     UnregisteredError,
 )
@@ -43,8 +47,6 @@ from shardbook.stores import check_location, encodable
 
 _LOG = logging.getLogger(__name__)
 
-#: What telling the service about a failure may take, seconds.
-_REPORT_S: Final = 5.0
 #: How long a rank waits for the others' plans before it looks whether one does without, seconds.
 _FIRST_SLICE_S: Final = 2.0
 
@@ -67,15 +69,16 @@ class RankSave:
         prepared: The save; its attempt is counted.
     """
 
+    #: The checkpoint's directory, once the writer is reset to it.
+    _files: CheckpointFiles
+
     def __init__(self, prepared: PreparedSave) -> None:
         self._prepared = prepared
         self._runtime = prepared.runtime
         self._attempt = prepared.attempt
         self._writer = prepared.writer
         self._planner = prepared.planner
-        if prepared.checkpoint_id is not None:
-            self._writer.reset(prepared.checkpoint_id)
-        self._files = CheckpointFiles.of(self._writer)
+        self._early_files = prepared.files
         self._budget = self._runtime.breaker.start_save()
         self._submitter: Submitter | None = None
         #: Why the service does not know of this save; empty while it does.
@@ -86,8 +89,11 @@ class RankSave:
     def run(self, state_dict: dict[str, Any]) -> SaveResult:
         """Saves a plain state dict; see ``shardbook.dcp.save`` for results and errors."""
         began_s = time.monotonic()
-        self._submitter = self._connect(self._budget)
+        self._submitter = self._connect()
         with self._reporting("plan"):
+            if self._prepared.checkpoint_id is not None:
+                self._writer.reset(self._prepared.checkpoint_id)
+            self._files = self._early_files = CheckpointFiles.of(self._writer)
             local = self._local_plan(state_dict)
             items = plan_columns(local.items, local.planner_data)
             encoded = EncodedPlan.of(items.plan)
@@ -101,41 +107,52 @@ class RankSave:
             write_record(self._files, record)
         if self._fenced is not None:
             raise self._fenced
-        self._register(record)
+        record = self._register(record)
         outcome = self._finish(record)
         stats = SaveStats(
             planned_count=items.plan.item_count,
             written_count=len(written.final.items),
             written_bytes=sum(result.size_in_bytes for result in written.results),
-            sent_bytes=0 if self._submitter is None else self._submitter.sent_bytes,
+            sent_bytes=self._budget.sent_bytes,
             plan_s=planned_s - began_s,
             write_s=written_s - planned_s,
             finish_s=time.monotonic() - written_s,
         )
         return self._result(outcome, stats)
 
-    def give_up(self, phase: str, error: BaseException) -> None:
-        """Says that this rank's save ended before it began, so that nobody waits for it."""
-        self._submitter = self._connect(self._budget)
-        self._report(phase, f"{type(error).__name__}: {error}")
-
-    def _connect(self, budget: SaveBudget) -> Submitter | None:
+    def _connect(self) -> Submitter | None:
         """The way to the service, with the number of the session; None when there is none now."""
-        client = self._runtime.client(budget)
-        if client is None:
-            self._unregistered = f"mode {self._runtime.session.mode}"
-            return None
         try:
             check_location(self._attempt.location)
         except InvalidArgumentError as error:
             self._unregistered = f"{error.reason}: {error}"
             return None
         try:
-            session = self._runtime.session_number(self._attempt.part, client)
-            return Submitter(client, self._attempt, session, self._runtime.known_blobs)
+            submitter = connect(self._runtime, self._attempt, self._budget)
+        except ForkedClientError:
+            raise
+        except SessionFencedError as error:
+            self._fenced = error
+            return None
         except ShardbookError as error:
             self._go_without(error)
-            return None
+            submitter = None
+        else:
+            if submitter is None:
+                self._unregistered = f"mode {self._runtime.session.mode}"
+        if self._attempt.member.is_coordinator:
+            self._runtime.start_keeping(self._attempt.part)
+        return submitter
+
+    def _reconnect(self, lost: Submitter) -> Submitter:
+        """The way to the service after it has forgotten the session: under another number, the same incarnation's.
+
+        Raises:
+            ShardbookError: There is none.
+        """
+        self._runtime.forget_session(self._attempt.part, lost.session)
+        self._submitter = connect(self._runtime, self._attempt, self._budget) or lost
+        return self._submitter
 
     def _go_without(self, error: ShardbookError) -> None:
         """Notes that the save goes on without the service, at least for this call.
@@ -161,22 +178,8 @@ class RankSave:
             yield
         except BaseException as error:
             if not is_verdict(error):
-                self._report(phase, f"{type(error).__name__}: {error}")
+                tell_failure(self._attempt, self._submitter, self._early_files, phase, error)
             raise
-
-    def _report(self, phase: str, reason: str) -> None:
-        told = False
-        try:
-            if self._submitter is not None:
-                self._submitter.report(phase, reason, _REPORT_S)
-                told = True
-        except ShardbookError as error:
-            _LOG.warning("the service could not be told that rank %d failed: %s", self._attempt.member.rank, error)
-        try:
-            if not told:
-                write_failure(self._files, self._attempt.prefix, self._attempt.member.rank, f"{phase}: {reason}")
-        except OSError as error:  # the disk that made the rank fail, as a rule
-            _LOG.warning("rank %d could not leave word that it failed: %s", self._attempt.member.rank, error)
 
     def _local_plan(self, state_dict: dict[str, Any]) -> SavePlan:
         member = self._attempt.member
@@ -190,7 +193,10 @@ class RankSave:
         if self._attempt.member.world_size == 1 or self._submitter is None:
             return None
         try:
-            dropped = self._await_decision(self._submitter, encoded)
+            try:
+                dropped = self._await_decision(self._submitter, encoded)
+            except SessionUnknownError:
+                dropped = self._await_decision(self._reconnect(self._submitter), encoded)
         except SessionFencedError as error:
             self._fenced = error
             return None
@@ -206,14 +212,22 @@ class RankSave:
         return dropped
 
     def _await_decision(self, submitter: Submitter, encoded: EncodedPlan) -> BoolArray | None:
-        """Waits for the other ranks' plans; no longer once a rank has left its record without having planned."""
+        """Waits for the other ranks' plans; no longer once a rank has left its record without having planned.
+
+        Raises:
+            RankFailedError: A rank left word that it failed.
+            ShardbookError: What the server answered, or that it did not.
+        """
         end_s = time.monotonic() + min(self._runtime.config.plan_wait_s, self._prepared.options.timeout_s)
         slice_s = _FIRST_SLICE_S
         to_lowest_rank = bool(self._planner.dedup_save_to_lowest_rank)
         while True:
             remaining_s = max(0.0, end_s - time.monotonic())
             dropped = submitter.plan(encoded, to_lowest_rank=to_lowest_rank, timeout_s=min(slice_s, remaining_s))
-            if dropped is not None or remaining_s <= slice_s or has_records(self._files, self._attempt.prefix):
+            if dropped is not None or remaining_s <= slice_s:
+                return dropped
+            left = raise_failure_of_others(self._files, self._attempt.prefix, submitter)
+            if any(names.rank_of_record(name) is not None for name in left):
                 return dropped
             slice_s = min(2 * slice_s, limits.MAX_WAIT_S)
 
@@ -273,16 +287,30 @@ class RankSave:
             (written.items.requires_grad, written.items.pin_memory),
         )
 
-    def _register(self, record: RegistrationRecord) -> None:
+    def _register(self, record: RegistrationRecord) -> RegistrationRecord:
+        """Registers what was written; returns the record, which says so under the session that it is registered in."""
         if self._submitter is None:
-            return
+            return record
         try:
-            self._submitter.register(record)
+            try:
+                self._submitter.register(record)
+            except SessionUnknownError:
+                self._reconnect(self._submitter).register(record)
+                record = self._of_new_session(record, self._submitter.session)
             self._runtime.outage_told = False
             self._unregistered = ""  # what went wrong before cost some duplicates, no more
         except ShardbookError as error:
             self._raise_verdict("register", self._submitter, error)
             self._go_without(error)
+        return record
+
+    def _of_new_session(self, record: RegistrationRecord, session: int) -> RegistrationRecord:
+        """Replaces the record on storage by one of the session that took the lost one's place."""
+        moved = dataclasses.replace(record, identity=dataclasses.replace(record.identity, session=session))
+        with best_effort("say on storage which session the save belongs to"):
+            write_record(self._files, moved)
+            return moved
+        return record
 
     def _raise_verdict(self, phase: str, submitter: Submitter, error: ShardbookError) -> None:
         """Raises what the service says about this very save; whatever else it is, the save goes on without it."""

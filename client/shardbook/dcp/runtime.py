@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -12,9 +13,10 @@ import torch.distributed as dist
 from shardbook.breaker import SaveBudget
 from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
+from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.catching_up import CatchingUp
 from shardbook.dcp.lease import LeaseKeeper
-from shardbook.dcp.session import Session
+from shardbook.dcp.session import Session, ask_for_session
 from shardbook.errors import (
     FailedPreconditionError,
     ForkedClientError,
@@ -64,10 +66,18 @@ class Runtime:
         alone: Place of this process while no process group says otherwise.
         joined: Place of this process among those that called ``init`` with it.
         is_shared: True when other ranks hold the same session: it was broadcast, or carried over.
+        began_s: When ``init`` was called, by ``time.monotonic``; now when None.
     """
 
     def __init__(
-        self, session: Session, config: ClientConfig, alone: Member, joined: Member, *, is_shared: bool
+        self,
+        session: Session,
+        config: ClientConfig,
+        alone: Member,
+        joined: Member,
+        *,
+        is_shared: bool,
+        began_s: float | None = None,
     ) -> None:
         self.session = session
         self.config = config
@@ -84,7 +94,13 @@ class Runtime:
         #: Blobs that the server has from this process, so that later saves send digests alone.
         self.known_blobs: set[tuple[int, bytes]] = set()
         self._lock = threading.Lock()
+        self._began_s = time.monotonic() if began_s is None else began_s
         self._numbers = {session.part: session.number} if session.number else {}
+        #: Parts whose session had a number once; the server has forgotten some, perhaps.
+        self._numbered = set(self._numbers)
+        #: Parts whose leases this process keeps.
+        self._kept: set[str] = set()
+        self._lease_ttl_s = session.lease_ttl_s
         self._counts = _Counts()
         self._client = (
             Client(session.server, token=config.token, timeout_s=config.timeout_s)
@@ -166,34 +182,81 @@ class Runtime:
         between them.
 
         Raises:
+            SessionFencedError: A later incarnation of the job holds the part.
             ShardbookError: What the server answered, or that it did not.
         """
         with self._lock:
             number = self._numbers.get(part)
-        if number is None:
-            request = self.session.start_request(part)
-            if part == self.session.part:
-                # ``init`` met an outage. Whoever took the run since then came later: it is not to be fenced.
-                request.on_live = pb.ON_LIVE_FAIL
-            answer = client.start_session(request)
-            with self._lock:
-                number = self._numbers.setdefault(part, answer.session)
-            self._keep(answer.lease_ttl.ToTimedelta().total_seconds())
+        if number is not None:
+            return number
+        request = self.session.start_request(part)
+        if part == self.session.part:
+            # ``init`` met an outage. Whoever took the run since then came later: it is not to be fenced.
+            request.on_live = pb.ON_LIVE_FAIL
+        if part in self._numbered:
+            request.resumed_from = ""  # done once; what was committed since counts
+        answer = ask_for_session(client, request, self._began_s)
+        with self._lock:
+            number = self._numbers.setdefault(part, answer.session)
+            self._numbered.add(part)
+            kept = part in self._kept
+            self._lease_ttl_s = answer.lease_ttl.ToTimedelta().total_seconds()
+        if kept:
+            self._keep(self._lease_ttl_s)
         return number
 
-    def start_keeping(self) -> None:
-        """Renews the leases of the session's parts in the background; on the coordinator only."""
-        if self._client is not None and self.joined.is_coordinator and self._keeper is None:
-            self._keeper = LeaseKeeper(self._client, self.session, self._known_numbers)
-            self._keep(self.session.lease_ttl_s)
+    def forget_session(self, part: str, number: int) -> None:
+        """Notes that the server does not know a session any more: its database was put back from a backup.
+
+        The incarnation is the identity that outlives that. The next ``session_number`` starts a session for it under
+        another number, unless a later incarnation was quicker.
+        """
+        with self._lock:
+            if self._numbers.get(part) != number:
+                return
+            del self._numbers[part]
+        _LOG.warning(
+            "the Shardbook server has forgotten session %d of %s:%s: its database was put back from a backup. The job "
+            "goes on in a new session; `shardbook sync` records what was lost of its earlier saves",
+            number,
+            self.session.run,
+            part,
+        )
+
+    def start_keeping(self, part: str | None = None) -> None:
+        """Renews the lease of a part's session in the background, until ``close``.
+
+        Done by one process: for the session's own part by the coordinator of ``init``, for another part by the
+        coordinator of its saves, which need not be the same.
+
+        Args:
+            part: The part; the session's own when None.
+        """
+        part = self.session.part if part is None else part
+        if self._client is None or (part == self.session.part and not self.joined.is_coordinator):
+            return
+        with self._lock:
+            is_new = part not in self._kept
+            self._kept.add(part)
+            if self._keeper is None:
+                self._keeper = LeaseKeeper(self._client, self.session, self._kept_numbers, self._restart_session)
+        if is_new:
+            self._keep(self._lease_ttl_s)
 
     def _keep(self, lease_ttl_s: float) -> None:
         if self._keeper is not None and lease_ttl_s > 0:
-            self._keeper.keep(lease_ttl_s)
+            with best_effort("renew leases in the background"):  # an interpreter that ends starts no threads
+                self._keeper.keep(lease_ttl_s)
 
-    def _known_numbers(self) -> dict[str, int]:
+    def _kept_numbers(self) -> dict[str, int]:
+        """Numbers of the kept parts; 0 where the server has forgotten the session and given no new one yet."""
         with self._lock:
-            return dict(self._numbers)
+            return {part: self._numbers.get(part, 0) for part in self._kept & self._numbered}
+
+    def _restart_session(self, part: str, number: int, client: Client) -> None:
+        """Starts a session anew that the server has forgotten: until then another job could take the run."""
+        self.forget_session(part, number)
+        self.session_number(part, client)
 
     def close(self) -> None:
         """Ends the leases of this process's session, so that another job may start at once. Never raises."""

@@ -99,7 +99,7 @@ def state_of(prepared: PreparedSave, state_dict: dict[str, Any]) -> dict[str, An
     try:
         return plain_state(state_dict)
     except BaseException as error:
-        RankSave(prepared).give_up("plan", error)
+        prepared.give_up(error)
         raise
 
 

@@ -20,7 +20,7 @@ from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
 from shardbook.core import limits
 from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_incarnation
-from shardbook.errors import InvalidArgumentError, RunBusyError
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RunBusyError
 from shardbook.v1 import registration_pb2 as pb
 
 #: Where schedulers say which job this is, the most telling first. A restarted job keeps its id.
@@ -34,6 +34,8 @@ _JOB_ID_VARIABLES: Final = (
 )
 #: Names that Kubernetes operators and job templates give the job; meaningful inside a cluster only.
 _KUBERNETES_VARIABLES: Final = ("JOBSET_NAME", "JOB_NAME", "KUBERNETES_JOB_NAME")
+#: How often a job looks again when another one starts a session at the same moment.
+_LOOKS: Final = 8
 #: torchrun's rendezvous id when nobody chose one: two unrelated jobs may both have it.
 _NO_RUN_ID: Final = "none"
 
@@ -164,14 +166,15 @@ def start_session(session: Session, client: Client, *, wait_s: float, deadline_s
         ShardbookError: What the server answered, or that it did not.
     """
     request = session.start_request(session.part)
-    end_s = time.monotonic() + wait_s
+    began_s = time.monotonic()
+    end_s = began_s + wait_s
     while True:
         one_wait_s = 0.0
         if session.on_live is OnLive.WAIT:
             one_wait_s = min(limits.MAX_WAIT_S, max(0.0, end_s - time.monotonic()))
             request.wait.FromTimedelta(timedelta(seconds=one_wait_s))
         try:
-            answer = client.start_session(request, deadline_s=deadline_s + one_wait_s)
+            answer = ask_for_session(client, request, began_s, deadline_s=deadline_s + one_wait_s)
         except RunBusyError:
             if session.on_live is not OnLive.WAIT or time.monotonic() >= end_s:
                 raise
@@ -183,6 +186,48 @@ def start_session(session: Session, client: Client, *, wait_s: float, deadline_s
                 latest=answer.latest,
                 lease_ttl_s=answer.lease_ttl.ToTimedelta().total_seconds(),
             )
+
+
+def ask_for_session(
+    client: Client, request: pb.StartSessionRequest, began_s: float, *, deadline_s: float | None = None
+) -> pb.StartSessionResponse:
+    """Starts a session, or finds the one that the incarnation holds.
+
+    However late the request is made, and however long it is on its way, it fences no incarnation of the job that began
+    later: it says what its sender knew and how old the incarnation is, see decision 0016.
+
+    Args:
+        client: The server.
+        request: What ``Session.start_request`` returned; ``known_session`` and ``age`` are set here.
+        began_s: When the incarnation began, by ``time.monotonic``.
+        deadline_s: Seconds for all; None gives every call the client's own deadline.
+
+    Raises:
+        SessionFencedError: A later incarnation of the job holds the run.
+        ShardbookError: What the server answered, or that it did not.
+    """
+    end_s = None if deadline_s is None else time.monotonic() + deadline_s
+    look_count = 0
+    while True:
+        look_count += 1
+        left_s = None if end_s is None else max(0.001, end_s - time.monotonic())
+        request.known_session = _current_session(client, request, left_s)
+        request.age.FromTimedelta(timedelta(seconds=max(0.0, time.monotonic() - began_s)))
+        left_s = None if end_s is None else max(0.001, end_s - time.monotonic())
+        try:
+            return client.start_session(request, deadline_s=left_s)
+        except FailedPreconditionError as error:
+            if error.reason != "SESSION_MOVED" or look_count >= _LOOKS:
+                raise
+
+
+def _current_session(client: Client, request: pb.StartSessionRequest, deadline_s: float | None) -> int:
+    """Returns the number of the part's current session; 0 when there is none."""
+    try:
+        parts = client.get_run(request.run, deadline_s=deadline_s).parts
+    except NotFoundError:
+        return 0
+    return max((part.session for part in parts if part.part == request.part), default=0)
 
 
 def find_job_id(environ: Mapping[str, str]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from dataclasses import replace
-from typing import Any, Final
+import time
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch.distributed as dist
 
@@ -15,9 +16,10 @@ from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
 from shardbook.core.names import DEFAULT_PART
 from shardbook.dcp._torch import group_timeout_s
+from shardbook.dcp.agreement import agreed, from_rank
 from shardbook.dcp.runtime import Member, Runtime, is_distributed, replace_current
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
-from shardbook.errors import FailedPreconditionError, InternalError, InvalidArgumentError, ShardbookError
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError, ShardbookError
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,9 +44,10 @@ def init(
 ) -> Session:
     """Starts this job's session on a run; every rank calls it once, before the first save.
 
-    Rank 0 asks the server, then tells the others in one broadcast over the process group: the last collective of
-    all, ``save``, ``async_save`` and ``load`` run none. A server that is away is no reason not to train: the session
-    begins without a number, and the first save that reaches the server asks for one.
+    The ranks agree, by one number, that none of them has failed so far; rank 0 asks the server, then tells the others
+    in one broadcast over the process group. That is the last collective of all: ``save``, ``async_save`` and ``load``
+    run none. A server that is away is no reason not to train: the session begins without a number, and the first save
+    that reaches the server asks for one.
 
     Args:
         run: ``project/run``; made when it is new.
@@ -67,26 +70,57 @@ def init(
 
     Raises:
         RunBusyError: Another job writes the run; host, user and last sign of life are in its ``metadata``.
-        InvalidArgumentError: An argument or setting is wrong.
+        InvalidArgumentError: An argument or setting is wrong, on this rank or on another one.
+        SessionFencedError: The job was restarted after this ``init`` began, and the later incarnation holds the run.
         FailedPreconditionError: Several ranks, but neither a process group nor a session.
     """
-    config = _config(server, mode, session)
-    close()  # a second init is a new incarnation; its own old lease must not stand in its way
-    alone, is_shared = _place(process_group, session, rank, world_size)
-    if session is None:
+    began_s = time.monotonic()
+
+    def begin() -> _Beginning:
+        config = _config(server, mode, session)
+        close()  # a second init is a new incarnation; its own old lease must not stand in its way
+        alone, is_shared = _place(process_group, session, rank, world_size)
+        if session is not None:
+            if run is not None and Session(run, incarnation=session.incarnation).run != session.run:
+                raise InvalidArgumentError(f"the session belongs to {session.run}, not to {run}", field="session")
+            return _Beginning(config, alone, is_shared, session)
         if run is None:
             raise InvalidArgumentError("name the run: init(run='project/run')", field="run")
         mine = new_session(run, config, part=part, resumed_from=resumed_from, on_live=on_live, job_id=job_id)
         if mode is None and config.mode is Mode.OFFLINE and _member_or(alone, process_group).is_coordinator:
             _warn_of_no_server(mine.run)
         limit_s = min(live_wait_s, group_timeout_s(process_group) / 2) if is_distributed() else live_wait_s
-        session = _started(mine, config, process_group, limit_s)
-    elif run is not None and Session(run, incarnation=session.incarnation).run != session.run:
-        raise InvalidArgumentError(f"the session belongs to {session.run}, not to {run}", field="session")
-    runtime = Runtime(session, config, alone, _member_or(alone, process_group), is_shared=is_shared)
+        return _Beginning(config, alone, is_shared, mine, limit_s)
+
+    if session is None:
+        begun = agreed(begin, process_group)
+        session = _started(begun.session, begun.config, process_group, begun.live_wait_s)
+    else:
+        begun = begin()
+    place = _member_or(begun.alone, process_group)
+    runtime = Runtime(session, begun.config, begun.alone, place, is_shared=begun.is_shared, began_s=began_s)
     runtime.start_keeping()
     replace_current(runtime)
     return session
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What one rank knows before any server was asked.
+
+    Attributes:
+        config: Its settings.
+        alone: Its place without a process group.
+        is_shared: Other ranks hold the session too.
+        session: The session, carried over or not started yet.
+        live_wait_s: How long to wait for another job's lease to end, seconds.
+    """
+
+    config: ClientConfig
+    alone: Member
+    is_shared: bool
+    session: Session
+    live_wait_s: float = 0.0
 
 
 def close() -> None:
@@ -163,20 +197,7 @@ def _started(
     session: Session, config: ClientConfig, process_group: dist.ProcessGroup | None, live_wait_s: float
 ) -> Session:
     """Starts the session on rank 0 and broadcasts it, or the failure: no rank is left waiting for the broadcast."""
-    told: list[Any] = [InternalError("rank 0 could not start the session; its traceback says why")]
-    try:
-        if not is_distributed() or dist.get_rank(process_group) == 0:
-            told[0] = _asked(session, config, live_wait_s)
-    except ShardbookError as error:
-        told[0] = error
-    finally:
-        if is_distributed() and dist.get_world_size(process_group) > 1:
-            source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
-            dist.broadcast_object_list(told, src=source, group=process_group)
-    if isinstance(told[0], ShardbookError):
-        raise told[0]
-    started: Session = told[0]
-    return started
+    return from_rank(0, lambda: _asked(session, config, live_wait_s), process_group)
 
 
 def _asked(session: Session, config: ClientConfig, live_wait_s: float) -> Session:

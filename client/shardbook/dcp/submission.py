@@ -8,6 +8,8 @@ from typing import Final
 
 import numpy as np
 
+from shardbook._saving import BlobSource
+from shardbook.breaker import SaveBudget
 from shardbook.client import Client
 from shardbook.core.columns import BoolArray
 from shardbook.core.extents import Extents, encode_extents, encode_volatile
@@ -15,15 +17,17 @@ from shardbook.core.manifest import RegistrationRecord, StoredBlob
 from shardbook.core.structure import BlobKind, RankPlan, RankStructure, encode_plan, encode_structure
 from shardbook.core.table import encode_table
 from shardbook.dcp.attempt import Attempt
+from shardbook.dcp.runtime import Runtime
 from shardbook.dcp.session import host_name
 from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
-from shardbook.stores import encodable
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef, RankFailure
 
 #: A blob up to this size is sent unasked the first time: that costs less than the round trip in which it is asked for.
 SMALL_BLOB_BYTES: Final = 1024
+#: What telling the service about a failure may take, seconds.
+REPORT_S: Final = 5.0
 #: Kind and digest of a blob.
 BlobKey = tuple[int, bytes]
 
@@ -76,7 +80,7 @@ def make_record(
 
 
 class Submitter:
-    """Makes a rank's calls about one attempt, and counts what they send. Used by one thread.
+    """Makes a rank's calls about one attempt. Several threads may register for others at a time.
 
     Args:
         client: The server, charged to the save.
@@ -91,7 +95,6 @@ class Submitter:
         self.attempt = attempt
         self.session = session
         self.key = attempt.key(session)
-        self.sent_bytes = 0
 
     def plan(self, plan: EncodedPlan, *, to_lowest_rank: bool, timeout_s: float) -> BoolArray | None:
         """Returns which items of the plan other ranks write, (N,); None when that was not decided in time.
@@ -108,7 +111,6 @@ class Submitter:
             save_to_lowest_rank=to_lowest_rank,
             blobs=self._unasked((plan.table, plan.plan)),
         )
-        self.sent_bytes += request.ByteSize()
         answer = self.client.plan_until_decided(request, self._source((plan.table, plan.plan)), timeout_s=timeout_s)
         self._known.update(_key(blob) for blob in (plan.table, plan.plan))
         if answer.state != pb.PlanSaveResponse.STATE_DECIDED:
@@ -128,24 +130,24 @@ class Submitter:
             host=record.host,
             blobs=self._unasked(record.blobs),
         )
-        self.sent_bytes += request.ByteSize()
         self.client.register_shards(request, self._source(record.blobs))
         self._known.update(_key(blob) for blob in record.blobs)
 
-    def report(self, phase: str, reason: str, deadline_s: float, *, about: ShardbookError | None = None) -> None:
-        """Says that this rank cannot finish.
+    def failure(self, phase: str, reason: str) -> RankFailure:
+        """Returns how this rank says that it cannot finish."""
+        return self.attempt.failure(phase, reason)
+
+    def report(self, failure: RankFailure, deadline_s: float, *, about: ShardbookError | None = None) -> None:
+        """Says that a rank cannot finish: this one, or one that has no route to the service.
 
         Args:
-            phase: ``plan``, ``write`` or ``register``.
-            reason: For people.
+            failure: Which, where and why.
             deadline_s: Seconds for the call.
             about: Why it cannot, where the ranks disagree about their save: what it says of the others' is what fails.
 
         Raises:
             ShardbookError: What the server answered, or that it did not.
         """
-        told = encodable(reason)
-        failure = RankFailure(rank=self.attempt.member.rank, host=host_name(), phase=phase, reason=told)
         key = AttemptKey()
         key.CopyFrom(self.key)
         for name in ("step", "world_size"):
@@ -161,26 +163,33 @@ class Submitter:
         new = (blob for blob in blobs if _key(blob) not in self._known)
         return [message_of(blob) for blob in new if len(blob.payload) <= SMALL_BLOB_BYTES]
 
-    def _source(self, blobs: Sequence[StoredBlob]) -> _BlobSource:
-        return _BlobSource(self, blobs)
+    @staticmethod
+    def _source(blobs: Sequence[StoredBlob]) -> BlobSource:
+        """Finds the blobs that the server asks for."""
+        held = {_key(blob): blob for blob in blobs}
+
+        def find(unknown: Sequence[BlobRef]) -> Iterable[Blob]:
+            found = []
+            for ref in unknown:
+                blob = held.get((ref.kind, ref.digest))
+                if blob is None:
+                    raise InternalError(f"the server asks for a blob that was not named: {ref.digest.hex()[:12]}")
+                found.append(message_of(blob))
+            return found
+
+        return find
 
 
-class _BlobSource:
-    """Finds the blobs that the server asks for, and counts them as sent."""
+def connect(runtime: Runtime, attempt: Attempt, budget: SaveBudget) -> Submitter | None:
+    """Returns the way to the service, with the number of the session; None when the service is not to be asked.
 
-    def __init__(self, submitter: Submitter, blobs: Sequence[StoredBlob]) -> None:
-        self._submitter = submitter
-        self._blobs = {_key(blob): blob for blob in blobs}
-
-    def __call__(self, unknown: Sequence[BlobRef]) -> Iterable[Blob]:
-        found = []
-        for ref in unknown:
-            blob = self._blobs.get((ref.kind, ref.digest))
-            if blob is None:
-                raise InternalError(f"the server asks for a blob that was not named: {ref.digest.hex()[:12]}")
-            found.append(message_of(blob))
-            self._submitter.sent_bytes += found[-1].ByteSize()
-        return found
+    Raises:
+        ShardbookError: What the server answered, or that it did not.
+    """
+    client = runtime.client(budget)
+    if client is None:
+        return None
+    return Submitter(client, attempt, runtime.session_number(attempt.part, client), runtime.known_blobs)
 
 
 def _key(blob: StoredBlob) -> BlobKey:

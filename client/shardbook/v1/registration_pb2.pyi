@@ -22,7 +22,7 @@ ON_LIVE_WAIT: OnLive
 ON_LIVE_TAKEOVER: OnLive
 
 class StartSessionRequest(_message.Message):
-    __slots__ = ("run", "part", "incarnation", "job_id", "on_live", "resumed_from", "host", "user", "wait")
+    __slots__ = ("run", "part", "incarnation", "job_id", "on_live", "resumed_from", "host", "user", "wait", "known_session", "age")
     RUN_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,8 @@ class StartSessionRequest(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_SESSION_FIELD_NUMBER: _ClassVar[int]
+    AGE_FIELD_NUMBER: _ClassVar[int]
     run: str
     part: str
     incarnation: bytes
@@ -41,7 +43,9 @@ class StartSessionRequest(_message.Message):
     host: str
     user: str
     wait: _duration_pb2.Duration
-    def __init__(self, run: _Optional[str] = ..., part: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., job_id: _Optional[str] = ..., on_live: _Optional[_Union[OnLive, str]] = ..., resumed_from: _Optional[str] = ..., host: _Optional[str] = ..., user: _Optional[str] = ..., wait: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
+    known_session: int
+    age: _duration_pb2.Duration
+    def __init__(self, run: _Optional[str] = ..., part: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., job_id: _Optional[str] = ..., on_live: _Optional[_Union[OnLive, str]] = ..., resumed_from: _Optional[str] = ..., host: _Optional[str] = ..., user: _Optional[str] = ..., wait: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ..., known_session: _Optional[int] = ..., age: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class StartSessionResponse(_message.Message):
     __slots__ = ("session", "lease_ttl", "current", "latest")

@@ -129,10 +129,13 @@ class Attempts:
         Raises:
             RunBusyError: The lease is alive, still after the wait.
         """
-        end_s = time.monotonic() + wait_s
+        began_s = time.monotonic()
+        end_s = began_s + wait_s
         while True:
+            # It grows older while it waits here.
+            aged = replace(request, age_us=request.age_us + round((time.monotonic() - began_s) * 1e6))
             try:
-                return await self._bridge.write("session", self._services.sessions.start, request)
+                return await self._bridge.write("session", self._services.sessions.start, aged)
             except RunBusyError:
                 if request.on_live != OnLive.WAIT or not await self._lease_ends(request, end_s):
                     raise

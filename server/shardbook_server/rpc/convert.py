@@ -50,6 +50,8 @@ def session_start(request: registration_pb2.StartSessionRequest) -> types.Sessio
         resumed_from=request.resumed_from,
         host=request.host,
         user=request.user,
+        known_session=request.known_session if request.HasField("known_session") else None,
+        age_us=_age_us(request.age),
     )
 
 
@@ -291,6 +293,13 @@ def timestamp(time_us: int | None) -> Timestamp | None:
     if time_us is None:
         return None
     return Timestamp(seconds=time_us // 1_000_000, nanos=time_us % 1_000_000 * 1_000)
+
+
+def _age_us(age: Duration) -> int:
+    """Returns an age in microseconds; a duration of mixed or excessive parts is refused."""
+    if not 0 <= age.nanos < 1_000_000_000:
+        raise InvalidArgumentError("an age is not negative", field="age")
+    return age.seconds * 1_000_000 + age.nanos // 1_000
 
 
 def duration(value_s: float) -> Duration:

@@ -13,6 +13,9 @@ MAX_RECORDED_SESSION = 2**62
 #: End of the year 9999, microseconds since the epoch: the last moment that a timestamp can say.
 LATEST_TIME_US = 253_402_300_799_999_999
 
+#: No job has been running for longer than thirty years, microseconds.
+LONGEST_AGE_US = 30 * 366 * 86_400_000_000
+
 #: Azure writes ``container@account`` where others write a user; a password never passes.
 _USER_INFO = re.compile(
     r"^(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#]*@|[a-z]+://[^/?#@]*:[^/?#]*@)", re.IGNORECASE

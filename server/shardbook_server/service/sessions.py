@@ -7,7 +7,14 @@ from datetime import UTC, datetime
 from typing import Final
 
 from shardbook.core.names import CheckpointName
-from shardbook.errors import FailedPreconditionError, InvalidArgumentError, RunBusyError, ShardbookError
+from shardbook.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RunBusyError,
+    SessionFencedError,
+    ShardbookError,
+)
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service import closing, present
 from shardbook_server.service.attempts import find_current, renew
@@ -51,9 +58,15 @@ class SessionService:
     def start(self, request: SessionStart) -> SessionInfo:
         """Starts a session, or returns the one that this incarnation already holds.
 
-        Starting one supersedes the session before: what that left open can not be committed any more.
+        Starting one supersedes the session before: what that left open can not be committed any more. An incarnation
+        supersedes none that began after it, so a request that was long on its way, or that a job makes late, does not
+        fence the job that was restarted meanwhile (decision 0016).
 
         Raises:
+            SessionFencedError: A later incarnation of the same job holds the (run, part), or has.
+            AlreadyExistsError: The incarnation holds a session with another ``job_id``.
+            FailedPreconditionError: A session was started since ``known_session``; reason ``SESSION_MOVED``. Look
+                again, then ask again.
             RunBusyError: Another job's lease is alive and ``on_live`` is not TAKEOVER; ``metadata`` has host, user,
                 job_id, last_seen (RFC 3339); ``retry_delay_s`` is what is left of the lease.
             NotFoundError, FailedPreconditionError, InvalidArgumentError: ``resumed_from`` does not name a committed
@@ -63,11 +76,16 @@ class SessionService:
             now_us = self._database.now_us(connection)
             part = run_rows.ensure_part(connection, request.part_name, now_us)
             held = session_rows.find_session(connection, part.id, incarnation=request.incarnation)
+            if held is not None and held.job_id != request.job_id:
+                raise AlreadyExistsError(
+                    f"the incarnation holds session {held.number} as job {held.job_id!r}", field="job_id"
+                )
             before = expired_count = 0
             if held is None:
-                busy = _busy(request, self._credited(connection, part.id, now_us), now_us)
-                if busy is not None:
-                    raise busy
+                current = self._credited(connection, part.id, now_us)
+                refusal = _moved(request, part) or _fenced(request, current, now_us) or _busy(request, current, now_us)
+                if refusal is not None:
+                    raise refusal
                 before = part.session
                 part, expired_count = self._take(connection, part, request, now_us)
             elif held.number == part.session:
@@ -82,7 +100,15 @@ class SessionService:
     def _take(self, connection: Connection, part: PartRow, request: SessionStart, now_us: int) -> tuple[PartRow, int]:
         """Makes the request's session the current one; returns the part, and how many open attempts that expired."""
         number = part.last_session + 1
-        session = SessionRow(part.id, number, request.incarnation, request.job_id, request.host, request.user, now_us)
+        session = SessionRow(
+            part.id,
+            number,
+            request.incarnation,
+            request.job_id,
+            request.host,
+            request.user,
+            _begin_us(request, now_us),
+        )
         session_rows.insert_session(connection, session)
         run_rows.set_session(connection, part.id, number)
         session_rows.start_lease(connection, part.id, number, now_us, now_us + self._lease_ttl_us)
@@ -190,13 +216,46 @@ class SessionService:
         return count
 
 
+def _begin_us(request: SessionStart, now_us: int) -> int:
+    """Returns when the request's incarnation began, by the database's clock: only its age is the client's word."""
+    return max(0, now_us - request.age_us)
+
+
+def _same_job(request: SessionStart, session: SessionRow) -> bool:
+    return bool(request.job_id) and request.job_id == session.job_id
+
+
+def _moved(request: SessionStart, part: PartRow) -> FailedPreconditionError | None:
+    """Returns the refusal when somebody has started a session since the caller looked."""
+    if request.known_session is None or part.session <= request.known_session:
+        return None
+    return FailedPreconditionError(
+        f"session {part.session} of {request.part_name.ref} was started since the caller looked: look again",
+        reason="SESSION_MOVED",
+        field="known_session",
+        metadata={"session": str(part.session)},
+    )
+
+
+def _fenced(request: SessionStart, held: tuple[SessionRow, LeaseRow] | None, now_us: int) -> SessionFencedError | None:
+    """Returns the refusal when a later incarnation of the same job has taken the part, be it done already."""
+    if held is None or not _same_job(request, held[0]) or held[0].start_time_us <= _begin_us(request, now_us):
+        return None
+    session = held[0]
+    return SessionFencedError(
+        f"session {session.number} has taken {request.part_name.ref}: job {session.job_id} was restarted after this "
+        "incarnation of it began, which must not write the part any more",
+        metadata={"session": str(session.number)},
+    )
+
+
 def _busy(request: SessionStart, held: tuple[SessionRow, LeaseRow] | None, now_us: int) -> RunBusyError | None:
-    """Returns the refusal when another job's lease is alive."""
-    if held is None or request.on_live is OnLive.TAKEOVER:
+    """Returns the refusal when another job's lease is alive; nobody takes over from a job that began later."""
+    if held is None:
         return None
     session, lease = held
-    same_job = request.job_id and request.job_id == session.job_id
-    if lease.expire_time_us <= now_us or lease.session != session.number or same_job:
+    takes_over = request.on_live is OnLive.TAKEOVER and session.start_time_us <= _begin_us(request, now_us)
+    if lease.expire_time_us <= now_us or lease.session != session.number or takes_over or _same_job(request, session):
         return None
     seen = datetime.fromtimestamp(lease.seen_time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return RunBusyError(

@@ -39,6 +39,8 @@ class SessionStart:
         resumed_from: Name or ref of a committed checkpoint of this (run, part); may be empty.
         host: For people.
         user: For people.
+        known_session: Highest session number that the caller has seen; None does not say.
+        age_us: How long ago the incarnation began, microseconds.
     """
 
     run: str
@@ -49,6 +51,8 @@ class SessionStart:
     resumed_from: str = ""
     host: str = ""
     user: str = ""
+    known_session: int | None = None
+    age_us: int = 0
 
     def __post_init__(self) -> None:
         check_incarnation(self.incarnation)
@@ -56,6 +60,8 @@ class SessionStart:
         for field in ("job_id", "host", "user"):
             checks.check_label(getattr(self, field), field)
         checks.check_text(self.resumed_from, "resumed_from", limits.MAX_LOCATION_BYTES)
+        checks.check_int(self.known_session or 0, "known_session")
+        checks.check_int(self.age_us, "age", largest=checks.LONGEST_AGE_US)
 
     @cached_property
     def part_name(self) -> PartName:

@@ -18,7 +18,7 @@ RENEW_AFTER_US: Final = 1_000_000
 
 @dataclass(frozen=True)
 class SessionRow:
-    """A session of a part."""
+    """A session of a part; ``start_time_us`` is when its incarnation began, by the database's clock."""
 
     part_id: int
     number: int

@@ -14,7 +14,7 @@ from shardbook import errors
 from shardbook.breaker import CircuitBreaker
 from shardbook.client import Client
 from shardbook.v1 import registration_pb2 as pb
-from tests.behaviour.client.scripted import refuse, scripted_server
+from tests.behaviour.client.scripted import failing_first, refuse, scripted_server, unavailable
 
 OK = pb.RegisterShardsResponse()
 REQUEST = pb.RegisterShardsRequest()
@@ -106,23 +106,123 @@ def test_denied_calls_cost_nothing_and_are_an_outage() -> None:
     assert breaker.is_open
 
 
+WAITING = pb.PlanSaveResponse(state=pb.PlanSaveResponse.STATE_WAITING)
+OPEN = pb.GetCheckpointProgressResponse()
+
+
+def plan(client: Client, timeout_s: float) -> pb.PlanSaveResponse:
+    """Plans and waits for the other ranks."""
+    return client.plan_until_decided(pb.PlanSaveRequest(), lambda refs: [], timeout_s=timeout_s)
+
+
 def test_waiting_server_is_no_outage() -> None:
-    """A server that answers WAITING may hold a rank for as long as it is asked to, far beyond the budget."""
-    waiting = pb.PlanSaveResponse(state=pb.PlanSaveResponse.STATE_WAITING)
+    """A server that lives may hold a rank for as long as it is asked to, far beyond the budget, in one call."""
 
     def handle(request: pb.PlanSaveRequest, _: Any) -> pb.PlanSaveResponse:
         time.sleep(request.wait.ToTimedelta().total_seconds())
-        return waiting
+        return WAITING
 
     save = CircuitBreaker(first_s=0.3, later_s=0.1).start_save()
-    with scripted_server(PlanSave=handle) as server:
-        client = Client(server.target).guarded(save)
+    with scripted_server(PlanSave=handle, GetCheckpointProgress=lambda *_: OPEN) as server:
         started = time.monotonic()
-        assert waiting == client.plan_until_decided(pb.PlanSaveRequest(), lambda refs: [], timeout_s=1.2)
+        assert WAITING == plan(Client(server.target).guarded(save), 1.2)
         assert time.monotonic() - started > 1
-        # Each call asks for less than the silence that the budget allows.
-        assert all(seen.wait.ToTimedelta().total_seconds() < 0.3 for seen in server.of("PlanSave"))
+        assert server.count("PlanSave") <= 2
     assert (None, 0.0) == (save.outage, save.spent_s)
+
+
+def test_refusal_to_say_more_is_a_sign_of_life() -> None:
+    """An attempt that is not known yet is an answer like any other."""
+
+    def handle(request: pb.PlanSaveRequest, _: Any) -> pb.PlanSaveResponse:
+        time.sleep(request.wait.ToTimedelta().total_seconds())
+        return WAITING
+
+    def unknown(_: Any, context: grpc.ServicerContext) -> None:
+        refuse(context, grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+
+    save = CircuitBreaker(first_s=0.3, later_s=0.1).start_save()
+    with scripted_server(PlanSave=handle, GetCheckpointProgress=unknown) as server:
+        assert WAITING == plan(Client(server.target).guarded(save), 0.8)
+    assert None is save.outage
+
+
+def test_probe_asks_for_less_than_its_save_may_lose() -> None:
+    """While the circuit is open nothing is known of the server: a wait is not to use the share up."""
+
+    def handle(request: pb.PlanSaveRequest, _: Any) -> pb.PlanSaveResponse:
+        time.sleep(request.wait.ToTimedelta().total_seconds())
+        return WAITING
+
+    breaker = CircuitBreaker(first_s=1.0, later_s=0.5)
+    breaker.failed("RegisterShards", breaker.start_save())
+    with scripted_server(PlanSave=handle, GetCheckpointProgress=lambda *_: OPEN) as server:
+        plan(Client(server.target).guarded(breaker.start_save()), 1.0)
+        assert all(seen.wait.ToTimedelta().total_seconds() < 0.5 for seen in server.of("PlanSave"))
+
+
+def test_server_that_restarts_while_ranks_wait_costs_its_absence_only(free_port: int) -> None:
+    """Waiting for longer than the share costs nothing of it, so a short restart is got over within the save."""
+    decided = pb.PlanSaveResponse(state=pb.PlanSaveResponse.STATE_DECIDED)
+    save = CircuitBreaker(first_s=4.0, later_s=0.1).start_save()
+    answers: list[pb.PlanSaveResponse] = []
+    released = threading.Event()
+
+    def hold(*_: Any) -> pb.PlanSaveResponse:
+        released.wait(30)
+        return WAITING
+
+    with scripted_server(free_port, PlanSave=hold, GetCheckpointProgress=lambda *_: OPEN) as server:
+        client = Client(server.target).guarded(save)
+        thread = threading.Thread(target=lambda: answers.append(plan(client, 30.0)))
+        thread.start()
+        time.sleep(5.0)
+        server.stop()
+    released.set()
+    time.sleep(1.0)
+    with scripted_server(free_port, PlanSave=lambda *_: decided, GetCheckpointProgress=lambda *_: OPEN):
+        thread.join(20)
+    assert [decided] == answers
+    assert None is save.outage
+    # The five seconds of waiting are no part of what is charged.
+    assert 0.5 < save.spent_s < 4.0
+
+
+def test_server_that_falls_silent_while_ranks_wait_costs_no_more_than_the_share() -> None:
+    """It answers nothing any more: the next look notices."""
+    release, silent = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> pb.PlanSaveResponse:
+        release.wait(20)
+        return WAITING
+
+    def progress(*_: Any) -> pb.GetCheckpointProgressResponse:
+        if silent.is_set():
+            release.wait(20)
+        return OPEN
+
+    save = CircuitBreaker(first_s=1.0, later_s=0.1).start_save()
+    with scripted_server(PlanSave=hold, GetCheckpointProgress=progress) as server:
+        threading.Timer(2.0, silent.set).start()
+        started = time.monotonic()
+        with pytest.raises(errors.DeadlineExceededError):
+            plan(Client(server.target).guarded(save), 30.0)
+        assert 2.5 < time.monotonic() - started < 5.0
+        release.set()
+    assert save.is_exhausted
+    assert save.spent_s <= 1.0
+
+
+def test_every_message_of_a_save_is_counted() -> None:
+    """Those that were sent again too, and nothing else."""
+    request = pb.RegisterShardsRequest(host="node-0")
+    save, other = (CircuitBreaker().start_save() for _ in range(2))
+    with scripted_server(RegisterShards=failing_first(2, unavailable, OK)) as server:
+        Client(server.target).guarded(save).register_shards(request)
+        Client(server.target).register_shards(request)
+    # gRPC's own quick retries hide behind one message of ours.
+    assert save.sent_bytes in [count * request.ByteSize() for count in (1, 2, 3)]
+    assert 0 == other.sent_bytes
 
 
 @pytest.mark.parametrize("reason", ["SESSION_FENCED", "RANK_FAILED", "RANKS_MISSING", "CHECKPOINT_CLOSED"])

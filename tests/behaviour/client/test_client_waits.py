@@ -165,6 +165,18 @@ def test_commit_says_which_ranks_are_missing_when_the_time_is_up() -> None:
     assert "1" == caught.value.metadata["count"]
 
 
+def test_early_ranks_missing_does_not_become_a_busy_loop() -> None:
+    """A server that does not wait (its own limit, or an attempt whose lease has ended) is asked again with pauses."""
+
+    def handle(_: Any, context: grpc.ServicerContext) -> None:
+        refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "RANKS_MISSING")
+
+    with scripted_server(CommitCheckpoint=handle) as server:
+        with pytest.raises(errors.RanksMissingError):
+            Client(server.target).commit_when_complete(pb.CommitCheckpointRequest(key=KEY), timeout_s=1.5)
+        assert 2 <= server.count("CommitCheckpoint") <= 12
+
+
 def test_commit_that_works_long_is_not_taken_for_dead() -> None:
     """Assembly may be silent for longer than an outage may cost, as long as the server answers other calls."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from shardbook.core import limits
 from shardbook.errors import ShardbookError
@@ -233,6 +234,15 @@ def test_names_that_are_none_are_refused_everywhere(api: Api, run: str, name: st
         assert ["part"] == fields(refusal(api.registration.StartSession, part))
     checkpoint = metadata_pb2.GetMetadataRequest(name=f"{run}/parts/default/checkpoints/{name}")
     assert ["name"] == fields(refusal(lambda: next(api.metadata.GetMetadata(checkpoint))))
+
+
+def test_an_age_is_a_time_that_a_job_can_have(api: Api, run: str) -> None:
+    """Rule: the age of an incarnation, and the session that its job has seen, are not negative."""
+    for age in (Duration(seconds=-1), Duration(nanos=-1), Duration(seconds=2**40), Duration(seconds=2**62)):
+        request = pb.StartSessionRequest(run=run, incarnation=b"x" * 16, age=age)
+        assert ["age"] == fields(refusal(api.registration.StartSession, request))
+    known = pb.StartSessionRequest(run=run, incarnation=b"x" * 16, known_session=-1)
+    assert ["known_session"] == fields(refusal(api.registration.StartSession, known))
 
 
 @pytest.mark.parametrize("field", ["job_id", "host", "user"])

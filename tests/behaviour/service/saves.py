@@ -143,11 +143,15 @@ class Job:
     part: str = ""
     incarnation: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     session: int = 0
+    job_id: str = ""
 
-    def start(self, job_id: str = "", on_live: OnLive = OnLive.FAIL, resumed_from: str = "") -> SessionInfo:
-        """Starts the job's session."""
+    def start(
+        self, job_id: str = "", on_live: OnLive = OnLive.FAIL, resumed_from: str = "", **more: Any
+    ) -> SessionInfo:
+        """Starts the job's session; it keeps the id that it was given first."""
+        self.job_id = self.job_id or job_id
         request = SessionStart(
-            self.run, self.part, self.incarnation, job_id, on_live, resumed_from, host="node0", user="ada"
+            self.run, self.part, self.incarnation, self.job_id, on_live, resumed_from, host="node0", user="ada", **more
         )
         info = self.services.sessions.start(request)
         self.session = info.session

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from shardbook.errors import (
+    AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
@@ -41,6 +42,65 @@ def test_starting_again_with_the_same_incarnation_returns_the_same_session(job: 
     """StartSession is idempotent by incarnation."""
     assert job.start() == job.start()
     assert 1 == job.session
+
+
+def test_starting_again_as_another_job_is_refused(job: Job) -> None:
+    """P4: the same incarnation with other content; one UUID is not two jobs."""
+    with pytest.raises(AlreadyExistsError) as caught:
+        job.services.sessions.start(SessionStart(RUN, "", job.incarnation, "slurm-2"))
+    assert "job_id" == caught.value.violations[0].field
+
+
+def test_a_late_start_of_an_old_incarnation_does_not_fence_the_restarted_job(
+    services: Services, other_job: Callable[[], Job], clock: Clock
+) -> None:
+    """The restarted job takes over at once; what its predecessor sends later is refused, be the lease alive or over."""
+    first, old, new = (Job(services, Model(1)) for _ in range(3))
+    first.start("slurm-1")
+    clock.advance(100)  # the old incarnation begins, and cannot reach the service
+    clock.advance(100)  # the new one does
+    assert 2 == new.start("slurm-1", known_session=1).session
+    clock.advance(1)
+    for on_live in OnLive:
+        with pytest.raises(SessionFencedError) as caught:
+            old.start("slurm-1", on_live=on_live, known_session=2, age_us=101_000_000)
+        assert "2" == caught.value.metadata["session"]
+    clock.advance(1_000)
+    with pytest.raises(SessionFencedError):
+        old.start("slurm-1", known_session=2, age_us=1_101_000_000)
+    assert new.start("slurm-1").current
+
+
+def test_a_late_start_of_the_newest_incarnation_takes_over(services: Services, clock: Clock) -> None:
+    """Which of two incarnations is the later one does not depend on whose word arrives first."""
+    old, new = Job(services, Model(1)), Job(services, Model(1))
+    clock.advance(1_000)
+    assert 1 == old.start("slurm-1", age_us=200_000_000).session
+    clock.advance(1)
+    assert 2 == new.start("slurm-1", age_us=100_000_000, known_session=1).session
+    with pytest.raises(SessionFencedError):
+        Job(services, Model(1)).start("slurm-1", age_us=150_000_000)
+
+
+def test_a_start_that_was_long_on_its_way_fences_nobody(services: Services) -> None:
+    """However young it says it is: what it knew when it was sent is not so any more."""
+    old, new = Job(services, Model(1)), Job(services, Model(1))
+    new.start("slurm-1", known_session=0)
+    with pytest.raises(FailedPreconditionError) as caught:
+        old.start("slurm-1", known_session=0)
+    assert ("SESSION_MOVED", "1") == (caught.value.reason, caught.value.metadata["session"])
+    assert 1 == new.start("slurm-1", known_session=0).session  # the natural key comes first
+
+
+def test_nobody_takes_over_from_a_job_that_began_later(services: Services, clock: Clock) -> None:
+    """Not late: a takeover is meant for what runs now. Once that is done, the part is free."""
+    early, late = Job(services, Model(1)), Job(services, Model(1))
+    clock.advance(1_000)
+    late.start("slurm-2")
+    with pytest.raises(RunBusyError):
+        early.start("slurm-1", OnLive.TAKEOVER, age_us=900_000_000)
+    clock.advance(1_000)
+    assert 2 == early.start("slurm-1", age_us=1_900_000_000).session
 
 
 def test_a_superseded_incarnation_learns_that_it_is_not_current(job: Job, other_job: Callable[[], Job]) -> None:
