@@ -18,8 +18,8 @@ from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef
 
 R = TypeVar("R")
 _M = TypeVar("_M", bound=Message)
-_Asking = TypeVar("_Asking", pb.PlanSaveRequest, pb.GetCheckpointProgressRequest)
-_Waiting = pb.PlanSaveRequest | pb.GetCheckpointProgressRequest | pb.CommitCheckpointRequest
+_Asking = TypeVar("_Asking", pb.PlanSaveRequest, pb.RegisterShardsRequest, pb.GetCheckpointProgressRequest)
+_Waiting = pb.PlanSaveRequest | pb.RegisterShardsRequest | pb.GetCheckpointProgressRequest | pb.CommitCheckpointRequest
 
 #: Finds blobs that the server asked for.
 BlobSource = Callable[[Sequence[BlobRef]], Iterable[Blob]]
@@ -32,6 +32,8 @@ _WAIT_SHARE: Final = 0.8
 _LOOK_EVERY_S: Final = 5.0
 #: What such a question asks the server to wait: more than nothing, so that all that ask share one answer, seconds.
 _GLANCE_S: Final = 0.001
+#: Most looks of all ranks of a world together, per second.
+_LOOKS_A_SECOND: Final = 400
 #: Rounds of "send me these" before the server is called confused: three levels, and blobs too many for one call.
 _MAX_BLOB_ROUNDS: Final = 64
 
@@ -112,18 +114,25 @@ class SavingCalls:
         blobs: BlobSource | None = None,
         *,
         deadline_s: float | None = None,
+        wait_s: float = 0.0,
     ) -> pb.RegisterShardsResponse:
         """Registers what a rank wrote; durable when the answer's ``unknown`` is empty.
 
         Args:
             request: The registration.
             blobs: Finds what the server lacks, which is then sent; without it, the caller reads ``unknown``.
-            deadline_s: Seconds for each call, retries included.
+            deadline_s: Seconds for each call, retries included; those that wait have their own.
+            wait_s: How long the answer may wait for the attempt to be closed, seconds, at most 20; it has the
+                ``checkpoint`` then.
         """
         asked = _copy(request)
+        wait = _Wait(self._transport, wait_s) if wait_s > 0 else None
         round_count = 0
         while True:
-            answer = self._transport.call(REGISTER_SHARDS, asked, deadline_s=deadline_s)
+            if wait is None:
+                answer = self._transport.call(REGISTER_SHARDS, asked, deadline_s=deadline_s)
+            else:
+                answer = wait.ask(REGISTER_SHARDS, asked)
             if blobs is None or not answer.unknown:
                 return answer
             round_count += 1
@@ -291,6 +300,7 @@ class _Wait:
             limit_s=self.begin(request) + _GRACE_S,
             is_alive=lambda transport, limit_s: transport.call(GET_PROGRESS, glance, deadline_s=limit_s),
             look_every_s=_LOOK_EVERY_S,
+            least_look_s=request.key.world_size / _LOOKS_A_SECOND,
         )
 
     def pause(self) -> None:

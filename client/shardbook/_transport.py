@@ -94,13 +94,15 @@ class _Look:
         guarded: GuardedCall | None,
         silence_s: float,
         every_s: float,
+        least_s: float,
     ) -> None:
         self._transport = replace(transport.unguarded(), on_retry=None if guarded is None else guarded.failed)
         self._is_alive = is_alive
         self._guarded = guarded
-        self.every_s = max(_LEAST_LOOK_S, min(every_s, silence_s / 4))
-        self.first_s = min(_FIRST_LOOK_S, self.every_s)
-        self._limit_s = max(_LEAST_LOOK_S, silence_s - self.every_s)  # a look that may take no time tells nothing
+        every_s = max(_LEAST_LOOK_S, min(every_s, silence_s / 4))
+        self.every_s = max(every_s, least_s)
+        self.first_s = max(min(_FIRST_LOOK_S, every_s), least_s)
+        self._limit_s = max(_LEAST_LOOK_S, silence_s - every_s)  # a look that may take no time tells nothing
 
     def __call__(self) -> None:
         try:
@@ -170,6 +172,7 @@ class Transport:
         limit_s: float,
         is_alive: Callable[[Transport, float], object],
         look_every_s: float = LOOK_EVERY_S,
+        least_look_s: float = 0.0,
     ) -> R:
         """Returns the answer to a call that may be silent for long because it works or waits, not because it is lost.
 
@@ -180,13 +183,15 @@ class Transport:
             is_alive: Makes another, quick call over the transport given, within the seconds given. Called every now
                 and then while the answer is awaited; any answer to it, a refusal too, is a sign of life.
             look_every_s: How often, seconds; more often where the server may not be silent for that long.
+            least_look_s: Never sooner and never more often than this, seconds: where thousands wait for the same, their
+                looks must not keep the server from what they wait for. A connection that is lost is found by its pings.
 
         Raises:
             ShardbookError: What the server answered, or that it gave no sign of life.
         """
         with self._guard(rpc.name) as guarded:
             silence_s = guarded.silence_s if guarded is not None else self.timeout_s
-            look = _Look(self, is_alive, guarded, silence_s, look_every_s)
+            look = _Look(self, is_alive, guarded, silence_s, look_every_s, least_look_s)
             end_s = time.monotonic() + limit_s
 
             def wait_for(future: Any) -> R:

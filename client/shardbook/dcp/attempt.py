@@ -17,6 +17,9 @@ from shardbook.stores import encodable
 from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, RankFailure
 
 _DIGITS = re.compile(r"[0-9]+")
+_FIRST_WAIT_S = 2.0
+#: Waits of all ranks of a world that may begin per second.
+_WAITS_A_SECOND = 500
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,14 @@ class Attempt:
     def failure(self, phase: str, reason: str) -> RankFailure:
         """Returns how this rank says that it cannot finish."""
         return RankFailure(rank=self.member.rank, host=host_name(), phase=phase, reason=encodable(reason))
+
+    @property
+    def first_wait_s(self) -> float:
+        """How long this rank waits for the others before it looks on storage what keeps them, seconds.
+
+        Longer in a large world: what every rank does every two seconds is thousands of calls a second.
+        """
+        return min(limits.MAX_WAIT_S, max(_FIRST_WAIT_S, self.member.world_size / _WAITS_A_SECOND))
 
     def place(self) -> AttemptLocation:
         """Returns where its files are, as every call of the attempt says."""

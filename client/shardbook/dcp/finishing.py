@@ -42,8 +42,6 @@ RECORDS_WAIT_S: Final = 300.0
 #: How long the coordinator waits for registrations before it looks for records of ranks that have no route, seconds.
 _FIRST_LOOK_S: Final = 2.0
 _LOOK_EVERY_S: Final = 10.0
-#: How long a rank waits for the commit before it looks whether the coordinator went on alone, seconds.
-_FIRST_SLICE_S: Final = 2.0
 _LONGEST_SLICE_S: Final = 20.0
 #: Pause between two looks at an attempt whose lease has ended, or at a directory that cannot be read, seconds.
 _FIRST_PAUSE_S: Final = 0.5
@@ -94,11 +92,14 @@ class Finisher:
         self._submitter = submitter
         self._timeout_s = timeout_s
 
-    def follow(self, unregistered: str, *, until_committed: bool) -> Outcome:
+    def follow(
+        self, unregistered: str, closed: types_pb2.Checkpoint | None = None, *, until_committed: bool
+    ) -> Outcome:
         """Ends the save of a rank that does not coordinate.
 
         Args:
             unregistered: Why this rank could not register; empty when it is.
+            closed: The checkpoint when the answer to its registration brought it.
             until_committed: Wait for the coordinator's commit.
 
         Raises:
@@ -108,6 +109,8 @@ class Finisher:
             return Outcome(SaveState.UNREGISTERED, unregistered)
         if not until_committed:
             return Outcome(SaveState.REGISTERED)
+        if closed is not None and closed.state == types_pb2.CHECKPOINT_STATE_COMMITTED:
+            return Outcome(SaveState.COMMITTED, checkpoint=closed)
         try:
             answer = self._await_close(self._submitter)
         except ShardbookError as error:
@@ -134,7 +137,7 @@ class Finisher:
             SessionFencedError: A later session has taken the part.
         """
         end_s = time.monotonic() + self._timeout_s
-        slice_s, pause_s = _FIRST_SLICE_S, _FIRST_PAUSE_S
+        slice_s, pause_s = self._attempt.first_wait_s, _FIRST_PAUSE_S
         expired_end_s: float | None = None
         while True:
             remaining_s = max(0.0, end_s - time.monotonic())

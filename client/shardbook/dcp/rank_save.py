@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from torch.distributed.checkpoint.planner import SavePlan
@@ -44,11 +44,9 @@ from shardbook.errors import (
     UnregisteredError,
 )
 from shardbook.stores import check_location, encodable
+from shardbook.v1.types_pb2 import Checkpoint
 
 _LOG = logging.getLogger(__name__)
-
-#: How long a rank waits for the others' plans before it looks whether one does without, seconds.
-_FIRST_SLICE_S: Final = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +79,8 @@ class RankSave:
         self._early_files = prepared.files
         self._budget = self._runtime.breaker.start_save()
         self._submitter: Submitter | None = None
+        #: The checkpoint, when the answer to the registration brought it.
+        self._closed: Checkpoint | None = None
         #: Why the service does not know of this save; empty while it does.
         self._unregistered = ""
         #: The session was found fenced before the data was written; raised once the data is on storage.
@@ -219,7 +219,7 @@ class RankSave:
             ShardbookError: What the server answered, or that it did not.
         """
         end_s = time.monotonic() + min(self._runtime.config.plan_wait_s, self._prepared.options.timeout_s)
-        slice_s = _FIRST_SLICE_S
+        slice_s = self._attempt.first_wait_s
         to_lowest_rank = bool(self._planner.dedup_save_to_lowest_rank)
         while True:
             remaining_s = max(0.0, end_s - time.monotonic())
@@ -291,11 +291,14 @@ class RankSave:
         """Registers what was written; returns the record, which says so under the session that it is registered in."""
         if self._submitter is None:
             return record
+        # One call both registers and waits; the coordinator has the commit to make.
+        waits = self._prepared.options.wait == "committed" and not self._attempt.member.is_coordinator
+        wait_s = min(self._prepared.options.timeout_s, self._attempt.first_wait_s) if waits else 0.0
         try:
             try:
-                self._submitter.register(record)
+                self._closed = self._submitter.register(record, wait_s=wait_s)
             except SessionUnknownError:
-                self._reconnect(self._submitter).register(record)
+                self._closed = self._reconnect(self._submitter).register(record, wait_s=wait_s)
                 record = self._of_new_session(record, self._submitter.session)
             self._runtime.outage_told = False
             self._unregistered = ""  # what went wrong before cost some duplicates, no more
@@ -325,7 +328,7 @@ class RankSave:
         if self._attempt.member.is_coordinator:
             export = self._writer.storage_meta if options.export_metadata else None
             return finisher.coordinate(record, export, self._unregistered)
-        return finisher.follow(self._unregistered, until_committed=options.wait == "committed")
+        return finisher.follow(self._unregistered, self._closed, until_committed=options.wait == "committed")
 
     def _result(self, outcome: Outcome, stats: SaveStats) -> SaveResult:
         attempt, checkpoint = self._attempt, outcome.checkpoint

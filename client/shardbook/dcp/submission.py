@@ -117,8 +117,15 @@ class Submitter:
             return None
         return _dropped(answer.drop, plan.item_count)
 
-    def register(self, record: RegistrationRecord) -> None:
+    def register(self, record: RegistrationRecord, *, wait_s: float = 0.0) -> types_pb2.Checkpoint | None:
         """Registers what a rank wrote: this one, or another one whose record was found on storage.
+
+        Args:
+            record: What it wrote.
+            wait_s: How long to wait for the attempt to be closed, in the same call, seconds.
+
+        Returns:
+            The checkpoint when it was closed in that time.
 
         Raises:
             ShardbookError: What the server answered, or that it did not.
@@ -130,8 +137,9 @@ class Submitter:
             host=record.host,
             blobs=self._unasked(record.blobs),
         )
-        self.client.register_shards(request, self._source(record.blobs))
+        answer = self.client.register_shards(request, self._source(record.blobs), wait_s=wait_s)
         self._known.update(_key(blob) for blob in record.blobs)
+        return answer.checkpoint if answer.HasField("checkpoint") else None
 
     def failure(self, phase: str, reason: str) -> RankFailure:
         """Returns how this rank says that it cannot finish."""
