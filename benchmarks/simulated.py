@@ -24,7 +24,8 @@ import grpc
 import numpy as np
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.common import peak_rss_bytes
+from benchmarks.common import cpu_s, peak_rss_bytes
+from benchmarks.crowd import Member
 from benchmarks.workload import Workload
 from shardbook.core.dtype import dtype_code
 from shardbook.core.extents import Extents, encode_extents
@@ -46,12 +47,26 @@ class RankPayload:
 
     registration: registration_pb2.ShardRegistration
     blobs: tuple[types_pb2.Blob, ...]
+    plan_digest: bytes
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of the registration when nothing else has to be sent: digest, extents, properties."""
         own = self.registration
         return len(own.structure_digest) + len(own.extents) + len(own.volatile_properties)
+
+
+def members_of(workload: Workload) -> list[Member]:
+    """Returns the ranks of ``workload`` as client processes take them."""
+    return [
+        Member(
+            payload.registration.rank,
+            payload.registration.SerializeToString(),
+            payload.plan_digest,
+            tuple(blob.SerializeToString() for blob in payload.blobs),
+        )
+        for payload in rank_payloads(workload)
+    ]
 
 
 def rank_payloads(workload: Workload) -> list[RankPayload]:
@@ -79,7 +94,7 @@ def rank_payloads(workload: Workload) -> list[RankPayload]:
         registration = registration_pb2.ShardRegistration(
             rank=rank, structure_digest=structure_blob.digest, extents=extents
         )
-        payloads.append(RankPayload(registration, blobs))
+        payloads.append(RankPayload(registration, blobs, plan_blob.digest))
     return payloads
 
 
@@ -99,10 +114,17 @@ def _table(workload: Workload) -> TensorTable:
 
 @dataclass(frozen=True)
 class Server:
-    """A server process on SQLite, ``synchronous=FULL``."""
+    """A server process.
+
+    Attributes:
+        address: Where it answers.
+        process: The process.
+        batches: File with a line for each of its batches, when it was asked to write one down: see ``batch_sizes``.
+    """
 
     address: str
     process: subprocess.Popen[bytes]
+    batches: Path | None = None
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -112,22 +134,27 @@ class Server:
     @property
     def cpu_s(self) -> float:
         """Processor time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_s(self.process.pid)
+
+    def batch_sizes(self, kind: str, skip: int = 0) -> list[int]:
+        """Returns how large its batches of ``kind`` were, in the order it ran them, without the first ``skip``."""
+        assert self.batches is not None
+        lines = [line.split() for line in self.batches.read_text().splitlines()]
+        return [int(count) for found, count in lines if found == kind][skip:]
 
 
-def make_database(database: Path) -> None:
-    """Makes an empty database."""
+def make_database(database: Path | str) -> None:
+    """Makes an empty database: a file of SQLite, or a URL."""
     command = [sys.executable, "-c", "from shardbook_server.cli import main; main()", "db", "upgrade"]
     subprocess.run(command, env=_environment(database, 0), check=True, stdout=subprocess.DEVNULL)
 
 
-def _environment(database: Path, port: int) -> dict[str, str]:
+def _environment(database: Path | str, port: int) -> dict[str, str]:
     return {
         **os.environ,
         "SHARDBOOK_LISTEN": f"127.0.0.1:{port}",
         "SHARDBOOK_HTTP_LISTEN": "off",
-        "SHARDBOOK_DATABASE_URL": f"sqlite:///{database}",
+        "SHARDBOOK_DATABASE_URL": database if isinstance(database, str) else f"sqlite:///{database}",
         "SHARDBOOK_LOG_LEVEL": os.environ.get("BENCH_LOG", "error"),
     }
 
@@ -141,15 +168,23 @@ def stored_bytes(database: Path) -> int:
 
 
 @contextmanager
-def running_server(database: Path, port: int) -> Iterator[Server]:
-    """Starts ``shardbook-server serve`` on a migrated database; stops it with SIGTERM."""
+def running_server(database: Path | str, port: int, *, batches: Path | None = None) -> Iterator[Server]:
+    """Starts ``shardbook-server serve`` on a migrated database; stops it with SIGTERM.
+
+    Args:
+        database: A file of SQLite, or a URL.
+        port: Where it listens.
+        batches: Where it writes down how large its batches are; then it begins with the 1,024 open files of a shell.
+    """
     environment = _environment(database, port)
     command = [sys.executable, "-c", "from shardbook_server.cli import main; main()"]
+    if batches is not None:
+        command = [sys.executable, "-m", "benchmarks.observed", str(batches)]
     process = subprocess.Popen([*command, "serve"], env=environment, stdout=subprocess.DEVNULL)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             grpc.channel_ready_future(channel).result(timeout=30)
-        yield Server(f"127.0.0.1:{port}", process)
+        yield Server(f"127.0.0.1:{port}", process, batches)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=30)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -52,7 +53,7 @@ SERVICES: Final = tuple(
 )
 #: Calls of the write lane, and batches of each kind, at a time: SQLite has one writer.
 _SQLITE_WRITERS: Final = 1
-#: Batches of each kind that one replica has in Postgres at a time: while one is being committed the next is filled.
+#: Batches of each kind that one replica has in Postgres at a time, at most.
 _POSTGRES_BATCHES: Final = 2
 #: Objects made since the last collection before the next begins, in a process of the server's own.
 _COLLECT_EVERY: Final = 50_000
@@ -246,6 +247,17 @@ class Server:
             await asyncio.sleep(self._settings.reap_interval_s)
 
 
+def _take_every_descriptor() -> None:
+    """Raises the soft limit of open files to the hard one: every client is a connection, and shells begin with 1,024.
+
+    Clients beyond it would connect to a socket that nobody accepts, and hang without a word on either side.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # macOS has a hard limit of "infinity" that it does not grant.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _spare_the_collector() -> None:
     """Leaves what was imported out of collections, and makes them rarer.
 
@@ -316,6 +328,7 @@ async def serve(settings: Settings, ready: Callable[[Server], None], *, schema: 
         UnavailableError: An address cannot be bound.
         FailedPreconditionError: Tracing is asked for and not installed.
     """
+    _take_every_descriptor()
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):

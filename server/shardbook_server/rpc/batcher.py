@@ -2,6 +2,9 @@
 
 While one batch is in the database the next one gathers. After a batch that several shared, the next gathers on for as
 long again: under load that halves the number of transactions, and with them the work. A lone write is never held up.
+Where the database takes several batches at a time, another begins beside the first only when it is full or when its
+first entry has waited for long, behind a batch that waits for a lock, say: begun at once, batches would be as small as
+they are many, and a transaction costs a server more than the rows in it.
 One bad entry fails alone: the service answers a verdict for each.
 All of it belongs to the event loop's thread.
 """
@@ -26,6 +29,8 @@ V = TypeVar("V")
 FULL_RETRY_S: Final = 0.25
 #: Longest time that a batch gathers after the one before it, seconds.
 LONGEST_PAUSE_S: Final = 0.02
+#: How long an entry is queued before a batch of its own may begin beside those in the database, seconds.
+PATIENCE_S: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Batcher(Generic[E, V]):
         name: For messages: ``plans``, ``registrations``.
         run: Writes a batch durably and answers a verdict for each entry, in order.
         limits: Sizes.
-        in_flight: Batches in the database at a time.
+        in_flight: Most batches in the database at a time.
         observer: Told the size of each batch.
     """
 
@@ -113,6 +118,8 @@ class Batcher(Generic[E, V]):
         self._queue.append(waiting)
         self._queued_bytes += size_bytes
         self._start()
+        if len(self._queue) == 1 and self._in_flight > 1:
+            asyncio.get_running_loop().call_later(PATIENCE_S, self._start)
         return await verdict
 
     async def close(self) -> None:
@@ -134,11 +141,19 @@ class Batcher(Generic[E, V]):
             )
 
     def _start(self) -> None:
-        """Begins a batch when one may be in flight; it begins the next when it is done."""
-        if self._queue and len(self._batches) < self._in_flight:
+        """Begins a batch when there is reason for one more in flight; it begins the next when it is done."""
+        if self._queue and len(self._batches) < self._in_flight and (not self._batches or self._is_due()):
             task = asyncio.get_running_loop().create_task(self._run_batches())
             self._batches.add(task)
             task.add_done_callback(self._ended)
+
+    def _is_due(self) -> bool:
+        return (
+            len(self._queue) >= self._limits.batch_count
+            or self._queued_bytes >= self._limits.batch_bytes
+            # A little less: a timer may go off that much too early.
+            or self.oldest_age_s >= 0.9 * PATIENCE_S
+        )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._batches.discard(task)

@@ -18,7 +18,7 @@ from shardbook.errors import (
     ShardbookError,
     UnavailableError,
 )
-from shardbook_server.rpc.batcher import LONGEST_PAUSE_S, Batcher, BatchLimits
+from shardbook_server.rpc.batcher import LONGEST_PAUSE_S, PATIENCE_S, Batcher, BatchLimits
 from shardbook_server.rpc.call import Call, set_current_call
 
 ROOMY = BatchLimits(batch_count=100, batch_bytes=1000, queue_count=1000, queue_bytes=10_000)
@@ -113,6 +113,38 @@ def test_a_stream_of_entries_shares_transactions() -> None:
         began = time.monotonic()
         await asyncio.gather(*(rank(number) for number in range(40)))
         assert 0.01 * len(sink.batches) < 0.8 * (time.monotonic() - began)
+
+    asyncio.run(main())
+
+
+def test_a_second_batch_begins_only_when_it_is_full_or_has_waited() -> None:
+    """Rule: what arrives while a batch is written shares the next one, and that waits, but not for long."""
+
+    async def main() -> None:
+        begun: asyncio.Queue[tuple[float, list[int]]] = asyncio.Queue()
+
+        async def run(entries: Sequence[int]) -> Sequence[int | ShardbookError]:
+            begun.put_nowait((time.monotonic(), list(entries)))
+            await asyncio.Event().wait()
+            return list(entries)
+
+        batcher: Batcher[int, int] = Batcher("entries", run, BatchLimits(10, 1000, 1000, 10_000), in_flight=3)
+
+        def submit(*entries: int) -> list[asyncio.Task[int]]:
+            return [asyncio.ensure_future(batcher.submit(entry, 1)) for entry in entries]
+
+        async with asyncio.timeout(10):
+            calls = submit(0)
+            assert [0] == (await begun.get())[1]
+            calls += submit(*range(1, 11))
+            assert list(range(1, 11)) == (await begun.get())[1]
+            submitted_s = time.monotonic()
+            calls += submit(11, 12)
+            at_s, entries = await begun.get()
+        assert [11, 12] == entries
+        assert at_s - submitted_s >= 0.8 * PATIENCE_S
+        for call in calls:
+            call.cancel()
 
     asyncio.run(main())
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -26,6 +26,8 @@ from tests.behaviour.rpc.api import api_of
 from tests.databases import Databases
 
 COMMAND = [sys.executable, "-m", "shardbook_server.cli"]
+#: Stands before a command that is to begin with few files that it may open.
+FEW_FILES = ["/bin/sh", "-c", 'ulimit -Sn 96 && exec "$@"', "sh"]
 TIMEOUT_S = 30
 
 
@@ -43,11 +45,15 @@ def _run_serve(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 @contextmanager
-def _serving(*arguments: str, **environment: str) -> Iterator[dict[str, str]]:
+def _serving(*arguments: str, within: list[str] | None = None, **environment: str) -> Iterator[dict[str, str]]:
     """Runs `serve` on a free port; yields the lines it prints by their first word."""
     variables = {**os.environ, "SHARDBOOK_LISTEN": "127.0.0.1:0", **environment}
     process = subprocess.Popen(
-        [*COMMAND, "serve", *arguments], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*(within or ()), *COMMAND, "serve", *arguments],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -86,6 +92,17 @@ def test_serve_prints_where_http_is_and_ends_with_it(tmp_path: Path) -> None:
             assert 200 == page.status
         with urlopen(f"{lines['http']}/metrics", timeout=TIMEOUT_S) as page:
             assert f'schema="{migrate.HEAD}"'.encode() in page.read()
+
+
+def test_more_clients_get_in_than_the_shell_lets_a_process_open_files(tmp_path: Path) -> None:
+    """Rule: the soft limit of open files is raised to the hard one: clients beyond it would hang without a word."""
+    with ExitStack() as open_sockets, _serving(within=FEW_FILES, XDG_DATA_HOME=str(tmp_path)) as lines:
+        host, _, port = lines["address"].rpartition(":")
+        for _ in range(150):
+            connection = open_sockets.enter_context(socket.create_connection((host, int(port)), timeout=TIMEOUT_S))
+            # The preface of HTTP/2 and empty settings; a server that has accepted the connection sends its own.
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            assert connection.recv(9)
 
 
 def test_an_http_address_that_is_taken_is_refused(tmp_path: Path) -> None:
