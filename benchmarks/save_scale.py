@@ -8,7 +8,6 @@ the same client processes to the same server, in the same run.
 from __future__ import annotations
 
 import argparse
-import socket
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import psycopg
 from benchmarks.common import Goal, Report, add_arguments
 from benchmarks.fleet import PROCESSES, RANKS_PER_CHANNEL, Fleet, fleet
 from benchmarks.layouts import Layout, fsdp, hsdp, llama_405b
-from benchmarks.postgres import Cluster
+from benchmarks.postgres import Cluster, free_port
 from benchmarks.simulated import Server, make_database, running_server, stored_bytes
 
 #: Warm saves of a round, before and after the restart.
@@ -241,13 +240,6 @@ def _report(report: Report, name: str, place: Place, found: Measured) -> None:
     if place.name == "SQLite" and ranks >= 256:
         report.ratio(f"{key}: bytes stored a chunk, cold", found.stored_cold_bytes / found.chunks, Goal("<=", 3))
         report.ratio(f"{key}: bytes stored a rank, later saves", found.stored_warm_bytes / ranks, Goal("<=", 100))
-
-
-def free_port() -> int:
-    """Returns a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":
