@@ -155,10 +155,14 @@ class Attempts:
             counts = await self._waits.until(answer.checkpoint_id, is_planned, wait_s)
             if counts is None or not is_planned(counts):
                 return replace(answer, planned_count=counts.planned_count if counts else answer.planned_count)
-        # The first to ask computes for all and may take long; then each rank's own part is looked up, many at a time.
-        ask = (answer.checkpoint_id, submission.rank, answer.opened_us)
-        await self._bridge.heavy("decide", (answer.checkpoint_id, answer.opened_us), self._services.plans.decide, *ask)
-        return await self._decisions.submit(ask, 0)
+        # The first to ask computes for all and may take long; then each rank's own part is in memory, or else is looked
+        # up in the database, many at a time.
+        plans, ask = self._services.plans, (answer.checkpoint_id, submission.rank, answer.opened_us)
+        decided = plans.held(*ask)
+        if decided is None:
+            await self._bridge.heavy("decide", (answer.checkpoint_id, answer.opened_us), plans.decide, *ask)
+            decided = plans.held(*ask)
+        return await self._decisions.submit(ask, 0) if decided is None else decided
 
     async def register(
         self, registration: Registration, uploads: Sequence[BlobUpload], size_bytes: int

@@ -10,11 +10,13 @@ from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.registration_pb2_grpc import RegistrationServiceServicer
+from shardbook.v1.types_pb2 import Checkpoint
 from shardbook_server.rpc import convert
 from shardbook_server.rpc.attempts import REACHED, Attempts
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.limits import wait_s
 from shardbook_server.service.services import Services
+from shardbook_server.service.views import CheckpointInfo
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,6 +28,13 @@ class RegistrationHandlers(RegistrationServiceServicer):
         self._services = services
         self._bridge = bridge
         self._attempts = attempts
+        self._last: tuple[CheckpointInfo, Checkpoint] | None = None
+
+    def _message(self, closed: CheckpointInfo) -> Checkpoint:
+        """Returns a checkpoint; the one that a whole world waited for is converted once."""
+        if self._last is None or self._last[0] is not closed:
+            self._last = closed, convert.checkpoint(closed)
+        return self._last[1]
 
     async def StartSession(self, request: pb.StartSessionRequest, context: Context) -> pb.StartSessionResponse:
         """Starts a session, or returns the one that the incarnation already holds."""
@@ -54,7 +63,7 @@ class RegistrationHandlers(RegistrationServiceServicer):
         answer = await self._attempts.register(registration, uploads, size_bytes)
         closed = await self._attempts.await_close(answer.checkpoint_id, longest_s)
         return pb.RegisterShardsResponse(
-            unknown=convert.blob_refs(answer.unknown), checkpoint=convert.checkpoint(closed) if closed else None
+            unknown=convert.blob_refs(answer.unknown), checkpoint=self._message(closed) if closed else None
         )
 
     async def ReportFailure(self, request: pb.ReportFailureRequest, context: Context) -> pb.ReportFailureResponse:

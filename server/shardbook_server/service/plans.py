@@ -155,16 +155,18 @@ class PlanService:
             return PlanAnswer(PlanState.STRUCTURE_UNKNOWN, unknown_refs(entry.wanted, entry.blobs))
         checkpoint_id = attempt.checkpoint.id
         opened_us = attempt.checkpoint.create_time_us
-        key = self._by_attempt.get((checkpoint_id, opened_us))
-        drop = None if key is None else self._decisions.held(key, stored.rank)
-        if drop is not None:
-            return PlanAnswer(PlanState.DECIDED, drop=drop, checkpoint_id=checkpoint_id)
-        return PlanAnswer(
+        return self.held(checkpoint_id, stored.rank, opened_us) or PlanAnswer(
             PlanState.WAITING,
             planned_count=counts.get(checkpoint_id, 0),
             checkpoint_id=checkpoint_id,
             opened_us=opened_us,
         )
+
+    def held(self, checkpoint_id: int, rank: int, opened_us: int) -> PlanAnswer | None:
+        """Returns DECIDED where the decision is in memory; never waits. Arguments are those of ``decide``."""
+        key = self._by_attempt.get((checkpoint_id, opened_us))
+        drop = None if key is None else self._decisions.held(key, rank)
+        return None if drop is None else PlanAnswer(PlanState.DECIDED, drop=drop, checkpoint_id=checkpoint_id)
 
     def decide(self, checkpoint_id: int, rank: int, opened_us: int = 0) -> PlanAnswer:
         """Returns DECIDED for one rank once every rank of the attempt is in, else WAITING.
