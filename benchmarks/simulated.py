@@ -69,19 +69,23 @@ def members_of(workload: Workload) -> list[Member]:
     ]
 
 
-def rank_payloads(workload: Workload) -> list[RankPayload]:
-    """Returns the registrations of every rank of ``workload``."""
+def rank_structures(workload: Workload) -> Iterator[RankStructure]:
+    """Yields what every rank of ``workload`` writes: all of its tensors' chunks, one after the other, in one file."""
     table = _table(workload)
-    table_blob = encode_table(table)
     rows = np.arange(workload.tensors, dtype=np.int64)
-    extents = encode_extents(Extents())
-    payloads = []
+    files = (FileName(True, "0.distcp"),)
     for rank in range(workload.ranks):
         plan = RankPlan(table, rows, workload.offsets(rank), workload.sizes)
-        plan_blob = encode_plan(plan, table_blob.digest)
-        structure = RankStructure(
-            plan, rows, (FileName(True, "0.distcp"),), np.array([len(rows)]), rows, workload.lengths
-        )
+        yield RankStructure(plan, rows, files, np.array([len(rows)]), rows, workload.lengths)
+
+
+def rank_payloads(workload: Workload) -> list[RankPayload]:
+    """Returns the registrations of every rank of ``workload``."""
+    extents = encode_extents(Extents())
+    payloads = []
+    table_blob = encode_table(_table(workload))
+    for rank, structure in enumerate(rank_structures(workload)):
+        plan_blob = encode_plan(structure.plan, table_blob.digest)
         structure_blob = encode_structure(structure, plan_blob.digest)
         blobs = tuple(
             types_pb2.Blob(kind=int(kind), payload=blob.payload)  # type: ignore[arg-type]

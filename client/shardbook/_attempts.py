@@ -48,8 +48,11 @@ class DirectoryFiles(Protocol):
         """Returns the last ``count`` bytes of a file of ``size_bytes``."""
         ...
 
-    def write(self, path: str, content: bytes) -> None:
-        """Writes a file durably and as a whole, in place of an older one; makes its directory where it lacks."""
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
+        """Writes a file durably and as a whole, in place of an older one; makes its directory where it lacks.
+
+        Of content in blocks no more than one is in memory; the last one is asked for before the file is there.
+        """
         ...
 
 
@@ -81,7 +84,7 @@ class TreeFiles:
         """Returns the last bytes of a file."""
         return self.tree.tail(self._full(path), size_bytes, count)
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         """Writes a file."""
         self.tree.write(self._full(path), content)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 from weakref import WeakValueDictionary
@@ -26,8 +26,9 @@ from shardbook._attempts import (
     read_exported,
     read_identity,
 )
+from shardbook._trees import in_blocks
 from shardbook.core import directory as names
-from shardbook.core.exported import Exported, Fingerprint
+from shardbook.core.exported import Exported, Fingerprint, noted
 from shardbook.core.fold import FoldedAttempt, unfold
 from shardbook.core.manifest import Manifest
 from shardbook.errors import CorruptManifestError, InvalidGeometryError
@@ -35,8 +36,8 @@ from shardbook.stores import encodable
 
 _LOG = logging.getLogger(__name__)
 
-#: Makes the content of DCP's own ``.metadata`` of a folded attempt.
-Export = Callable[[FoldedAttempt], bytes]
+#: Makes the content of DCP's own ``.metadata`` of a folded attempt, as a whole or in blocks.
+Export = Callable[[FoldedAttempt], bytes | Iterable[bytes]]
 
 #: Looks after which a publisher leaves it to the others: each of them writes less than once a look.
 _MOST_LOOKS: Final = 16
@@ -82,6 +83,11 @@ def publish(files: DirectoryFiles, folded: FoldedAttempt, export: Export | None)
     """
     files.write(names.manifest_path(folded.manifest.identity.prefix), folded.manifest.to_bytes())
     return settle(files, export, own=folded)
+
+
+def export_dcp_metadata(directory: str, folded: FoldedAttempt) -> Iterator[bytes]:
+    """Returns the content of DCP's own ``.metadata``, in blocks, as a save into ``directory`` would have written it."""
+    return folded.dcp_metadata(folded.header(directory))
 
 
 def settle(files: DirectoryFiles, export: Export | None, own: FoldedAttempt | None = None) -> tuple[str, ...]:
@@ -192,14 +198,16 @@ class _Settling:
         if self._export is None:
             self._note(
                 f"{names.DCP_METADATA} is not that of {newest.prefix}, the newest attempt, and plain DCP needs it: "
-                "run `shardbook sync` where torch is installed"
+                "run `shardbook sync`"
             )
             return False
-        try:
-            content = self._export(self._folded(newest))
-            mark = Fingerprint.of(len(content), content)
+
+        def leave_mark(mark: Fingerprint) -> None:
             self._files.write(names.mark_path(newest.prefix, mark.mark), mark.to_bytes())
-            self._files.write(names.DCP_METADATA, content)
+
+        try:
+            content = in_blocks(self._export(self._folded(newest)))
+            self._files.write(names.DCP_METADATA, noted(content, leave_mark))
         except CorruptManifestError:
             raise
         except Exception as error:  # noqa: BLE001 - its loss costs plain DCP the checkpoint, not Shardbook

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -39,7 +40,7 @@ class Tree(Protocol):
         """Returns the last ``count`` bytes of a file of ``size_bytes``."""
         ...
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         """Writes a file durably and as a whole, in place of an older one; makes its directory where it lacks."""
         ...
 
@@ -73,6 +74,11 @@ def open_tree(path: str | os.PathLike[str]) -> Tree:
     if not root.is_dir():
         raise NotFoundError(f"{root} is not a directory", reason="NO_DIRECTORY", field="directory")
     return _LocalTree(root)
+
+
+def in_blocks(content: bytes | Iterable[bytes]) -> Iterable[bytes]:
+    """Returns content as blocks, whichever of both it is."""
+    return (content,) if isinstance(content, bytes) else content
 
 
 #: Under what names fsspec's filesystems say when a file was written, by kind of store.
@@ -128,13 +134,13 @@ class _LocalTree:
             file.seek(max(0, size_bytes - count))
             return file.read(count)
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with temporary.open("xb") as file:
-                file.write(content)
+                file.writelines(in_blocks(content))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
@@ -205,9 +211,16 @@ class _FsspecTree:
             content: bytes = self._fs.cat_file(self._inside(path), start=max(0, size_bytes - count), end=size_bytes)
             return content
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         with storage_errors("write", path):
-            self._fs.pipe_file(self._inside(path), content)
+            if isinstance(content, bytes):
+                self._fs.pipe_file(self._inside(path), content)
+                return
+            # A stream that an error ends may leave what was written of it; a file that is whole is sent or is not.
+            with tempfile.NamedTemporaryFile(prefix="shardbook-") as file:
+                file.writelines(content)
+                file.flush()
+                self._fs.put_file(file.name, self._inside(path))
 
     def _inside(self, path: str) -> str:
         return str(self._strip(path))

@@ -6,15 +6,22 @@ only ever added. Times are RFC 3339 in UTC, missing ones null; sizes are bytes; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from shardbook.core.blocks import decode_blocks
+from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import decode_name
+from shardbook.core.extents import decode_segment
+from shardbook.core.head import MetadataHeader, decode_head, decode_metadata_header, default_header
+from shardbook.core.locate import Located, locate
 from shardbook.core.names import CheckpointName, RunName
+from shardbook.core.pickled_metadata import pickled_metadata
 from shardbook.v1 import metadata_pb2, types_pb2
 
 Json = dict[str, Any]
@@ -270,6 +277,37 @@ class StoredMetadata:
     metadata_header: bytes
     segments: tuple[tuple[int, bytes], ...]
     blocks: list[bytes]
+
+    def columns(self) -> tuple[CheckpointStructure, Located]:
+        """Returns entries and chunks, and where they lie."""
+        head = decode_head(self.head)
+        body = decode_blocks(self.blocks, head.rank_files)
+        structure = replace(body, key_paths=head.key_paths, warnings=head.warnings)
+        registrations = [pair for _, payload in sorted(self.segments) for pair in decode_segment(payload)]
+        return structure, locate(structure, registrations)
+
+    def header(self, directory: str) -> MetadataHeader:
+        """Returns what belongs to the whole: as it was imported, else that of a save into ``directory``."""
+        if self.metadata_header:
+            return decode_metadata_header(self.metadata_header)
+        return default_header(directory, self.checkpoint.location.prefix)
+
+    def dcp_metadata(self, directory: str | None = None) -> Iterator[bytes]:
+        """Returns the content of DCP's own ``.metadata`` in blocks of about a megabyte; needs no torch.
+
+        Written into the checkpoint's directory, it is what plain ``torch.distributed.checkpoint`` loads from there.
+
+        Args:
+            directory: Path or URL of the checkpoint's directory; the location as the catalogue has it when None.
+
+        Raises:
+            UnsupportedMetadataError: The checkpoint has a memory format that DCP cannot pickle, or a dtype that this
+                release does not know; before the first block.
+        """
+        place = self.checkpoint.location
+        structure, located = self.columns()
+        header = self.header(place.location if directory is None else directory)
+        return pickled_metadata(structure, located, place.prefix, header)
 
 
 def _time(stamp: Timestamp) -> datetime | None:

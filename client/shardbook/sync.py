@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, newest_of
-from shardbook._publishing import settle
+from shardbook._publishing import export_dcp_metadata, settle
 from shardbook._trees import Tree, open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
@@ -38,7 +38,7 @@ from shardbook.stores import Stores, check_location, encodable, normalized
 _LOG = logging.getLogger(__name__)
 
 #: Makes the content of DCP's own ``.metadata`` from the directory and what its records were folded into.
-Exporter = Callable[[str, FoldedAttempt], bytes]
+Exporter = Callable[[str, FoldedAttempt], bytes | Iterable[bytes]]
 
 
 class SyncOutcome(StrEnum):
@@ -116,7 +116,7 @@ def sync_directories(
     directories: Iterable[str | os.PathLike[str]],
     *,
     stores: Stores | None = None,
-    export: Exporter | None = None,
+    export: Exporter | None = export_dcp_metadata,
 ) -> Iterator[SyncedAttempt]:
     """Records what the catalogue lacks of all checkpoint directories at and below the ones given.
 
@@ -154,7 +154,7 @@ def sync_directory(
     directory: str | os.PathLike[str],
     *,
     stores: Stores | None = None,
-    export: Exporter | None = None,
+    export: Exporter | None = export_dcp_metadata,
     tree: Tree | None = None,
 ) -> list[SyncedAttempt]:
     """Records what the catalogue lacks of one checkpoint directory; raises as ``sync_directories`` does."""

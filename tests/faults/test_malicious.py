@@ -13,7 +13,6 @@ import torch
 
 from shardbook import dcp
 from shardbook.core import directory as names
-from shardbook.dcp.catching_up import export_metadata
 from shardbook.errors import CorruptManifestError, FailedPreconditionError
 from shardbook.sync import SyncOutcome, sync_directories
 from tests.faults.server import ServerProcess
@@ -57,7 +56,7 @@ def _loads(directory: Path) -> bool:
 
 
 def _sync(server: ServerProcess, directory: Path) -> list[SyncOutcome]:
-    return [one.outcome for one in sync_directories(server.client, [directory], export=export_metadata)]
+    return [one.outcome for one in sync_directories(server.client, [directory])]
 
 
 def test_a_metadata_file_beside_a_manifest_is_not_run(

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from shardbook.core import directory as names
-from shardbook.dcp.catching_up import export_metadata
 from shardbook.sync import SyncOutcome, sync_directories
 from tests.faults import jobs
 from tests.faults.server import ServerProcess
@@ -35,7 +34,7 @@ def test_the_next_one_finishes(
     assert (count == len(FILES)) == (before != (path / names.DCP_METADATA).read_bytes())
 
     if is_online:
-        found = list(sync_directories(shared_server.client, [path], export=export_metadata))
+        found = list(sync_directories(shared_server.client, [path]))
         assert {SyncOutcome.PRESENT} == {one.outcome for one in found}
     for plain_dcp in (False, True):
         loaded = pool.run(torch_jobs.load, "fsdp", [str(path)], plain_dcp, world_size=2)

@@ -24,7 +24,6 @@ from shardbook.core.extents import decode_segment
 from shardbook.core.head import decode_head
 from shardbook.core.locate import locate
 from shardbook.core.table import EntryKind
-from shardbook.dcp.catching_up import export_metadata
 from shardbook.errors import NotFoundError, ShardbookError
 from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories
 from shardbook.v1 import registration_pb2 as pb
@@ -192,10 +191,10 @@ def p9_save_outlives_service(
     nothing_wrong: list[dict[str, list[str]]] = [{path: [] for path in paths}] * 2
     assert nothing_wrong == pool.run(torch_jobs.load, "fsdp", paths, world_size=2)
     assert nothing_wrong == pool.run(torch_jobs.load, "fsdp", paths, True, world_size=2)
-    first = list(sync_directories(client, paths, export=export_metadata))
+    first = list(sync_directories(client, paths))
     assert {SyncOutcome.RECORDED, SyncOutcome.PRESENT} >= {one.outcome for one in first}
     listed = p2_no_torn_checkpoint(client, run)
-    again = list(sync_directories(client, paths, export=export_metadata))
+    again = list(sync_directories(client, paths))
     assert [replace(one, outcome=SyncOutcome.PRESENT, message="") for one in first] == again
     assert listed == list(client.list_checkpoints(run, show_all=True))
     refs = [one.ref or "" for one in first]

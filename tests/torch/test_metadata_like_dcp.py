@@ -10,6 +10,7 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.names import CheckpointName
 from shardbook.dcp.loading import columns_of, directory_metadata
@@ -18,12 +19,13 @@ from tests.torch.equality import differences, without_identity
 from tests.torch.harness import RankPool
 
 
-def _all_three(server: str, run: str, path: Path) -> dict[str, Metadata]:
-    """Metadata from the service, from the manifest, and as DCP reads it; as plain DCP's reader would hand it out."""
+def _all_four(server: str, run: str, path: Path) -> dict[str, Metadata]:
+    """From the service, from the manifest, as DCP reads it, and as the service exports it; without identities."""
     service = columns_of(CheckpointName.parse(f"{run}@1"), ClientConfig(server=server)).to_torch()
     manifest = directory_metadata(FileSystemReader(path))
     plain = FileSystemReader(path).read_metadata()
-    found = {"service": service, "manifest": manifest, ".metadata": plain}
+    exported = pickle.loads(b"".join(Client(server).get_metadata(f"{run}@1").dcp_metadata(str(path))))
+    found = {"service": service, "manifest": manifest, ".metadata": plain, "exported": exported}
     return {source: without_identity(metadata) for source, metadata in found.items()}
 
 
@@ -57,9 +59,10 @@ def test_many_ranks(pool: RankPool, server: str, run: str, tmp_path: Path, layou
     """Every attribute of every object agrees, but for who wrote what more than one could write."""
     ours, theirs = tmp_path / "ours-1", tmp_path / "theirs-1"
     pool.run(jobs.save_twice, layout, str(ours), str(theirs), {"run": run, "server": server}, world_size=4)
-    found = _all_three(server, run, ours)
+    found = _all_four(server, run, ours)
     assert [] == differences(found[".metadata"], found["service"])
     assert [] == differences(found[".metadata"], found["manifest"])
+    assert [] == differences(found[".metadata"], found["exported"])
     expected = without_identity(FileSystemReader(theirs).read_metadata())
     assert [] == differences(_canonical(expected), _canonical(found["service"]))
 
@@ -70,7 +73,7 @@ def test_one_rank(pool: RankPool, server: str, run: str, tmp_path: Path, layout:
     ours, theirs = tmp_path / "ours-1", tmp_path / "theirs-1"
     pool.run(jobs.save_twice, layout, str(ours), str(theirs), {"run": run, "server": server}, world_size=1)
     expected = without_identity(FileSystemReader(theirs).read_metadata())
-    for source, metadata in _all_three(server, run, ours).items():
+    for source, metadata in _all_four(server, run, ours).items():
         assert [] == differences(expected, metadata), source
 
 

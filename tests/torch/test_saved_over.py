@@ -79,7 +79,7 @@ def test_sync_leaves_a_younger_foreign_save_alone(
     pool.run(jobs.save_unfolded, "uneven", str(path), {"run": run, "mode": "offline"}, world_size=3)
     torch_save(others(), checkpoint_id=path)
     before = (path / names.DCP_METADATA).read_bytes()
-    done = list(sync_directories(Client(server), [str(path)], export=lambda *_: b"never"))
+    done = list(sync_directories(Client(server), [str(path)], export=lambda *_: [b"never"]))
     assert ["recorded"] == [one.outcome for one in done]
     assert before == (path / names.DCP_METADATA).read_bytes()
     assert others()["lr"] == loaded(path)

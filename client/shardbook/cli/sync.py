@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pickle
 import re
 from collections import Counter
 from typing import Annotated
@@ -13,9 +11,8 @@ import typer
 from shardbook.cli import output
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import AsJson, Server, Timeout, client_of
-from shardbook.core.fold import FoldedAttempt
 from shardbook.errors import ShardbookError
-from shardbook.sync import Exporter, SyncedAttempt, SyncOutcome, sync_directories, unsettled
+from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
 
 EXAMPLES = """\b
 Examples:
@@ -45,7 +42,7 @@ def sync(
     client, config = client_of(server, timeout_s)
     results: list[SyncedAttempt] = []
     try:
-        results.extend(sync_directories(client, directories, stores=config.stores, export=_exporter()))
+        results.extend(sync_directories(client, directories, stores=config.stores))
     except ShardbookError:
         # What was recorded before the server went away is worth knowing.
         if results:
@@ -54,21 +51,6 @@ def sync(
     _print(results, show_all=show_all, as_json=as_json)
     if unsettled(results) or not results:
         raise typer.Exit(NEGATIVE)
-
-
-def _exporter() -> Exporter | None:
-    """Makes ``.metadata`` where torch is installed, as the save would have; sync itself needs no torch."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-
-    def export(directory: str, folded: FoldedAttempt) -> bytes:
-        from shardbook.dcp.metadata import build_metadata, default_header
-
-        prefix = folded.manifest.identity.prefix
-        header = default_header(directory, prefix)
-        return pickle.dumps(build_metadata(folded.structure, folded.located, prefix, header))
-
-    return export
 
 
 def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,6 +73,21 @@ class Exported:
     prefix: str | None = None
     foreign_s: float | None = None
     is_known: bool = True
+
+
+def noted(blocks: Iterable[bytes], note: Callable[[Fingerprint], object]) -> Iterator[bytes]:
+    """Yields ``blocks``, and hands on their fingerprint after the last: before the file takes its place.
+
+    Args:
+        blocks: Content of ``.metadata``.
+        note: Leaves the mark.
+    """
+    size_bytes, tail = 0, b""
+    for block in blocks:
+        size_bytes += len(block)
+        tail = (tail + block[-TAIL_BYTES:])[-TAIL_BYTES:]
+        yield block
+    note(Fingerprint.of(size_bytes, tail))
 
 
 def is_saved_over(foreign_s: float | None, ours: FileFacts | None) -> bool:

@@ -5,7 +5,7 @@ The same assembly and the same checks as in the service: what a directory proves
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,9 +24,10 @@ from shardbook.core.extents import (
     encode_segment,
     structure_info,
 )
-from shardbook.core.head import decode_head, encode_head
+from shardbook.core.head import MetadataHeader, decode_head, decode_metadata_header, default_header, encode_head
 from shardbook.core.locate import Located, locate
 from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord, StoredBlob
+from shardbook.core.pickled_metadata import pickled_metadata
 from shardbook.core.structure import BlobKind, RankPlan, RankStructure, decode_plan, decode_structure
 from shardbook.core.table import TensorTable, decode_table
 from shardbook.errors import CorruptManifestError, InvalidArgumentError
@@ -54,6 +55,15 @@ class FoldedAttempt:
     def unique_bytes(self) -> int:
         """Bytes that the checkpoint's extents cover, each chunk once."""
         return int(self.located.length.sum())
+
+    def header(self, location: str) -> MetadataHeader:
+        """Returns what belongs to the whole: as it was imported, else that of a save into ``location``."""
+        stored = self.manifest.metadata_header
+        return decode_metadata_header(stored) if stored else default_header(location, self.manifest.identity.prefix)
+
+    def dcp_metadata(self, header: MetadataHeader) -> Iterator[bytes]:
+        """Returns the content of DCP's own ``.metadata`` in blocks; raises as ``pickled_metadata`` does."""
+        return pickled_metadata(self.structure, self.located, self.manifest.identity.prefix, header)
 
 
 def missing_ranks(records: Iterable[RegistrationRecord]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from shardbook.errors import InvalidArgumentError
 
 _KIND = b"HD"
 _VERSION = 1
+
+#: DCP's version of its metadata: what torch writes today.
+DCP_VERSION: Final = "1.0.0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +120,17 @@ class MetadataHeader:
     has_storage_data: bool = True
     version: str | None = None
     storage_meta: StorageMetaHeader | None = None
+
+
+def default_header(location: str, prefix: str) -> MetadataHeader:
+    """Returns the header of a save by Shardbook: what DCP's ``finish`` would have set.
+
+    Args:
+        location: Directory or URL of the checkpoint.
+        prefix: Directory of the attempt; stands for DCP's random ``save_id``, so that every copy says the same.
+    """
+    meta = StorageMetaHeader(checkpoint_id=location, checkpoint_id_is_path="://" not in location, save_id=prefix)
+    return MetadataHeader(version=DCP_VERSION, storage_meta=meta)
 
 
 def encode_metadata_header(header: MetadataHeader) -> bytes:

@@ -7,7 +7,6 @@ willing to wait; the rest goes on in the background. It never fails a save.
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 import threading
 from dataclasses import dataclass, field
@@ -15,11 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from shardbook._attempts import FoundAttempt, find_manifests, list_attempts
-from shardbook._publishing import fold_sets, settle
+from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook.client import Client
-from shardbook.core.fold import FoldedAttempt
 from shardbook.dcp.best_effort import best_effort
-from shardbook.dcp.metadata import build_metadata, default_header
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.stores import encodable
 from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directory
@@ -144,7 +141,7 @@ def _record_missing(runtime: Runtime, client: Client) -> None:
     for place, one in list(waiting.items()):
         if not one.is_due():
             continue
-        found = sync_directory(client, one.path, stores=runtime.config.stores, export=export_metadata)
+        found = sync_directory(client, one.path, stores=runtime.config.stores)
         own = next((result for result in found if result.prefix == one.prefix), None)
         if own is not None and own.is_settled:
             _LOG.info("%s is in the catalogue now", encodable(one.path))
@@ -229,15 +226,8 @@ def _fold(runtime: Runtime, files: CheckpointFiles, *, exports: bool, is_own: bo
         place = encodable(str(files.root))
         _LOG.info("%d attempts in %s were whole and had no coordinator any more: folded", folded_count, place)
     if folded_count or (not is_own and any(map(is_mine, find_manifests(files, listed)))):
-        settle(files, (lambda one: export_metadata(str(files.root), one)) if exports else None)
+        settle(files, (lambda one: export_dcp_metadata(str(files.root), one)) if exports else None)
     return not waiting_count
 
 
-def export_metadata(directory: str, folded: FoldedAttempt) -> bytes:
-    """Returns the content of DCP's own ``.metadata`` for a folded attempt."""
-    prefix = folded.manifest.identity.prefix
-    metadata = build_metadata(folded.structure, folded.located, prefix, default_header(directory, prefix))
-    return pickle.dumps(metadata)
-
-
-__all__ = ["CatchingUp", "Waiting", "catch_up", "export_metadata"]
+__all__ = ["CatchingUp", "Waiting", "catch_up"]

@@ -7,13 +7,10 @@ records itself when nobody has yet. See ``shardbook.core.directory`` for the nam
 from __future__ import annotations
 
 import logging
-import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
-
-from torch.distributed.checkpoint.metadata import Metadata
 
 from shardbook import _attempts, _publishing
 from shardbook._attempts import FoundAttempt, find_attempts, list_attempts, newest_first, read_exported, read_identity
@@ -26,8 +23,8 @@ from shardbook.errors import CorruptManifestError, InvalidGeometryError
 
 _LOG = logging.getLogger(__name__)
 
-#: Makes torch's metadata of a folded attempt.
-MakeMetadata = Callable[[FoldedAttempt], Metadata]
+#: Makes the content of ``.metadata`` of a folded attempt, in blocks.
+MakeMetadata = Callable[[FoldedAttempt], Iterable[bytes]]
 
 #: Pauses between two looks at the directory while records are awaited, seconds.
 _FIRST_PAUSE_S: Final = 0.05
@@ -161,7 +158,7 @@ def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: MakeMetadat
     Args:
         files: The directory.
         folded: The attempt.
-        metadata: Makes torch's metadata for ``.metadata``; None leaves that file alone, and has others do so.
+        metadata: Makes the content of ``.metadata``; None leaves that file alone, and has others do so.
 
     Returns:
         What could not be written, for people; the checkpoint is whole without it.
@@ -172,10 +169,7 @@ def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: MakeMetadat
     identity = folded.manifest.identity
     if metadata is None:
         files.write(names.unexported_path(identity.prefix), b"")
-        problems = _publishing.publish(files, folded, None)
-    else:
-        make = metadata
-        problems = _publishing.publish(files, folded, lambda one: pickle.dumps(make(one)))
+    problems = _publishing.publish(files, folded, metadata)
     files.remove(names.record_path(identity.prefix, rank) for rank in range(identity.world_size))
     # The note that the coordinator is alone stays: ranks may still be waiting for a commit that it will not make.
     return problems

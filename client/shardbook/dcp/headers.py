@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from shardbook.core.head import MetadataHeader, StorageMetaHeader
 from shardbook.dcp._names import unsupported
-from shardbook.dcp._torch import CURRENT_DCP_VERSION
 from shardbook.errors import UnsupportedMetadataError
 
 _META: Final = frozenset(("checkpoint_id", "save_id", "load_id"))
 #: Attributes of torch's ``Metadata`` in the order of its fields.
 METADATA_ATTRIBUTES = MetadataHeader().attributes
-
-
-def default_header(location: str, prefix: str) -> MetadataHeader:
-    """Returns the header of a save by Shardbook: what DCP's ``finish`` would have set.
-
-    Args:
-        location: Directory or URL of the checkpoint.
-        prefix: Directory of the attempt; stands for DCP's random ``save_id``, so that every copy says the same.
-    """
-    return MetadataHeader(
-        version=CURRENT_DCP_VERSION,
-        storage_meta=StorageMetaHeader(
-            checkpoint_id=location, checkpoint_id_is_path="://" not in location, save_id=prefix
-        ),
-    )
 
 
 def storage_meta_of(header: StorageMetaHeader | None) -> StorageMeta | None:
@@ -61,6 +45,21 @@ def header_of(metadata: Metadata) -> MetadataHeader:
         has_storage_data=metadata.storage_data is not None,
         version=version,
         storage_meta=_storage_meta_header(metadata.storage_meta),
+    )
+
+
+def plain_storage_meta(meta: StorageMeta | None) -> StorageMetaHeader | None:
+    """Returns DCP's own fields of what a storage writer says of itself.
+
+    What a subclass adds is left out: without it plain DCP can load the checkpoint, without the file it cannot.
+    """
+    if meta is None:
+        return None
+    given = {name: getattr(meta, name, None) for name in _META}
+    return StorageMetaHeader(
+        **{name: None if value is None else str(value) for name, value in given.items()},
+        checkpoint_id_is_path=isinstance(meta.checkpoint_id, PurePath),
+        modules=tuple(map(str, getattr(meta, "modules", ()))),
     )
 
 

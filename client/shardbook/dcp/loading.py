@@ -5,7 +5,6 @@ Each rank asks for the metadata itself, plans for its own boxes and reads its ow
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import os
@@ -20,21 +19,16 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 
 from shardbook._attempts import list_attempts
-from shardbook._publishing import fold_sets, settle
+from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
-from shardbook.core.blocks import decode_blocks
 from shardbook.core.directory import DCP_METADATA, MANIFEST
-from shardbook.core.extents import decode_segment
 from shardbook.core.fold import FoldedAttempt
-from shardbook.core.head import decode_head, decode_metadata_header
-from shardbook.core.locate import locate
 from shardbook.core.names import CheckpointName, RunName, is_ref
 from shardbook.dcp._torch import storage_reader_for
-from shardbook.dcp.catching_up import export_metadata
 from shardbook.dcp.directory import incomplete_attempts, read_attempt
-from shardbook.dcp.metadata import CheckpointColumns, default_header
+from shardbook.dcp.metadata import CheckpointColumns
 from shardbook.dcp.pickled import read_pickled_metadata
 from shardbook.dcp.planner import LoadPlanner
 from shardbook.dcp.runtime import current_config, is_distributed
@@ -155,20 +149,10 @@ def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> Chec
 
 
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
-    head = decode_head(stored.head)
-    body = decode_blocks(stored.blocks, head.rank_files)
-    structure = dataclasses.replace(body, key_paths=head.key_paths, warnings=head.warnings)
-    registrations = [pair for _, payload in sorted(stored.segments) for pair in decode_segment(payload)]
+    structure, located = stored.columns()
     place = stored.checkpoint.location
     path = config.stores.path_of(place.location)
-    header = stored.metadata_header
-    return CheckpointColumns(
-        structure=structure,
-        located=locate(structure, registrations),
-        prefix=place.prefix,
-        location=path,
-        header=decode_metadata_header(header) if header else default_header(path, place.prefix),
-    )
+    return CheckpointColumns(structure, located, place.prefix, path, stored.header(path))
 
 
 def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
@@ -217,21 +201,14 @@ def repair_directory(reader: Any) -> None:
         listed = list_attempts(files)
         if listed:
             fold_sets(files, listed, lambda one: one.identity is not None)
-            settle(files, lambda folded: export_metadata(os.fspath(files.root), folded))
+            settle(files, lambda folded: export_dcp_metadata(os.fspath(files.root), folded))
     except Exception as error:  # noqa: BLE001 - what was loaded is right whatever becomes of this
         _LOG.info("%s was not repaired: %s", encodable(os.fspath(files.root)), encodable(str(error)))
 
 
 def _folded_columns(folded: FoldedAttempt, path: str) -> CheckpointColumns:
-    manifest = folded.manifest
-    header = manifest.metadata_header
-    return CheckpointColumns(
-        structure=folded.structure,
-        located=folded.located,
-        prefix=manifest.identity.prefix,
-        location=path,
-        header=decode_metadata_header(header) if header else default_header(path, manifest.identity.prefix),
-    )
+    prefix = folded.manifest.identity.prefix
+    return CheckpointColumns(folded.structure, folded.located, prefix, path, folded.header(path))
 
 
 def _nothing_there(files: CheckpointFiles | None, error: FileNotFoundError) -> NotFoundError:

@@ -35,7 +35,7 @@ from shardbook.core.locate import Located
 from shardbook.core.table import EntryKind
 from shardbook.dcp._names import dtype_of, layout_of, memory_format_of
 from shardbook.dcp._torch import StorageInfo
-from shardbook.dcp.headers import default_header, storage_meta_of
+from shardbook.dcp.headers import storage_meta_of
 
 
 @contextmanager
@@ -221,4 +221,4 @@ class CheckpointColumns:
         return build_metadata(self.structure, self.located, self.prefix, self.header)
 
 
-__all__ = ["CheckpointColumns", "build_metadata", "default_header", "paused_gc"]
+__all__ = ["CheckpointColumns", "build_metadata", "paused_gc"]

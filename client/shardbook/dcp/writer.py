@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from shardbook._side_by_side import side_by_side
-from shardbook._trees import facts_of, storage_errors
+from shardbook._trees import facts_of, in_blocks, storage_errors
 from shardbook.core.exported import FileFacts
 from shardbook.dcp._torch import FileSystem
 from shardbook.errors import UnsupportedWriterError
@@ -56,6 +56,11 @@ def _refused(writer: StorageWriter, why: str) -> UnsupportedWriterError:
     return UnsupportedWriterError(
         f"{type(writer).__qualname__} cannot be used with Shardbook: {why}", field="storage_writer"
     )
+
+
+def _put(stream: Any, content: bytes | Iterable[bytes]) -> None:
+    for block in in_blocks(content):
+        stream.write(block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,16 +108,17 @@ class CheckpointFiles:
         """Returns the contents of files, in order."""
         return side_by_side(self.read, paths)
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         """Writes a file that is either not there or whole, durably; replaces an older one in one step.
 
-        Temporary file, fsync and rename; a single PUT on object stores.
+        Temporary file, fsync and rename; a single PUT on object stores. Of content in blocks no more than one is in
+        memory; the last one is asked for before the file is there.
         """
         with storage_errors("write", path):
             self.make_directory(path.rpartition("/")[0])
             if self._protocols & _SINGLE_PUT:
                 with self.fs.create_stream(self._full(path), "wb") as stream:
-                    stream.write(content)
+                    _put(stream, content)
                 return
             temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
             try:
@@ -125,9 +131,9 @@ class CheckpointFiles:
                 raise
             self.sync_directory(path.rpartition("/")[0])
 
-    def _write_through(self, path: str, content: bytes) -> None:
+    def _write_through(self, path: str, content: bytes | Iterable[bytes]) -> None:
         with self.fs.create_stream(self._full(path), "wb") as stream:
-            stream.write(content)
+            _put(stream, content)
             stream.flush()
             with contextlib.suppress(AttributeError, io.UnsupportedOperation):
                 os.fsync(stream.fileno())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from shardbook._publishing import publish
+from shardbook._trees import in_blocks
 from shardbook.core import directory as names
 from shardbook.core.exported import FileFacts
 from shardbook.core.fold import FoldedAttempt, fold
@@ -68,10 +69,11 @@ class MemoryFiles:
         self.turn()
         return self.store.contents[path][max(0, size_bytes - count) : size_bytes]
 
-    def write(self, path: str, content: bytes) -> None:
+    def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         """Writes."""
+        whole = b"".join(in_blocks(content))
         self.turn()
-        self.store.put(path, content)
+        self.store.put(path, whole)
 
 
 def export(folded: FoldedAttempt) -> bytes:

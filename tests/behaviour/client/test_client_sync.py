@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +15,12 @@ from shardbook import recording
 from shardbook._attempts import TreeFiles, find_attempts
 from shardbook._trees import open_tree
 from shardbook.client import Client
-from shardbook.core.fold import FoldedAttempt
+from shardbook.core.directory import mark_path
+from shardbook.core.exported import Fingerprint
+from shardbook.core.fold import FoldedAttempt, unfold
+from shardbook.core.head import default_header
 from shardbook.core.manifest import Manifest
+from shardbook.dcp.metadata import build_metadata
 from shardbook.errors import CorruptManifestError, InvalidArgumentError, NotFoundError, UnavailableError
 from shardbook.recording import record_attempt
 from shardbook.stores import Stores
@@ -22,6 +29,7 @@ from shardbook.v1 import types_pb2
 from tests.behaviour.client.catalogue import Catalogue
 from tests.behaviour.client.directories import CheckpointDirectory, identity, manifest, record
 from tests.behaviour.client.scripted import ScriptedServer, scripted_server
+from tests.torch.equality import differences
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_records_that_a_coordinator_folds_meanwhile_are_not_missed(
     assert (manifest(who), None) == found.read()
 
 
-def test_export_of_dcp_metadata_is_left_to_who_has_torch(step: CheckpointDirectory, server: ScriptedServer) -> None:
+def test_export_of_dcp_metadata_can_be_replaced(step: CheckpointDirectory, server: ScriptedServer) -> None:
     """Given an exporter, the folded directory gets its `.metadata` too; an older attempt's never replaces it."""
     newer, older = identity(session=5), identity(session=4, incarnation=b"o" * 16)
     client = Client(server.target)
@@ -114,6 +122,45 @@ def test_export_of_dcp_metadata_is_left_to_who_has_torch(step: CheckpointDirecto
     step.add_records(older)
     sync_directory(client, step.path, export=lambda directory, folded: b"older")
     assert newer.prefix.encode() == (step.path / ".metadata").read_bytes()
+
+
+def test_dcp_metadata_is_written_without_torch(step: CheckpointDirectory) -> None:
+    """A login node has none; whoever loads with plain DCP has one, and finds what a save would have left."""
+    who = identity()
+    step.add_manifest(who)
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from shardbook._attempts import TreeFiles\n"
+        "from shardbook._publishing import export_dcp_metadata, settle\n"
+        "from shardbook._trees import open_tree\n"
+        "path = sys.argv[1]\n"
+        "assert settle(TreeFiles(open_tree(path), path), lambda one: export_dcp_metadata(path, one)) == ()\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(step.path)], check=True)
+    folded = unfold(manifest(who))
+    expected = build_metadata(folded.structure, folded.located, who.prefix, default_header(str(step.path), who.prefix))
+    content = (step.path / ".metadata").read_bytes()
+    assert [] == differences(expected, pickle.loads(content))
+    assert (step.path / mark_path(who.prefix, Fingerprint.of(len(content), content).mark)).exists()
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_file_that_ends_in_an_error_is_not_there(scheme: str, tmp_path: Path) -> None:
+    """Content in blocks replaces a file as a whole or not at all, on disks and object stores."""
+    root = f"{scheme}{tmp_path}"
+    if scheme:
+        fsspec.filesystem("memory").makedirs(str(tmp_path))
+    tree = open_tree(root)
+
+    def broken() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("the rest")
+
+    tree.write(f"{root}/file", iter([b"one", b"two"]))
+    with pytest.raises(OSError, match="the rest"):
+        tree.write(f"{root}/file", broken())
+    assert b"onetwo" == tree.read(f"{root}/file")
+    assert ["file"] == tree.names(root)
 
 
 def test_directory_that_cannot_be_written_is_recorded_all_the_same(
@@ -354,7 +401,7 @@ def test_newest_manifest_that_is_not_on_top_is_put_there(step: CheckpointDirecto
     assert not (step.path / ".metadata").exists()
 
 
-def test_metadata_of_an_older_attempt_is_told_without_torch_and_repaired_with_it(
+def test_metadata_of_an_older_attempt_is_told_without_export_and_repaired_with_it(
     step: CheckpointDirectory, server: ScriptedServer
 ) -> None:
     """Who cannot write it says who can; a third run has nothing to say."""
@@ -366,8 +413,8 @@ def test_metadata_of_an_older_attempt_is_told_without_torch_and_repaired_with_it
     step.add_records(older)
     sync_directory(client, step.path, export=export)
     step.add_records(newer)
-    for has_torch, told in ((False, True), (False, True), (True, False), (True, False), (False, False)):
-        results = sync_directory(client, step.path, export=export if has_torch else None)
-        assert [False, told] == ["where torch is installed" in one.message for one in results]
-        kept = newer if has_torch or not told else older
+    for exports, told in ((False, True), (False, True), (True, False), (True, False), (False, False)):
+        results = sync_directory(client, step.path, export=export if exports else None)
+        assert [False, told] == ["run `shardbook sync`" in one.message for one in results]
+        kept = newer if exports or not told else older
         assert kept.prefix == (step.path / ".metadata").read_text()
