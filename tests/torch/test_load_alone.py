@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from shardbook import Client, dcp
 from shardbook.errors import NotFoundError, UnavailableError
 from tests.torch.alone import blank_state, loads, some_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+
+
+class OwnMeta(StorageMeta):
+    """A class that no other machine has."""
+
+
+class OwnMetaWriter(FileSystemWriter):
+    """A writer that says more of itself than DCP's."""
+
+    def storage_meta(self) -> StorageMeta:
+        """Returns an instance of a class of its own."""
+        return OwnMeta(checkpoint_id=str(self.path), save_id="mine")
+
+
+def different(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
+    """Returns the keys whose values differ."""
+    pairs = {key: (torch.as_tensor(value), torch.as_tensor(actual[key])) for key, value in expected.items()}
+    return [key for key, (one, other) in pairs.items() if not torch.equal(one, other)]
 
 
 class TestLoad:
@@ -31,6 +53,32 @@ class TestLoad:
         dcp.save(some_state(), checkpoint_id=tmp_path / "1")
         (tmp_path / "1").rename(tmp_path / "moved")
         assert loads(tmp_path / "moved")
+
+    @pytest.mark.parametrize("from_catalogue", [True, False])
+    def test_a_save_by_plain_dcp_and_its_tools(
+        self, session: dcp.Session, server: str, tmp_path: Path, from_catalogue: bool
+    ) -> None:
+        """From ``.metadata`` alone: the one that the save left, or one that was exported from the catalogue."""
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+        from torch.distributed.checkpoint.state_dict_loader import load as torch_load
+
+        path = tmp_path / "1"
+        dcp.save(some_state(), checkpoint_id=path)
+        if from_catalogue:
+            (path / ".metadata").unlink()
+            blocks = Client(server).get_metadata(f"{session.run}@1").dcp_metadata()
+            (path / ".metadata").write_bytes(b"".join(blocks))
+        shutil.rmtree(path / ".shardbook")
+        state = blank_state()
+        torch_load(state, checkpoint_id=path)
+        assert [] == different(some_state(), state)
+        dcp_to_torch_save(path, tmp_path / "whole.pt")
+        assert [] == different(some_state(), torch.load(tmp_path / "whole.pt"))
+
+    def test_a_writer_with_a_storage_meta_of_its_own(self, offline: dcp.Session, tmp_path: Path) -> None:
+        """Plain DCP loads what it writes through Shardbook, too; what a subclass adds is not in the file."""
+        dcp.save(some_state(), storage_writer=OwnMetaWriter(tmp_path / "1"), checkpoint_id=tmp_path / "1")
+        assert StorageMeta is type(FileSystemReader(tmp_path / "1").read_metadata().storage_meta)
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         """A path without a checkpoint, and a ref without one."""
