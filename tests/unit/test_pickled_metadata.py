@@ -57,6 +57,14 @@ def test_what_dcp_writes_is_read_exactly() -> None:
     assert pickle.loads(content) == read_pickled_metadata(io.BytesIO(content))
 
 
+def test_paths_of_python_3_13_are_read() -> None:
+    """It pickles them under the name of a private module that other releases lack."""
+    content = pickle.dumps(metadata(), protocol=2)
+    newer = content.replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert content != newer
+    assert pickle.loads(content) == read_pickled_metadata(io.BytesIO(newer))
+
+
 @pytest.mark.parametrize("place", ["state_dict_metadata", "planner_data", "storage_data", "version"])
 def test_a_canary_in_any_place_is_never_run(place: str, tmp_path: Path) -> None:
     """The name is refused before it is looked up; torch's own load would run it."""
