@@ -61,7 +61,15 @@ def columns_of(workload: Workload) -> tuple[CheckpointStructure, Located]:
 
 
 def graph_of(workload: Workload) -> Any:
-    """Returns the Metadata of DCP's coordinator: of what each rank's plan and results were unpickled to."""
+    """Returns the Metadata of DCP's coordinator: of what each rank's plan and results were unpickled to.
+
+    Made without the garbage collector, which would take most of the time: it is not what is measured.
+    """
+    with garbage_collector(enabled=False):
+        return _graph_of(workload)
+
+
+def _graph_of(workload: Workload) -> Any:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
     entries: dict[str, Any] = {}
