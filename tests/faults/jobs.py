@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from shardbook import Client, dcp
+from shardbook._trees import in_blocks
 from shardbook.dcp.finishing import Finisher
 from shardbook.dcp.runtime import current
 from shardbook.dcp.submission import Submitter
@@ -256,11 +257,12 @@ def die_publishing(rank: Rank, start: dict[str, Any], path: str, write_count: in
     dcp.init(**start)
     original, written = CheckpointFiles.write, list[str]()
 
-    def killing(files: CheckpointFiles, path: str, content: bytes) -> None:
+    def killing(files: CheckpointFiles, path: str, content: bytes | Iterable[bytes]) -> None:
         describes = not path.endswith((".record", "alone"))
+        whole = b"".join(in_blocks(content))  # the mark is left with the last block, before the file is there
         if describes and len(written) == write_count:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(files, path, content)
+        original(files, path, whole)
         if describes:
             written.append(path)
 

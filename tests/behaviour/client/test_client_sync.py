@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +13,8 @@ from shardbook import recording
 from shardbook._attempts import TreeFiles, find_attempts
 from shardbook._trees import open_tree
 from shardbook.client import Client
-from shardbook.core.directory import mark_path
-from shardbook.core.exported import Fingerprint
-from shardbook.core.fold import FoldedAttempt, unfold
-from shardbook.core.head import default_header
+from shardbook.core.fold import FoldedAttempt
 from shardbook.core.manifest import Manifest
-from shardbook.dcp.metadata import build_metadata
 from shardbook.errors import CorruptManifestError, InvalidArgumentError, NotFoundError, UnavailableError
 from shardbook.recording import record_attempt
 from shardbook.stores import Stores
@@ -29,7 +23,6 @@ from shardbook.v1 import types_pb2
 from tests.behaviour.client.catalogue import Catalogue
 from tests.behaviour.client.directories import CheckpointDirectory, identity, manifest, record
 from tests.behaviour.client.scripted import ScriptedServer, scripted_server
-from tests.torch.equality import differences
 
 
 @pytest.fixture
@@ -122,45 +115,6 @@ def test_export_of_dcp_metadata_can_be_replaced(step: CheckpointDirectory, serve
     step.add_records(older)
     sync_directory(client, step.path, export=lambda directory, folded: b"older")
     assert newer.prefix.encode() == (step.path / ".metadata").read_bytes()
-
-
-def test_dcp_metadata_is_written_without_torch(step: CheckpointDirectory) -> None:
-    """A login node has none; whoever loads with plain DCP has one, and finds what a save would have left."""
-    who = identity()
-    step.add_manifest(who)
-    program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from shardbook._attempts import TreeFiles\n"
-        "from shardbook._publishing import export_dcp_metadata, settle\n"
-        "from shardbook._trees import open_tree\n"
-        "path = sys.argv[1]\n"
-        "assert settle(TreeFiles(open_tree(path), path), lambda one: export_dcp_metadata(path, one)) == ()\n"
-    )
-    subprocess.run([sys.executable, "-c", program, str(step.path)], check=True)
-    folded = unfold(manifest(who))
-    expected = build_metadata(folded.structure, folded.located, who.prefix, default_header(str(step.path), who.prefix))
-    content = (step.path / ".metadata").read_bytes()
-    assert [] == differences(expected, pickle.loads(content))
-    assert (step.path / mark_path(who.prefix, Fingerprint.of(len(content), content).mark)).exists()
-
-
-@pytest.mark.parametrize("scheme", ["", "memory:/"])
-def test_file_that_ends_in_an_error_is_not_there(scheme: str, tmp_path: Path) -> None:
-    """Content in blocks replaces a file as a whole or not at all, on disks and object stores."""
-    root = f"{scheme}{tmp_path}"
-    if scheme:
-        fsspec.filesystem("memory").makedirs(str(tmp_path))
-    tree = open_tree(root)
-
-    def broken() -> Iterator[bytes]:
-        yield b"half"
-        raise OSError("the rest")
-
-    tree.write(f"{root}/file", iter([b"one", b"two"]))
-    with pytest.raises(OSError, match="the rest"):
-        tree.write(f"{root}/file", broken())
-    assert b"onetwo" == tree.read(f"{root}/file")
-    assert ["file"] == tree.names(root)
 
 
 def test_directory_that_cannot_be_written_is_recorded_all_the_same(
@@ -374,11 +328,16 @@ def test_record_that_names_what_cannot_be_is_told_and_the_walk_goes_on(
     """Nothing is made of such a name, neither a call nor a path."""
     CheckpointDirectory(tmp_path / "a").add_altered(identity(1, world_size=1), **changed)
     CheckpointDirectory(tmp_path / "b").add_manifest(identity(2))
-    before = sorted(tmp_path.rglob("*"))
+    before = _outside(tmp_path, "b")
     results = synced(server, tmp_path)
     assert [("refused", "CORRUPT_MANIFEST"), ("recorded", "")] == [(one.outcome.value, one.reason) for one in results]
     assert results[:1] == unsettled(results)
-    assert before == sorted(tmp_path.rglob("*"))
+    assert before == _outside(tmp_path, "b")
+
+
+def _outside(path: Path, name: str) -> list[Path]:
+    """Everything below a directory but what is below one of its own."""
+    return sorted(one for one in path.rglob("*") if path / name not in one.parents)
 
 
 def test_record_in_the_place_of_another_attempt(step: CheckpointDirectory, server: ScriptedServer) -> None:
@@ -398,7 +357,7 @@ def test_newest_manifest_that_is_not_on_top_is_put_there(step: CheckpointDirecto
     step.add_manifest(newer).add_manifest(older)
     synced(server, step.path)
     assert newer == Manifest.from_bytes((step.path / ".shardbook" / "manifest").read_bytes()).identity
-    assert not (step.path / ".metadata").exists()
+    assert newer.prefix == pickle.loads((step.path / ".metadata").read_bytes()).storage_meta.save_id
 
 
 def test_metadata_of_an_older_attempt_is_told_without_export_and_repaired_with_it(
