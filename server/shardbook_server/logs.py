@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
+from contextlib import suppress
+from typing import TextIO
 
 import structlog
 
 from shardbook_server.settings import Settings
+
+
+class _Steady(io.TextIOBase):
+    """A stream whose failures stay here: a full disk under the log must not end a background task, or a call.
+
+    The standard library's handlers see to that themselves.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a line, or loses it."""
+        # ValueError: it is closed. UnicodeEncodeError is one too.
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what was written, where that can be."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def configure_logging(settings: Settings) -> None:
@@ -29,7 +54,7 @@ def configure_logging(settings: Settings) -> None:
     structlog.configure(
         processors=[*shared, *final],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(_Steady(sys.stderr)),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)

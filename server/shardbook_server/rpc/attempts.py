@@ -110,7 +110,10 @@ class Attempts:
             "registrations", self._write_registrations, limits, in_flight=in_flight, observer=observer
         )
         self._decisions = Batcher("decisions", self._decide_many, limits, observer=observer)
+        #: What waiting calls are shown of attempts, and until when.
         self._views: dict[AttemptKey, tuple[float, Progress]] = {}
+        #: Registrations that came through this process, by attempt; the latest attempt last.
+        self._registered: dict[int, int] = {}
         self._uploads = Uploads(services.blobs, bridge, limits, observer=observer)
 
     def queues(self) -> Mapping[str, tuple[int, float]]:
@@ -224,7 +227,7 @@ class Attempts:
         For calls that wait: every rank of a world asks, and all get the same answer.
         """
         held = self._views.get(key)
-        if held is not None and time.monotonic() - held[0] < RECENT_S:
+        if held is not None and time.monotonic() < held[0]:
             return held[1]
         return await self._look_up(key)
 
@@ -232,7 +235,8 @@ class Attempts:
         asked_s = time.monotonic()
         view = await self._bridge.read_shared(key, self._services.progress.progress, key)
         self._views.pop(key, None)
-        self._views[key] = (asked_s, view)
+        # So that looking takes a twentieth of a thread at most, however large the world is.
+        self._views[key] = (asked_s + max(RECENT_S, 20 * (time.monotonic() - asked_s)), view)
         if len(self._views) > RECENT_COUNT:
             del self._views[next(iter(self._views))]
         return view
@@ -295,12 +299,32 @@ class Attempts:
 
     async def _write_plans(self, entries: Sequence[PlanEntry]) -> Sequence[PlanAnswer | ShardbookError]:
         answers = await self._bridge.write_own("plan", self._services.plans.plan_batch, entries)
-        self._waits.changed(answer.checkpoint_id for answer in answers if isinstance(answer, PlanAnswer))
+        # A look costs more the larger the world; of plans it brings nothing until all of them are in.
+        self._waits.changed(
+            answer.checkpoint_id
+            for entry, answer in zip(entries, answers, strict=True)
+            if isinstance(answer, PlanAnswer) and answer.planned_count >= entry.submission.key.world_size
+        )
         return answers
 
     async def _write_registrations(
         self, entries: Sequence[RegistrationEntry]
     ) -> Sequence[RegistrationAnswer | ShardbookError]:
         answers = await self._bridge.write_own("register", self._services.registrations.register_batch, entries)
-        self._waits.changed(answer.checkpoint_id for answer in answers if isinstance(answer, RegistrationAnswer))
+        self._waits.changed(
+            answer.checkpoint_id
+            for entry, answer in zip(entries, answers, strict=True)
+            if isinstance(answer, RegistrationAnswer) and self._may_be_complete(entry, answer)
+        )
         return answers
+
+    def _may_be_complete(self, entry: RegistrationEntry, answer: RegistrationAnswer) -> bool:
+        """Counts a registration; True once as many came through this process as there are ranks.
+
+        Through several replicas, or with ranks that register twice, it is only a guess: the poller looks all the same.
+        """
+        count = 1 + self._registered.pop(answer.checkpoint_id, 0)
+        self._registered[answer.checkpoint_id] = count
+        if len(self._registered) > RECENT_COUNT:
+            del self._registered[next(iter(self._registered))]
+        return count >= entry.registration.key.world_size
