@@ -37,6 +37,7 @@ from shardbook_server.rpc.metadata import MetadataHandlers
 from shardbook_server.rpc.registration import RegistrationHandlers
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.rpc.watch import AccessLog
+from shardbook_server.service.garbage import Collected, GarbageService
 from shardbook_server.service.services import build_services
 from shardbook_server.service.views import AttemptCounts
 from shardbook_server.settings import Settings, default_data_dir
@@ -97,6 +98,25 @@ def open_database(settings: Settings, *, connections: int, observer: Observer = 
         prepared_statements=settings.postgres_prepared_statements,
     )
     return Database(settings.database_url, connections=connections, postgres=options, observer=observer)
+
+
+def collect_garbage(
+    settings: Settings, tell: Callable[[str], None], *, older_than_days: int, dry_run: bool
+) -> list[Collected]:
+    """Drops what nobody refers to, beside servers that go on; tells a line a kind.
+
+    Raises:
+        FailedPreconditionError: The schema is not one that this release serves.
+        InvalidArgumentError: The URL names no database that can be served.
+    """
+    migrate.check(settings.database_url)
+    with closing(open_database(settings, connections=1)) as database:
+        collected = GarbageService(database).collect(older_than_days=older_than_days, dry_run=dry_run)
+    for one in collected:
+        tell(f"{one.kind:<21}  {one.count:>12,}  {one.size_bytes:>18,} bytes")
+    count, size_bytes = sum(one.count for one in collected), sum(one.size_bytes for one in collected)
+    tell(f"{'would be dropped' if dry_run else 'dropped':<21}  {count:>12,}  {size_bytes:>18,} bytes")
+    return collected
 
 
 class Server:

@@ -192,6 +192,24 @@ def mark_restored(
 
 
 @database.command()
+def gc(
+    older_than: Annotated[
+        int, typer.Option("--older-than", min=0, max=36_500, metavar="DAYS", help="Drop what was not used for so long.")
+    ] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and drop nothing.")] = False,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Drop structures that no checkpoint refers to and no save uses, and what expired attempts left. Servers go on."""
+    with _reported():
+        settings = load_settings({"database_url": database_url}, config=config)
+        # With what this needs, help need not wait.
+        from shardbook_server import app as server
+
+        server.collect_garbage(settings, typer.echo, older_than_days=older_than, dry_run=dry_run)
+
+
+@database.command()
 def current(database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Print the revision of the schema."""
     with _reported():

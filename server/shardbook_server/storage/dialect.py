@@ -27,7 +27,8 @@ def lock_rows(
 ) -> list[Any]:
     """Locks the rows that have these keys, in their order, until the transaction ends; returns the keys found.
 
-    An update of several rows locks them in whatever order it meets them, and two such updates can deadlock.
+    An update of several rows locks them in whatever order it meets them, and two such updates can deadlock. Rows that
+    refer to these may be added meanwhile: keys stay what they are.
 
     Args:
         connection: In a write transaction.
@@ -40,6 +41,6 @@ def lock_rows(
         statement = select(key).where(key.in_(some)).order_by(key)
         # SQLite has no row locks and needs none: whoever writes, writes alone.
         if connection.dialect.name == "postgresql":
-            statement = statement.with_for_update(skip_locked=skip_locked)
+            statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         found.extend(connection.scalars(statement))
     return found
