@@ -37,7 +37,6 @@ from shardbook_server.rpc.metadata import MetadataHandlers
 from shardbook_server.rpc.registration import RegistrationHandlers
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.rpc.watch import AccessLog
-from shardbook_server.service.garbage import Collected, GarbageService
 from shardbook_server.service.services import build_services
 from shardbook_server.service.views import AttemptCounts
 from shardbook_server.settings import Settings, default_data_dir
@@ -61,6 +60,8 @@ _COLLECT_EVERY: Final = 50_000
 #: The server asks an idle connection for a sign of life after this long, so that dead clients do not pile up.
 _SERVER_PING_MS: Final = 120_000
 _SERVER_PING_TIMEOUT_MS: Final = 20_000
+#: How long writes that have begun may take at the end, once no call is in progress any more, seconds.
+_FLUSH_S: Final = 5.0
 #: Signals closer than this are one.
 _SAME_SIGNAL_S: Final = 1.0
 
@@ -98,25 +99,6 @@ def open_database(settings: Settings, *, connections: int, observer: Observer = 
         prepared_statements=settings.postgres_prepared_statements,
     )
     return Database(settings.database_url, connections=connections, postgres=options, observer=observer)
-
-
-def collect_garbage(
-    settings: Settings, tell: Callable[[str], None], *, older_than_days: int, dry_run: bool
-) -> list[Collected]:
-    """Drops what nobody refers to, beside servers that go on; tells a line a kind.
-
-    Raises:
-        FailedPreconditionError: The schema is not one that this release serves.
-        InvalidArgumentError: The URL names no database that can be served.
-    """
-    migrate.check(settings.database_url)
-    with closing(open_database(settings, connections=1)) as database:
-        collected = GarbageService(database).collect(older_than_days=older_than_days, dry_run=dry_run)
-    for one in collected:
-        tell(f"{one.kind:<21}  {one.count:>12,}  {one.size_bytes:>18,} bytes")
-    count, size_bytes = sum(one.count for one in collected), sum(one.size_bytes for one in collected)
-    tell(f"{'would be dropped' if dry_run else 'dropped':<21}  {count:>12,}  {size_bytes:>18,} bytes")
-    return collected
 
 
 class Server:
@@ -183,6 +165,7 @@ class Server:
         self._operations.watch(self._waits, self._bridge, self._attempts)
         self._server = self._build()
         self._reaper: asyncio.Task[None] | None = None
+        self._severing: asyncio.TimerHandle | None = None
         self.address = ""
 
     @property
@@ -211,6 +194,8 @@ class Server:
     async def stop(self, grace_s: float | None = None) -> None:
         """Drains: NOT_SERVING, waits end, calls in progress finish, the queue is written, the database closed.
 
+        A database that does not answer holds it up for some seconds beyond the grace, not for ever.
+
         Args:
             grace_s: How long calls in progress may take; ``drain_s`` of the settings when None.
         """
@@ -219,10 +204,14 @@ class Server:
         if self._reaper is not None:
             self._reaper.cancel()
         self._waits.drain()
-        await self._server.stop(self._settings.drain_s if grace_s is None else grace_s)
+        grace_s = self._settings.drain_s if grace_s is None else grace_s
+        self._sever_in(grace_s + _FLUSH_S)
+        await self._server.stop(grace_s)
         await self._attempts.close()
         await self._bridge.close()
         await self._waits.close()
+        if self._severing is not None:
+            self._severing.cancel()
         await self._operations.close()
         self.database.close()
         if self._tracing is not None:
@@ -230,7 +219,18 @@ class Server:
 
     async def cut(self) -> None:
         """Ends the calls in progress of a server that is being stopped."""
+        self._sever_in(_FLUSH_S)
         await self._server.stop(0)
+
+    def _sever_in(self, seconds: float) -> None:
+        """Bounds the end: what waits for the database by then hears that its connection is lost."""
+        if self._severing is not None:
+            self._severing.cancel()
+        self._severing = asyncio.get_running_loop().call_later(seconds, self._sever)
+
+    def _sever(self) -> None:
+        _log.warning("the database has not answered in time, its connections are cut")
+        self.database.sever()
 
     def _build(self) -> grpc.aio.Server:
         edge = EdgeInterceptor(self._operations.recorder, AccessLog(self._settings.access_log))

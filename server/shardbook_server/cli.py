@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -204,9 +204,19 @@ def gc(
     with _reported():
         settings = load_settings({"database_url": database_url}, config=config)
         # With what this needs, help need not wait.
-        from shardbook_server import app as server
+        from shardbook_server.app import open_database
+        from shardbook_server.service.garbage import GarbageService
+        from shardbook_server.storage import migrate
 
-        server.collect_garbage(settings, typer.echo, older_than_days=older_than, dry_run=dry_run)
+        migrate.check(settings.database_url)
+        with closing(open_database(settings, connections=1)) as opened:
+            collected = GarbageService(opened).collect(older_than_days=older_than, dry_run=dry_run)
+        total = sum(one.count for one in collected), sum(one.size_bytes for one in collected)
+        for kind, count, size_bytes in (
+            *((one.kind, one.count, one.size_bytes) for one in collected),
+            ("would be dropped" if dry_run else "dropped", *total),
+        ):
+            typer.echo(f"{kind:<21}  {count:>12,}  {size_bytes:>18,} bytes")
 
 
 @database.command()

@@ -103,6 +103,9 @@ class SqliteBackend:
     def check_durability(self) -> None:
         """Nothing to ask: every connection sets ``synchronous = FULL``."""
 
+    def sever(self) -> None:
+        """Nothing to do: statements are short, and other processes are waited for half a minute at most."""
+
     def sizes(self, connection: Connection) -> Sizes:  # noqa: ARG002
         """Returns the sizes of the two files."""
         return Sizes(_file_bytes(self._path), _file_bytes(self._path.with_name(self._path.name + "-wal")), None)
