@@ -31,8 +31,10 @@ from tests.faults.replicas import CALL_S, Replicas, running_replicas
 from tests.faults.validators import p2_no_torn_checkpoint
 from tests.postgres import Cluster
 
-LEASE_S = 6.0
-OUTAGE_S = 9.0
+LEASE_S = 8.0
+OUTAGE_S = 11.0
+#: How long a living job is silent after the outage: the reaper has been round several times by then.
+SILENT_S = 2.5
 #: By then the reaper has been round, and whoever did not renew after the outage has lost the lease.
 SETTLED_S = LEASE_S + 4.0
 OPEN = types_pb2.CHECKPOINT_STATE_OPEN
@@ -73,6 +75,20 @@ class Job:
         """Where its attempt is in its life."""
         request = pb.GetCheckpointProgressRequest(key=attempt_key(self._who))
         return self.client.get_progress(request).progress.state
+
+    def renew(self) -> None:
+        """Gives one sign of life."""
+        request = pb.KeepAliveRequest(
+            run=str(self._session.run_name), session=self._session.number, incarnation=self._session.incarnation
+        )
+        self.client.keep_alive(request)
+
+    def stays_open(self, seconds: float) -> None:
+        """Looks at the attempt for a while."""
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            assert OPEN == self.state
+            time.sleep(0.1)
 
     @contextmanager
     def alive(self) -> Iterator[None]:
@@ -122,20 +138,18 @@ def test_only_who_is_dead_is_taken_for_dead(
     await_that("the first lease ends", lambda: gone.state == EXPIRED)
     living = Job(first, f"{run}-{kind}-living", tmp_path / "living")
     dead = Job(other, f"{run}-{kind}-dead", tmp_path / "dead")
+    dead.renew()
+    living.renew()
+    with ThreadPoolExecutor(1) as caller:
+        with _outage(cluster, kind):
+            time.sleep(OUTAGE_S)
+            # It asks while Postgres is away, and is among the first that are heard when it is back.
+            stranger = caller.submit(_start_until_answered, other, living.run)
+            time.sleep(0.5)
+        assert isinstance(stranger.result(), RunBusyError)
+    living.stays_open(SILENT_S)
     with living.alive():
-        # One sign of life, so that the lease of neither is nearly over when the outage begins.
-        time.sleep(LEASE_S / 4)
-        with ThreadPoolExecutor(1) as caller:
-            with _outage(cluster, kind):
-                time.sleep(OUTAGE_S)
-                # It asks while Postgres is away, and is among the first that are heard when it is back.
-                stranger = caller.submit(_start_until_answered, other, living.run)
-                time.sleep(0.5)
-            assert isinstance(stranger.result(), RunBusyError)
-        returned_s = time.monotonic()
-        while time.monotonic() - returned_s < SETTLED_S:
-            assert OPEN == living.state
-            time.sleep(0.1)
+        living.stays_open(SETTLED_S)
         # Nobody spoke for this one since, and nobody has to come for it to end.
         await_that("the dead one's lease ends", lambda: dead.state == EXPIRED)
         assert OPEN == living.state
