@@ -93,7 +93,8 @@ class Job:
     @contextmanager
     def alive(self) -> Iterator[None]:
         """Keeps the lease until the block ends, as a trainer's process does."""
-        keeper = LeaseKeeper(self.client, self._session, lambda: {self._session.part: self._session.number})
+        numbers = {self._session.part: self._session.number}
+        keeper = LeaseKeeper(self.client, self._session, lambda: numbers, lambda *_: None)
         keeper.keep(LEASE_S)
         try:
             yield

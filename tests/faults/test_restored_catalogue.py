@@ -1,4 +1,4 @@
-"""Row 32, the catalogue from end to end: saves, a backup, more saves, the database lost and put back, and the directories synced."""
+"""Row 32, the catalogue from end to end: a backup, more saves, the database put back, and the directories synced."""
 
 from __future__ import annotations
 
