@@ -98,6 +98,11 @@ def running_postgres() -> Iterator[Postgres]:
             cluster.remove()
 
 
+def tool(name: str) -> str:
+    """Returns a program of the same release as the server: ``pg_dump`` refuses a server that is newer than itself."""
+    return str((binaries() / "initdb").resolve().parent / name)
+
+
 def described() -> str:
     """Returns which Postgres ``running_postgres`` runs, and its version; for the head of a run of tests."""
     if _GIVEN_URL:

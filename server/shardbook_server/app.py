@@ -24,7 +24,7 @@ from shardbook.v1.catalog_pb2_grpc import add_CatalogServiceServicer_to_server
 from shardbook.v1.metadata_pb2_grpc import add_MetadataServiceServicer_to_server
 from shardbook.v1.registration_pb2_grpc import add_RegistrationServiceServicer_to_server
 from shardbook_server.failpoints import Failpoints
-from shardbook_server.listening import cannot_listen, reason_of
+from shardbook_server.listening import cannot_listen, reason_of, server_options
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.operations import Operations
 from shardbook_server.rpc.attempts import Attempts
@@ -57,9 +57,8 @@ _SQLITE_WRITERS: Final = 1
 _POSTGRES_BATCHES: Final = 2
 #: Objects made since the last collection before the next begins, in a process of the server's own.
 _COLLECT_EVERY: Final = 50_000
-#: The server asks an idle connection for a sign of life after this long, so that dead clients do not pile up.
-_SERVER_PING_MS: Final = 120_000
-_SERVER_PING_TIMEOUT_MS: Final = 20_000
+#: How long writes that have begun may take at the end, once no call is in progress any more, seconds.
+_FLUSH_S: Final = 5.0
 #: Signals closer than this are one.
 _SAME_SIGNAL_S: Final = 1.0
 
@@ -163,6 +162,7 @@ class Server:
         self._operations.watch(self._waits, self._bridge, self._attempts)
         self._server = self._build()
         self._reaper: asyncio.Task[None] | None = None
+        self._severing: asyncio.TimerHandle | None = None
         self.address = ""
 
     @property
@@ -191,6 +191,8 @@ class Server:
     async def stop(self, grace_s: float | None = None) -> None:
         """Drains: NOT_SERVING, waits end, calls in progress finish, the queue is written, the database closed.
 
+        A database that does not answer holds it up for some seconds beyond the grace, not for ever.
+
         Args:
             grace_s: How long calls in progress may take; ``drain_s`` of the settings when None.
         """
@@ -199,10 +201,14 @@ class Server:
         if self._reaper is not None:
             self._reaper.cancel()
         self._waits.drain()
-        await self._server.stop(self._settings.drain_s if grace_s is None else grace_s)
+        grace_s = self._settings.drain_s if grace_s is None else grace_s
+        self._sever_in(grace_s + _FLUSH_S)
+        await self._server.stop(grace_s)
         await self._attempts.close()
         await self._bridge.close()
         await self._waits.close()
+        if self._severing is not None:
+            self._severing.cancel()
         await self._operations.close()
         self.database.close()
         if self._tracing is not None:
@@ -210,14 +216,25 @@ class Server:
 
     async def cut(self) -> None:
         """Ends the calls in progress of a server that is being stopped."""
+        self._sever_in(_FLUSH_S)
         await self._server.stop(0)
+
+    def _sever_in(self, seconds: float) -> None:
+        """Bounds the end: what waits for the database by then hears that its connection is lost."""
+        if self._severing is not None:
+            self._severing.cancel()
+        self._severing = asyncio.get_running_loop().call_later(seconds, self._sever)
+
+    def _sever(self) -> None:
+        _log.warning("the database has not answered in time, its connections are cut")
+        self.database.sever()
 
     def _build(self) -> grpc.aio.Server:
         edge = EdgeInterceptor(self._operations.recorder, AccessLog(self._settings.access_log))
         server = grpc.aio.server(
             # Spans around everything else, so that they hold the time and the status that clients see.
             interceptors=[edge] if self._tracing is None else [self._tracing.interceptor, edge],
-            options=_options(self._settings),
+            options=server_options(self._settings),
             maximum_concurrent_rpcs=self._settings.max_concurrent_rpcs,
         )
         registration = RegistrationHandlers(self._services, self._bridge, self._attempts)
@@ -267,39 +284,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_EVERY, *gc.get_threshold()[1:])
-
-
-#: How long a call may wait before it is picked up, seconds; longer than any deadline that clients set.
-_MAX_UNREQUESTED_S: Final = 3600
-
-
-def _options(settings: Settings) -> list[tuple[str, int]]:
-    options = [
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.max_send_message_length", -1),
-        # Calls that nobody has picked up yet wait in gRPC's own queue, and from 1,000 on it cancels some at random:
-        # what a world of ranks would meet that saves at the same moment.
-        ("grpc.server.max_pending_requests", settings.max_concurrent_rpcs),
-        ("grpc.server.max_pending_requests_hard_limit", settings.max_concurrent_rpcs),
-        # And it cancels what has waited there for 30 s, though the caller still waits: deadlines are for callers.
-        ("grpc.server_max_unrequested_time_in_server", _MAX_UNREQUESTED_S),
-        # Two servers on one port would each get half the calls.
-        ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", _ms(settings.keepalive_permit_s)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.keepalive_time_ms", _SERVER_PING_MS),
-        ("grpc.keepalive_timeout_ms", _SERVER_PING_TIMEOUT_MS),
-        ("grpc.max_connection_age_ms", _ms(settings.max_connection_age_s)),
-        ("grpc.max_connection_age_grace_ms", _ms(settings.max_connection_age_grace_s)),
-    ]
-    if not settings.compression:
-        # A bit for each algorithm; the lowest is "identity".
-        options.append(("grpc.compression_enabled_algorithms_bitset", 1))
-    return options
-
-
-def _ms(value_s: float) -> int:
-    return min(2**31 - 1, round(value_s * 1000))
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -189,6 +189,34 @@ def mark_restored(
 
         mark(url)
         typer.echo(f"{_shown(url)}: marked as restored; `shardbook sync DIR...` brings back what was saved since")
+
+
+@database.command()
+def gc(
+    older_than: Annotated[
+        int, typer.Option("--older-than", min=0, max=36_500, metavar="DAYS", help="Drop what was not used for so long.")
+    ] = 7,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and drop nothing.")] = False,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Drop structures that no checkpoint refers to and no save uses, and what expired attempts left. Servers go on."""
+    with _reported():
+        settings = load_settings({"database_url": database_url}, config=config)
+        # With what this needs, help need not wait.
+        from shardbook_server.app import open_database
+        from shardbook_server.service.garbage import GarbageService
+        from shardbook_server.storage import migrate
+
+        migrate.check(settings.database_url)
+        with closing(open_database(settings, connections=1)) as opened:
+            collected = GarbageService(opened).collect(older_than_days=older_than, dry_run=dry_run)
+        total = sum(one.count for one in collected), sum(one.size_bytes for one in collected)
+        for kind, count, size_bytes in (
+            *((one.kind, one.count, one.size_bytes) for one in collected),
+            ("would be dropped" if dry_run else "dropped", *total),
+        ):
+            typer.echo(f"{kind:<21}  {count:>12,}  {size_bytes:>18,} bytes")
 
 
 @database.command()

@@ -11,11 +11,13 @@ import pytest
 
 from shardbook import Client
 from shardbook.catalog import CheckpointState
-from shardbook.errors import DeadlineExceededError, UnavailableError
+from shardbook.errors import DeadlineExceededError, ShardbookError, UnavailableError
 from shardbook.v1 import catalog_pb2
 from shardbook_server.storage import migrate
+from tests.behaviour.client.saves import start_session
 from tests.behaviour.rpc.api import api_of, refusal
 from tests.faults.replicas import Replicas, SavingJob, running_replicas
+from tests.faults.server import ServerProcess
 from tests.faults.validators import p2_no_torn_checkpoint
 from tests.postgres import Cluster
 
@@ -82,6 +84,30 @@ def test_while_it_stands_still_calls_end_with_their_deadlines(replicas: Replicas
     finally:
         cluster.thaw()
     _works_again(client)
+
+
+def test_a_server_ends_though_its_database_stands_still(
+    replicas: Replicas, cluster: Cluster, run: str, tmp_path: Path
+) -> None:
+    """A replacement must not wait for ever: statements that are never answered are cut off after the drain."""
+    with (
+        ServerProcess(tmp_path / "server", cluster.url, SHARDBOOK_DRAIN_S="1") as server,
+        ThreadPoolExecutor(2) as callers,
+    ):
+        client = Client(server.address, timeout_s=10.0)
+        cluster.freeze()
+        try:
+            reading = callers.submit(lambda: list(client.list_runs()))
+            writing = callers.submit(start_session, client, run, b"e" * 16)
+            time.sleep(0.5)
+            began_s = time.monotonic()
+            server.stop()
+            assert time.monotonic() - began_s < 20.0
+        finally:
+            cluster.thaw()
+        assert isinstance(reading.exception(), ShardbookError)
+        assert isinstance(writing.exception(), ShardbookError)
+    _works_again(replicas.client_of(0))
 
 
 def _works_again(client: Client) -> None:

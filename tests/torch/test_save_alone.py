@@ -64,6 +64,16 @@ class TestResult:
         assert loads(f"{session.run}@latest")
         assert loads(result.name)
 
+    def test_what_the_service_does_not_take_is_saved_all_the_same(self, session: dcp.Session, tmp_path: Path) -> None:
+        """An fqn beyond the service's limit: its refusal is the reason, and the directory loads."""
+        state = {"n" * 70_000: torch.arange(4.0)}
+        result = dcp.save(state, checkpoint_id=tmp_path / "1")
+        assert SaveState.UNREGISTERED == result.state
+        assert "the limit is 65536" in result.reason
+        blank = {name: torch.zeros(4) for name in state}
+        dcp.load(blank, result.path)
+        assert torch.equal(torch.arange(4.0), next(iter(blank.values())))
+
     def test_files_lie_in_the_attempts_directory(self, session: dcp.Session, tmp_path: Path) -> None:
         """Data below the prefix, manifests beside it, records gone, nothing else."""
         result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")

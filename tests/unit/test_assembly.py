@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardbook.core import limits
 from shardbook.core.assembly import assemble
 from shardbook.core.table import KeyPath
 from shardbook.errors import InvalidArgumentError, InvalidGeometryError
@@ -208,6 +209,17 @@ def test_at_most_fifty_ranks_are_named_with_the_count() -> None:
     ranks = [[shard("w", (4096,), (rank,), (1,))] for rank in range(1000)]
 
     assert "48, 49, ... (1000 ranks)" in _refusal(*ranks).message
+
+
+def test_chunks_that_take_too_long_to_tell_apart_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typed refusal that names tensor and limit; what a grid proves needs no comparison."""
+    monkeypatch.setattr(limits, "MAX_BOX_COMPARISONS", 3)
+    fine = [shard("even", (4,), (at,), (1,)) for at in range(4)]
+    pinwheel = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    assert assembled(fine).chunk_count == 4
+    with pytest.raises(InvalidArgumentError, match="tensor 'odd': its 5 chunks lie so irregularly") as caught:
+        assembled(fine + [shard("odd", (3, 3), *box) for box in pinwheel])
+    assert ("LIMIT_EXCEEDED", "3") == (caught.value.reason, caught.value.metadata["limit"])
 
 
 def test_a_rank_index_that_names_no_structure_is_refused() -> None:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardbook.core import overlap
+from shardbook.core import limits, overlap
 from shardbook.core.columns import Int64Array
-from shardbook.core.geometry import NONE, Verdict, judge
+from shardbook.core.geometry import NONE, UndecidedError, Verdict, judge
 from shardbook.core.grid import prove_cuts, prove_even
-from shardbook.core.overlap import find_overlap
+from shardbook.core.overlap import Budget, find_overlap
 from shardbook.core.ragged import firsts_of
 from shardbook.errors import InvalidArgumentError
 from tests.unit.strategies_geometry import Cut, arrays, cuts, paint, shapes, tilings
@@ -91,22 +91,26 @@ def test_proofs_settle_what_sharding_makes() -> None:
     assert [True, True] == prove_cuts(*arrays([even, through])).tiled.tolist()
 
 
+@pytest.mark.parametrize("cells", [0, 30, 1 << 22])
 @pytest.mark.parametrize("budget", [0, 3, 1 << 23])
 @settings(max_examples=4 * settings().max_examples)
 @given(data=st.data())
-def test_dividing_and_blocks_do_not_change_the_answer(budget: int, data: st.DataObject) -> None:
-    """The sweep finds the same with hardly any pairs allowed at a time as with all of them."""
+def test_dividing_painting_and_blocks_do_not_change_the_answer(budget: int, cells: int, data: st.DataObject) -> None:
+    """The sweep finds the same with hardly any pairs and cells allowed at a time as with all of them."""
     cut = data.draw(cuts(max_ndim=3))
     _, _, offsets, sizes = arrays([cut])
     solid = (sizes > 0).all(axis=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overlap, "_PAIRS_PER_SWEEP", budget)
         patch.setattr(overlap, "_PAIRS_PER_BLOCK", max(budget, 1))
+        patch.setattr(overlap, "_CELLS_PER_PAINTING", cells)
         pair = find_overlap(offsets[solid], sizes[solid])
 
     ends = offsets[solid] + sizes[solid]
     met = (offsets[solid][:, None] < ends[None]).all(axis=2)
-    assert bool(np.triu(met & met.T, 1).any()) == (pair is not None)
+    truth = np.triu(met & met.T, 1)
+    assert bool(truth.any()) == (pair is not None)
+    assert pair is None or truth[pair]
 
 
 def test_empty_chunks_overlap_nothing() -> None:
@@ -209,3 +213,55 @@ def test_columns_beside_a_stack_of_rows_are_not_compared_pair_by_pair() -> None:
 
     offsets[count + 3, 1] = count + 2
     assert (count + 2, count + 3) == find_overlap(offsets, sizes)
+
+
+class _Meter(Budget):
+    """Counts what is spent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent = 0
+
+    def spend(self, comparisons: int) -> None:
+        self.spent += comparisons
+        super().spend(comparisons)
+
+
+def _rods(across: int) -> tuple[Int64Array, Int64Array]:
+    """Rods along all three axes, ``across`` times ``across`` along each: every plane cuts a third of them."""
+    length = 4 * across
+    one, other = (grid.ravel() for grid in np.meshgrid(*[4 * np.arange(across)] * 2))
+    none = np.zeros_like(one)
+    along = [(none, one, other), (one + 2, none, other + 1), (one + 1, other + 2, none)]
+    offsets = np.concatenate([np.stack(columns, axis=1) for columns in along])
+    sizes = np.repeat(np.where(np.eye(3, dtype=np.bool_), length, 1), across * across, axis=0)
+    order = np.random.default_rng(0).permutation(len(offsets))
+    return offsets[order], sizes[order]
+
+
+def test_rods_along_every_axis_are_not_compared_pair_by_pair() -> None:
+    """No dimension and no plane tells these 21,675 boxes apart: 130 million pairs meet along the best of them."""
+    offsets, sizes = _rods(85)
+    meter = _Meter()
+    assert find_overlap(offsets, sizes, meter) is None
+    assert meter.spent < 5_000_000
+
+    offsets[7], sizes[7] = offsets[8], 1
+    assert (7, 8) == find_overlap(offsets, sizes)
+
+
+def test_what_takes_too_long_to_tell_apart_says_which_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons are those of all tensors together; a grid takes none."""
+    offsets, sizes = _rods(8)
+    meter = _Meter()
+    find_overlap(offsets, sizes, meter)
+    monkeypatch.setattr(limits, "MAX_BOX_COMPARISONS", meter.spent)
+    counts = np.array([1, len(offsets)])
+    shapes = np.array([[9, 9, 9], [32, 32, 32]])
+    columns = np.concatenate([[[0, 0, 0]], offsets]), np.concatenate([[[9, 9, 9]], sizes])
+    assert [True] == np.unique(judge(counts, shapes, *columns).overlap == NONE).tolist()
+    # The same boxes are judged once; one that lies elsewhere makes it another question.
+    twice = np.concatenate([columns[0], offsets + 1]), np.concatenate([columns[1], sizes])
+    with pytest.raises(UndecidedError) as caught:
+        judge(np.append(counts, len(offsets)), np.concatenate([shapes, [[40, 40, 40]]]), *twice)
+    assert (2, len(offsets)) == (caught.value.tensor, caught.value.chunk_count)

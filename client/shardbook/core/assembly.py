@@ -21,12 +21,13 @@ from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.duplicates import counted
 from shardbook.core.faults import Fault, describe_geometry, describe_unlike, faults_of, refuse
 from shardbook.core.gather import Chunks, place
-from shardbook.core.geometry import Verdict, judge
+from shardbook.core.geometry import UndecidedError, Verdict, judge
 from shardbook.core.grid import prove_even
 from shardbook.core.merge import World, merge_key_paths
 from shardbook.core.ragged import rows_of, within_group
 from shardbook.core.structure import RankStructure
 from shardbook.core.table import EntryKind, printable
+from shardbook.errors import InvalidArgumentError
 
 
 def assemble(structures: Sequence[RankStructure], rank_index: Int64Array) -> CheckpointStructure:
@@ -39,7 +40,8 @@ def assemble(structures: Sequence[RankStructure], rank_index: Int64Array) -> Che
     Raises:
         InvalidGeometryError: Chunks leave their tensor, overlap, leave a hole, or disagree on dtype or shape. At
             most 50 tensors are named, with their ranks.
-        InvalidArgumentError: ``rank_index`` names no structure.
+        InvalidArgumentError: ``rank_index`` names no structure; or the chunks of a tensor lie so irregularly that
+            telling them apart takes more than ``limits.MAX_BOX_COMPARISONS`` (reason ``LIMIT_EXCEEDED``).
     """
     every = Chunks.of(World.of(structures, rank_index))
     unlike, disagrees = _find_unlike(every)
@@ -106,7 +108,18 @@ def _judge(chunks: Chunks, disagrees: BoolArray) -> tuple[Chunks, Int64Array, In
     keep[rows] = counted(np.repeat(rest, chunks.counts[rest]), offsets[rows], sizes[rows])
     if not keep.all():
         chunks, offsets, sizes = chunks.only(keep), offsets[keep], sizes[keep]
-    return chunks, offsets, sizes, judge(chunks.counts, chunks.shapes, offsets, sizes, settled=settled)
+    try:
+        verdict = judge(chunks.counts, chunks.shapes, offsets, sizes, settled=settled)
+    except UndecidedError as error:
+        name = printable(chunks.declared.fqns[error.tensor])
+        raise InvalidArgumentError(
+            f"tensor '{name}': its {error.chunk_count} chunks lie so irregularly that telling them apart takes more "
+            f"than {limits.MAX_BOX_COMPARISONS} comparisons, the limit for a checkpoint",
+            reason="LIMIT_EXCEEDED",
+            field=name,
+            metadata={"tensor": name, "limit": str(limits.MAX_BOX_COMPARISONS)},
+        ) from error
+    return chunks, offsets, sizes, verdict
 
 
 def _finish(chunks: Chunks, offsets: Int64Array, sizes: Int64Array, warnings: tuple[str, ...]) -> CheckpointStructure:

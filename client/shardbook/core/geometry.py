@@ -14,13 +14,27 @@ import numpy as np
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.digest import digest_of
 from shardbook.core.grid import prove_cuts, prove_even
-from shardbook.core.overlap import find_overlap
+from shardbook.core.overlap import Budget, BudgetExceededError, find_overlap
 from shardbook.core.ragged import firsts_of, group_count, group_reduce, rows_of
 from shardbook.core.table import check_volumes
 from shardbook.errors import InvalidArgumentError
 
 #: No row.
 NONE = -1
+
+
+class UndecidedError(Exception):
+    """The chunks of a tensor lie so that telling them apart takes more than a checkpoint may take.
+
+    Attributes:
+        tensor: Its row.
+        chunk_count: Its chunks.
+    """
+
+    def __init__(self, tensor: int, chunk_count: int) -> None:
+        super().__init__(tensor, chunk_count)
+        self.tensor = tensor
+        self.chunk_count = chunk_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +79,7 @@ def judge(
 
     Raises:
         InvalidArgumentError: Shapes of the arrays do not match, or a tensor has 2**63 elements or more.
+        UndecidedError: Some tensor's chunks take more than ``limits.MAX_BOX_COMPARISONS``.
     """
     if offsets.shape != sizes.shape or offsets.shape[1:] != shapes.shape[1:]:
         raise InvalidArgumentError("offsets, sizes and shapes have different dimensions", field="offsets")
@@ -83,7 +98,10 @@ def judge(
     counts, shapes, offsets, sizes = counts[rest], shapes[rest], offsets[rows], sizes[rows]
     out = out_of_bounds(counts, shapes, offsets, sizes)
     inside = group_count(out, counts) == 0
-    pairs = _find_overlaps(counts, shapes, offsets, sizes, inside)
+    try:
+        pairs = _find_overlaps(counts, shapes, offsets, sizes, inside)
+    except UndecidedError as error:
+        raise UndecidedError(int(rest[error.tensor]), error.chunk_count) from error
     verdict.out_of_bounds[rows] = out
     verdict.overlap[rest] = np.where(pairs == NONE, NONE, np.append(rows, NONE)[pairs])
     verdict.incomplete[rest] = inside & (covered(counts, shapes, sizes) != volumes(shapes))
@@ -143,6 +161,7 @@ def _find_overlaps(
         rows = rows[solid[rows]]
         tensors = tensors[~prove(solid_counts, shapes[tensors], offsets[rows], sizes[rows]).disjoint]
     known: dict[bytes, tuple[int, int] | None] = {}
+    budget = Budget()
     for tensor in tensors.tolist():
         rows = np.arange(firsts[tensor], firsts[tensor + 1])
         rows = rows[solid[rows]]
@@ -150,7 +169,10 @@ def _find_overlaps(
         # Optimizer moments are cut as their parameter is: the same boxes are swept once.
         key = digest_of(boxes.tobytes())
         if key not in known:
-            known[key] = find_overlap(offsets[rows], sizes[rows])
+            try:
+                known[key] = find_overlap(offsets[rows], sizes[rows], budget)
+            except BudgetExceededError as error:
+                raise UndecidedError(tensor, len(rows)) from error
         pair = known[key]
         if pair is not None:
             pairs[tensor] = rows[list(pair)]

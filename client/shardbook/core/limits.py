@@ -9,6 +9,8 @@ from __future__ import annotations
 INT64_MAX = 2**63 - 1
 #: Largest attempt number: what the wire's int32 holds.
 MAX_ATTEMPT = 2**31 - 1
+#: Longest fqn, in bytes of UTF-8: DCP knows no limit, and this is several times what anybody has ever had.
+MAX_FQN_BYTES = 64 << 10
 #: Most dimensions of a tensor (torch's own limit).
 MAX_NDIM = 64
 #: Most ranks of one save.
@@ -55,5 +57,7 @@ MAX_RECORD_REGISTRATIONS = 4096
 #: Blobs sent with one call of a rank: a table, a plan and a structure, and some more; with one RecordCheckpoint.
 MAX_BLOBS = 16
 MAX_RECORD_BLOBS = 3 * MAX_RECORD_REGISTRATIONS
+#: Most pairs of boxes that the tensors of one checkpoint may take to be told apart, where no grid does it.
+MAX_BOX_COMPARISONS = 1 << 26
 #: Bytes that the metadata header of a checkpoint inflates to.
 MAX_HEADER_BYTES = 4 << 20

@@ -151,8 +151,9 @@ class Bridge:
         self._closed = True
         while self._running:
             await asyncio.wait(self._running)
-        self._pool.shutdown()
-        self._heavy.shutdown()
+        # Beside the loop: a read whose caller has gone may still wait for the database, and the loop must not.
+        for pool in (self._pool, self._heavy):
+            await asyncio.to_thread(pool.shutdown)
 
     async def _step(self, items: Iterator[Any]) -> Any:
         with self._admitted():

@@ -22,6 +22,7 @@ from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage import sessions as session_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, NewCheckpoint
 from shardbook_server.storage.database import Connection
+from shardbook_server.storage.dialect import lock_names
 from shardbook_server.storage.runs import PartRow
 
 #: An attempt as a call names it: with the place of its files.
@@ -170,6 +171,8 @@ def _find_or_open(
     absent = [natural for natural in wanted if natural not in rows]
     clashes: dict[Ask, InvalidArgumentError] = {}
     if absent:
+        # Whoever opens another step at such a place at the same moment, through another replica, waits and sees it.
+        lock_names(connection, {_place_name(part.id, *ask) for ask, part in asks.items()})
         clashes = _clashes(connection, {ask: part for ask, part in asks.items() if row_key(part.id, ask[0]) in absent})
         refused = {row_key(asks[ask].id, ask[0]): error for ask, error in clashes.items()}
         # Whoever else names that attempt, at whatever place, would open it after all.
@@ -181,6 +184,11 @@ def _find_or_open(
         checkpoint_rows.open_checkpoints(connection, [wanted[natural] for natural in absent], now_us)
         rows |= checkpoint_rows.find_checkpoints(connection, absent)
     return rows, clashes
+
+
+def _place_name(part_id: int, key: AttemptKey, location: AttemptLocation) -> str:
+    who = f"{key.session}/{key.incarnation.hex()}/{key.attempt}"
+    return f"place/{part_id}/{who}/{location.prefix}/{location.location}"
 
 
 def _clashes(connection: Connection, asks: Mapping[Ask, PartRow]) -> dict[Ask, InvalidArgumentError]:

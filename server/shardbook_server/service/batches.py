@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from shardbook.core.names import RunName
 from shardbook.errors import ShardbookError, UnavailableError
 from shardbook_server.service.blobs import BlobService, CheckedBlob, CheckedBlobs
 from shardbook_server.service.types import BlobRef
-from shardbook_server.storage.blobs import BlobRow
+from shardbook_server.storage import blobs as blob_rows
+from shardbook_server.storage.blobs import DAY_US, BlobRow
 from shardbook_server.storage.database import Connection
 
 E = TypeVar("E")
@@ -77,6 +78,14 @@ class WantedBlobs:
             blobs.store(connection, project, project_id, uploads[project].values(), now_us)
             found = blobs.find(connection, project, project_id, refs[project] | dict.fromkeys(uploads[project]))
             self._rows |= {(project, ref): row for ref, row in found.items()}
+        self._touch(connection, now_us // DAY_US)
+
+    def _touch(self, connection: Connection, today: int) -> None:
+        """Remembers that blobs are in use, once a day: what is kept in memory of each says when that was last done."""
+        stale = {key: row for key, row in self._rows.items() if row.last_used_day < today}
+        if stale:
+            blob_rows.touch(connection, [row.id for row in stale.values()], today * DAY_US)
+            self._rows |= {key: replace(row, last_used_day=today) for key, row in stale.items()}
 
     def row(self, project: str, ref: BlobRef) -> BlobRow | None:
         """Returns a stored blob; None when its sender has to send it."""

@@ -20,6 +20,7 @@ from shardbook.core.structure import (
 )
 from shardbook.core.table import TensorTable, decode_table
 from shardbook.errors import InvalidArgumentError, ShardbookError, UnavailableError
+from shardbook_server.service.checks import check_fqns
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
 from shardbook_server.service.verdicts import about
@@ -218,7 +219,9 @@ class BlobService:
             return held if isinstance(held, RankPlan) else self.plans(project, [digest])[0]
 
         if kind is BlobKind.TABLE:
-            return decode_table(payload)[0]
+            decoded = decode_table(payload)[0]
+            check_fqns(decoded)
+            return decoded
         if kind is BlobKind.PLAN:
             return decode_plan(payload, table)[0]
         return decode_structure(payload, plan)[0]

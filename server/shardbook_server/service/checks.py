@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from shardbook.core import limits
+from shardbook.core.columns import encode_name
 from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_segment
+from shardbook.core.table import TensorTable, printable
 from shardbook.errors import InvalidArgumentError
 
 #: Largest session number that an attempt may be recorded with.
@@ -98,3 +100,19 @@ def check_prefix(prefix: str, field: str) -> str:
     if prefix and any(segment in ("", ".", "..") for segment in prefix.split("/")):
         raise InvalidArgumentError("a prefix is a relative directory without a trailing slash", field=field)
     return prefix
+
+
+def check_fqns(table: TensorTable) -> None:
+    """Refuses a table with a name beyond what is kept; the codec reads any, so that every directory can be loaded.
+
+    Raises:
+        InvalidArgumentError: An fqn is longer; ``metadata`` has the limit.
+    """
+    for fqn in table.fqns:
+        # No character takes more than four bytes.
+        if len(fqn) > limits.MAX_FQN_BYTES // 4 and (size_bytes := len(encode_name(fqn))) > limits.MAX_FQN_BYTES:
+            raise InvalidArgumentError(
+                f"the fqn {printable(fqn)!r} has {size_bytes} bytes, the limit is {limits.MAX_FQN_BYTES}",
+                reason="LIMIT_EXCEEDED",
+                metadata={"limit": str(limits.MAX_FQN_BYTES)},
+            )

@@ -137,7 +137,11 @@ def _written_later(one: CheckpointRow, other: CheckpointRow) -> bool:
 
 
 def _moves_latest(connection: Connection, part: PartRow, checkpoint: CheckpointRow) -> bool:
-    """Returns True when ``latest`` follows this commit: its session is current, and it is not behind its own steps."""
+    """Returns True when ``latest`` follows this commit: its session is current, and it is not behind its own steps.
+
+    Or its session is later than the current one: then the catalogue was put back, or is a new one, and the directory
+    knows better. The next session is later than all of them.
+    """
     latest = None
     if part.latest_id is not None:
         latest = checkpoint_rows.find_by_ids(connection, [part.latest_id]).get(part.latest_id)
@@ -147,6 +151,8 @@ def _moves_latest(connection: Connection, part: PartRow, checkpoint: CheckpointR
             return False
         if latest is not None and latest.incarnation != checkpoint.incarnation:
             return _written_later(checkpoint, latest)
+    elif checkpoint.session > part.session:
+        return latest is None or (latest.session, latest.step) <= (checkpoint.session, checkpoint.step)
     elif (part.session, part.incarnation) != (checkpoint.session, checkpoint.incarnation):
         return False
     return latest is None or latest.session != checkpoint.session or latest.step <= checkpoint.step

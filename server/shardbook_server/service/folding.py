@@ -21,7 +21,7 @@ from shardbook.core.digest import ordered_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
 from shardbook.core.table import printable
-from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError
+from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError, UnavailableError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.checks import prose
@@ -103,9 +103,18 @@ class Folder:
         )
         # Content-addressed and of no effect until a commit names it, so it needs no lock of the run. Two replicas
         # that store tensors of one project do so one after the other: in unlike orders they would deadlock.
+        # And what its packed lists name is not dropped meanwhile: that is done under the same lock.
         with self._database.write(lock=f"structures/{part.project_id}") as connection:
             now_us = self._database.now_us(connection)
-            blob_rows.touch(connection, sorted(set(blob_ids.tolist())), now_us)
+            named = sorted(set(blob_ids.tolist()))
+            if len(blob_rows.find_by_ids(connection, named)) < len(named):
+                # Staging held them until a moment ago, so the attempt has been closed since.
+                raise UnavailableError(
+                    "structures of the attempt are not stored any more; try again",
+                    reason="DATABASE_CONFLICT",
+                    retry_delay_s=0.5,
+                )
+            blob_rows.touch(connection, named, now_us)
             return structure_rows.insert_structure(connection, part.project_id, new, now_us)
 
     def _assembled(

@@ -105,6 +105,13 @@ class Backend(Protocol):
         """
         ...
 
+    def sever(self) -> None:
+        """Ends what is running and lets nothing new begin: for a server that has to end, whatever its database does.
+
+        Called from another thread than those that wait. What was being committed may be durable or not.
+        """
+        ...
+
     def sizes(self, connection: Connection) -> Sizes:
         """Returns what the database takes on its disk."""
         ...

@@ -29,6 +29,7 @@ class BlobRow:
         item_count: See above.
         variable_count: See above.
         fixed_bytes: See above.
+        last_used_day: Day since the epoch on which it was last known to be in use.
     """
 
     id: int
@@ -39,6 +40,7 @@ class BlobRow:
     item_count: int
     variable_count: int
     fixed_bytes: int
+    last_used_day: int
 
 
 @dataclass(frozen=True)
@@ -148,4 +150,5 @@ _COLUMNS = (
     rank_structures.c.item_count,
     rank_structures.c.variable_count,
     rank_structures.c.fixed_bytes,
+    rank_structures.c.last_used_day,
 )

@@ -327,14 +327,16 @@ def page(
 ) -> list[ListedCheckpoint]:
     """Returns checkpoints of parts by (session, step, id), newest first, behind ``after``."""
     order = (checkpoints.c.session, checkpoints.c.step, checkpoints.c.id)
-    statement = (
-        _LISTED.where(checkpoints.c.part_id.in_(part_ids)).order_by(*(column.desc() for column in order)).limit(count)
-    )
+    statement = _LISTED.order_by(*(column.desc() for column in order)).limit(count)
     if not show_all:
         statement = statement.where(IS_LIVE)
     if after is not None:
         statement = statement.where(tuple_(*order) < tuple_(*after))
-    return [_listed(row) for row in connection.execute(statement)]
+    found: list[ListedCheckpoint] = []
+    for some in slices(part_ids):
+        rows = connection.execute(statement.where(checkpoints.c.part_id.in_(some)))
+        found = sorted([*found, *map(_listed, rows)], key=_newest_first)[:count]
+    return found
 
 
 _STRUCTURE = (
@@ -354,6 +356,10 @@ _LISTED: Select[*tuple[Any, ...]] = (
 )
 _WIDTH = len(checkpoints.c)
 _FLAGS = [list(checkpoints.c.keys()).index(name) for name in ("live", "staged", "recovered", "explicit")]
+
+
+def _newest_first(listed: ListedCheckpoint) -> tuple[int, int, int]:
+    return -listed.row.session, -listed.row.step, -listed.row.id
 
 
 def _checkpoint(row: Row[*tuple[Any, ...]]) -> CheckpointRow:

@@ -112,6 +112,13 @@ class Database:
         """Returns how many connections are in use; tests assert that none is left behind."""
         return sum(pool.checkedout() for pool in self._pools())
 
+    def sever(self) -> None:
+        """Ends what is running, from another thread: for a server that has to end, whatever its database does.
+
+        What was being committed may be durable or not; whoever waited hears of a lost connection.
+        """
+        self.backend.sever()
+
     def close(self) -> None:
         """Closes every connection; the database may be used again afterwards."""
         self.backend.readers.dispose()

@@ -1,14 +1,33 @@
-"""What differs between databases in statements, and nothing else: the upsert, and rows taken in one order."""
+"""What differs between databases in statements, and nothing else: the upsert, and locks taken in one order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
-from sqlalchemy import Column, Connection, Table, select
+from sqlalchemy import Column, Connection, Table, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from shardbook_server.storage.lists import slices
+
+_LOCK: Final = text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
+
+
+def lock_key(name: str) -> int:
+    """Returns the key of an advisory lock: two names that share one by chance would only wait for each other."""
+    digest = hashlib.sha256(f"shardbook/{name}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def lock_names(connection: Connection, names: Iterable[str]) -> None:
+    """Keeps off others that take locks of these names, until the transaction ends; taken in one order.
+
+    A statement of its own, because one sees what was committed before it began, and not what it waited for.
+    """
+    # SQLite's one writer has nobody beside it.
+    if connection.dialect.name == "postgresql":
+        connection.execute(_LOCK, {"keys": sorted(map(lock_key, names))})
 
 
 def insert_ignore(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
@@ -27,7 +46,8 @@ def lock_rows(
 ) -> list[Any]:
     """Locks the rows that have these keys, in their order, until the transaction ends; returns the keys found.
 
-    An update of several rows locks them in whatever order it meets them, and two such updates can deadlock.
+    An update of several rows locks them in whatever order it meets them, and two such updates can deadlock. Rows that
+    refer to these may be added meanwhile: keys stay what they are.
 
     Args:
         connection: In a write transaction.
@@ -40,6 +60,6 @@ def lock_rows(
         statement = select(key).where(key.in_(some)).order_by(key)
         # SQLite has no row locks and needs none: whoever writes, writes alone.
         if connection.dialect.name == "postgresql":
-            statement = statement.with_for_update(skip_locked=skip_locked)
+            statement = statement.with_for_update(key_share=True, skip_locked=skip_locked)
         found.extend(connection.scalars(statement))
     return found

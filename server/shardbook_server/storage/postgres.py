@@ -6,13 +6,17 @@ settings), so connections may come through pgbouncer in transaction mode.
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
+import socket
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakSet
 
-from sqlalchemy import Connection, create_engine, event, func, select, text
+from sqlalchemy import Connection, ExceptionContext, create_engine, event, func, select, text
 from sqlalchemy.pool import QueuePool
 
 from shardbook.core.names import RunName
@@ -27,6 +31,7 @@ from shardbook.errors import (
 )
 from shardbook_server.storage import deadline
 from shardbook_server.storage.backend import Clock, Sizes
+from shardbook_server.storage.dialect import lock_key, lock_names
 
 #: Longest wait for a connection of the pool, seconds.
 _POOL_TIMEOUT_S: Final = 30.0
@@ -61,7 +66,6 @@ _LOG_BYTES: Final = text("SELECT sum(size)::bigint FROM pg_ls_waldir()")
 _SIZES: Final = text(
     "SELECT pg_database_size(current_database()), pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::bigint"
 )
-_LOCK: Final = text("SELECT pg_advisory_xact_lock(key) FROM unnest(CAST(:keys AS bigint[])) AS key")
 #: A batch waits for a run no longer than this: it is of many runs, and the others have nothing to do with that one.
 _LOCK_SHARED: Final = text(
     "SELECT set_config('lock_timeout', '2s', true), pg_advisory_xact_lock_shared(key) "
@@ -72,6 +76,7 @@ _LOCK_SHARED: Final = text(
 _CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
 _TOO_BUSY: Final = frozenset({"53200", "53300", "53400"})
 _AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030"})
+_READ_ONLY: Final = "25006"
 _PREPARED_ELSEWHERE: Final = frozenset({"26000", "42P05"})
 _NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703"})
 
@@ -106,9 +111,12 @@ class PostgresBackend:
         """
         self._clock = clock
         self._options = options
+        self._open: WeakSet[Any] = WeakSet()
+        self._guard = threading.Lock()
+        self._severed = False
         self.writer = create_engine(
             "postgresql+psycopg://",
-            creator=_connector(url, options),
+            creator=self._unless_severed(_connector(url, options)),
             poolclass=QueuePool,
             pool_size=connections,
             max_overflow=0,
@@ -119,12 +127,33 @@ class PostgresBackend:
             isolation_level="READ COMMITTED",
             hide_parameters=True,
         )
-        event.listen(self.writer, "connect", self._count_connection)
+        event.listen(self.writer, "connect", self._connected)
+        event.listen(self.writer, "handle_error", _leave_standbys)
         # One pool for both: what differs is said when a transaction begins.
         self.readers = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
-    def _count_connection(self, *_: object) -> None:
+    def _connected(self, connection: Any, *_: object) -> None:
         self.connection_count += 1
+        with self._guard:
+            self._open.add(connection)
+
+    def _unless_severed(self, connect: Callable[[], Any]) -> Callable[[], Any]:
+        def guarded() -> Any:
+            if self._severed:
+                raise UnavailableError("the server is shutting down", reason="DRAINING", retry_delay_s=_RETRY_S)
+            return connect()
+
+        return guarded
+
+    def sever(self) -> None:
+        """Cuts every connection below its driver: a statement that Postgres never answers ends as a lost one does."""
+        self._severed = True
+        with self._guard:
+            connections = [one for one in self._open if not one.closed]
+        for one in connections:
+            # A copy of the descriptor: closing it leaves the driver's own alone.
+            with suppress(OSError), socket.socket(fileno=os.dup(one.fileno())) as cut:
+                cut.shutdown(socket.SHUT_RDWR)
 
     def prepare(self, connection: Connection, *, writes: bool) -> None:
         """Bounds the statements of this transaction, and says when its commit counts.
@@ -147,12 +176,15 @@ class PostgresBackend:
         read would read what was there before the wait.
         """
         if runs:
-            keys = sorted(_key(f"run/{run}") for run in runs)
-            connection.execute(_LOCK if exclusive else _LOCK_SHARED, {"keys": keys})
+            names = [f"run/{run}" for run in runs]
+            if exclusive:
+                lock_names(connection, names)
+            else:
+                connection.execute(_LOCK_SHARED, {"keys": sorted(map(lock_key, names))})
 
     def lock(self, connection: Connection, name: str) -> None:
         """Takes an advisory lock."""
-        connection.execute(_LOCK, {"keys": [_key(name)]})
+        lock_names(connection, [name])
 
     def lock_schema(self, connection: Connection) -> None:
         """Waits for other migrators without a limit, then lets no statement wait for the locks of live servers."""
@@ -239,6 +271,12 @@ class PostgresBackend:
         return None
 
 
+def _leave_standbys(context: ExceptionContext) -> None:
+    """Gives up connections to a server that does not write any more: the next ones look for the one that does."""
+    if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+        context.is_disconnect = True
+
+
 def _timed_out() -> ShardbookError:
     if math.isfinite(deadline.remaining_s()):
         return DeadlineExceededError("the database did not answer in time", reason="STATEMENT_TIMEOUT")
@@ -259,12 +297,6 @@ def _away(said: str) -> UnavailableError:
         reason="DATABASE_UNAVAILABLE",
         retry_delay_s=2 * _RETRY_S,
     )
-
-
-def _key(name: str) -> int:
-    """Returns the key of an advisory lock: two names that share one by chance would only wait for each other."""
-    digest = hashlib.sha256(f"shardbook/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _connector(url: str, options: PostgresOptions) -> Callable[[], Any]:

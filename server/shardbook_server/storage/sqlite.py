@@ -51,6 +51,8 @@ _LOCAL_FUSE: Final = frozenset({"fuseblk", "fuse.ext2", "fuse.ntfs-3g", "fuse.fu
 _POOL_TIMEOUT_S: Final = 60.0
 #: Primary result codes, https://www.sqlite.org/rescode.html.
 _BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
+#: A broken constraint; the extended code, which not every driver gives, and the library's own text say which.
+_CONSTRAINT, _NO_SUCH_KEY = 19, "FOREIGN KEY"
 _RETRY_S: Final = 0.5
 
 
@@ -101,6 +103,9 @@ class SqliteBackend:
     def check_durability(self) -> None:
         """Nothing to ask: every connection sets ``synchronous = FULL``."""
 
+    def sever(self) -> None:
+        """Nothing to do: statements are short, and other processes are waited for half a minute at most."""
+
     def sizes(self, connection: Connection) -> Sizes:  # noqa: ARG002
         """Returns the sizes of the two files."""
         return Sizes(_file_bytes(self._path), _file_bytes(self._path.with_name(self._path.name + "-wal")), None)
@@ -108,6 +113,13 @@ class SqliteBackend:
     def translate(self, error: BaseException) -> ShardbookError | None:
         """Returns the error of ours by SQLite's result code."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code == _CONSTRAINT and str(error).startswith(_NO_SUCH_KEY):
+            # Whoever refers to it found it, or kept in mind that it is there, and another process dropped it since.
+            return UnavailableError(
+                "what the write refers to has been dropped; try again",
+                reason="DATABASE_CONFLICT",
+                retry_delay_s=_RETRY_S,
+            )
         if code == _FULL:
             return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
         if code in (_BUSY, _LOCKED):

@@ -170,6 +170,8 @@ checkpoints = Table(
         postgresql_where=text("live = 1"),
     ),
     Index("ix_checkpoints_staged", "part_id", sqlite_where=text("staged = 1"), postgresql_where=text("staged = 1")),
+    # Whoever drops a structure is asked whether a checkpoint has it.
+    Index("ix_checkpoints_structure_id", "structure_id"),
     **_NEVER_REUSED,
 )
 
@@ -189,6 +191,7 @@ rank_structures = Table(
     Column("last_used_day", Integer, nullable=False),
     Column("payload", LargeBinary, nullable=False),
     UniqueConstraint("project_id", "kind", "digest"),
+    Index("ix_rank_structures_reference_id", "reference_id"),
     **_NEVER_REUSED,
 )
 

@@ -9,8 +9,10 @@ from sqlalchemy import text
 from typer.testing import CliRunner, Result
 
 from shardbook_server import cli
+from shardbook_server.service.services import build_services
 from shardbook_server.storage import migrate, postgres
 from shardbook_server.storage.urls import shown_url
+from tests.behaviour.service.saves import Job, Model, whole
 from tests.conftest import MakeDatabases
 from tests.databases import Databases, opened
 from tests.storage.releases import NEXT, THIS, become_next_release, write_next_release
@@ -113,7 +115,36 @@ def test_an_upgrade_beside_busy_servers_says_so_and_ends_when_run_again(
     assert f"schema is at {NEXT}" in _done("upgrade", "--database-url", url)
 
 
-@pytest.mark.parametrize("command", [["upgrade"], ["current"], ["check"], ["downgrade", "base", "--yes"]])
+def test_garbage_is_counted_and_dropped(databases: Databases) -> None:
+    """Rule: a line a kind with count and bytes, and the total; a dry run drops nothing."""
+    url = databases.new()
+    with opened(url) as database:
+        job = Job(build_services(database, lease_ttl_s=60), Model(2))
+        job.start()
+        job.save(1)
+        job.model = Model(2, sharded=4)
+        job.register(2, whole(job.model))
+        job.services.commits.abort(job.key(2), "enough")
+    young = _done("gc", "--database-url", url).splitlines()
+    assert {"0"} == {line.split()[-3] for line in young}
+    said = [_done("gc", "--older-than", "0", *dry, "--database-url", url) for dry in (["--dry-run"], [])]
+    assert said[0].replace("would be dropped", "dropped         ") == said[1]
+    counts = {" ".join(line.split()[:-3]): int(line.split()[-3]) for line in said[1].splitlines()}
+    assert {"rank structures": 2, "rank plans": 2, "rank tables": 1, "dropped": 5} == {
+        kind: count for kind, count in counts.items() if count
+    }
+    assert "dropped" == _done("gc", "--older-than", "0", "--database-url", url).splitlines()[-1].split()[0]
+
+
+def test_garbage_of_another_release_s_schema_is_left_alone(databases: Databases) -> None:
+    """Rule: what that release refers to is not known here."""
+    url = databases.new()
+    set_version(url, "9999", oldest="9999")
+    assert "pip install --upgrade shardbook" in _refused("gc", "--database-url", url)
+    assert 2 == _db("gc", "--older-than", "-1", "--database-url", url).exit_code
+
+
+@pytest.mark.parametrize("command", [["upgrade"], ["gc"], ["current"], ["check"], ["downgrade", "base", "--yes"]])
 def test_a_database_that_is_away_is_one_line_without_the_password(command: list[str]) -> None:
     """Rule: what an operator pastes into a ticket gives nothing away."""
     said = _refused(*command, "--database-url", "postgresql://ada:hunter2@127.0.0.1:1/shardbook")

@@ -5,12 +5,13 @@ On both databases: their integers, texts and names have unlike limits.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from shardbook.core import limits
+from shardbook.core.columns import encode_name
 from shardbook.core.dtype import dtype_code
 from shardbook.core.structure import RankPlan
 from shardbook.core.table import EntryKind, TensorTable
@@ -61,6 +62,35 @@ def test_lengths_that_add_up_to_more_than_a_number_holds_are_refused(job: Job, l
     with pytest.raises(ShardbookError) as caught:
         save()
     assert caught.value.status in ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
+
+
+@dataclass(frozen=True)
+class Named(Model):
+    """The same model with another name for its bytes entry."""
+
+    name: str = "extra"
+
+    def table(self) -> TensorTable:
+        """As ever, but for that name."""
+        table = super().table()
+        return replace(table, fqns=(*table.fqns[:-1], self.name))
+
+
+@pytest.mark.parametrize("character", ["a", "\u20ac", "\ud800"])
+def test_an_fqn_may_be_long_and_has_a_limit(services: Services, job: Job, character: str) -> None:
+    """Up to it every character is kept; beyond it the refusal says how long it is, and what the limit is."""
+    size_bytes = len(character.encode("utf-8", "surrogatepass"))
+    longest = character * (limits.MAX_FQN_BYTES // size_bytes)
+    job.model = Named(2, name=longest)
+    job.register(1, whole(job.model))
+    assert job.commit(1).live
+    tensors = services.metadata.list_tensors("llm/8b@1")
+    assert encode_name(longest) in [tensor.fqn for tensor in tensors.items]
+    job.model = Named(2, name=longest + character)
+    with pytest.raises(InvalidArgumentError, match="the limit is 65536") as caught:
+        job.register(2, whole(job.model))
+    assert "LIMIT_EXCEEDED" == caught.value.reason
+    assert ["blobs[0].payload"] == [violation.field for violation in caught.value.violations]
 
 
 ODD = "\u202e\x00\ud800\U0001f600'\"%s:x\\<script>\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +12,15 @@ import pytest
 from shardbook.core.columns import ByteWriter, frame
 from shardbook.core.extents import Extents
 from shardbook.core.head import decode_metadata_header
-from shardbook.core.names import CheckpointName
+from shardbook.core.names import CheckpointName, RunName
 from shardbook.core.structure import FileName, RankStructure
 from shardbook.errors import InvalidArgumentError, ShardbookError
-from shardbook_server.service.services import Services
+from shardbook_server.service.attempts import Attempt, open_attempts
+from shardbook_server.service.services import Services, build_services
 from shardbook_server.service.staging import ShardChecker
 from shardbook_server.service.types import AttemptLocation, ShardRegistration
 from shardbook_server.service.views import CheckpointState, RegistrationAnswer
+from shardbook_server.storage.database import Database
 from tests.behaviour.service.saves import Job, Model, whole
 
 
@@ -54,6 +58,28 @@ def test_one_who_disagrees_fails_alone(job: Job) -> None:
     verdicts = job.services.registrations.register_batch([clash, other, innocent])
     assert ["ATTEMPT_MISMATCH"] * 2 == [one.reason for one in verdicts[:2] if isinstance(one, ShardbookError)]
     assert isinstance(verdicts[2], RegistrationAnswer)
+    assert job.commit(1).live
+
+
+def test_ranks_that_disagree_at_the_same_moment_learn_of_it(database: Database, job: Job) -> None:
+    """Each opens another step at one place, through replicas that see nothing of each other until they commit."""
+    first, second = whole(job.model)
+    place = job.location(1)
+    clash = job.entry(2, second, job.check(second))
+    clash = replace(clash, registration=replace(clash.registration, location=place))
+    elsewhere = build_services(database, lease_ttl_s=60)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write([RunName("llm", "8b")], exclusive=False) as connection:
+            opened = open_attempts(connection, [(job.key(1), place)], database.now_us(connection), 60)
+            assert [Attempt] == [type(one) for one in opened.values()]
+            late = pool.submit(elsewhere.registrations.register_batch, [clash])
+            # On Postgres it gets as far as the place itself; SQLite has one writer.
+            time.sleep(0.3)
+            assert not late.done()
+        (verdict,) = late.result(30)
+    assert isinstance(verdict, ShardbookError)
+    assert "ATTEMPT_MISMATCH" == verdict.reason
+    job.register(1, [first, second])
     assert job.commit(1).live
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +23,11 @@ from shardbook.errors import (
     SessionFencedError,
 )
 from shardbook_server.service.blobs import CheckedBlobs
-from shardbook_server.service.services import Services
+from shardbook_server.service.services import Services, build_services
 from shardbook_server.service.types import OnLive
 from shardbook_server.service.views import CheckpointState, HeaderView
-from tests.behaviour.service.saves import Job, Model, RankBlobs, whole
+from shardbook_server.storage.database import Database
+from tests.behaviour.service.saves import RUN, Job, Model, RankBlobs, whole
 
 
 def uploads(job: Job, ranks: list[RankBlobs]) -> CheckedBlobs:
@@ -141,6 +143,38 @@ def test_a_recovered_attempt_of_the_current_session_moves_latest(job: Job) -> No
     assert 20 == job.services.catalog.get_checkpoint("llm/8b@latest").step
     job.record(15)
     assert 20 == job.services.catalog.get_checkpoint("llm/8b@latest").step
+
+
+def test_sessions_that_the_catalogue_has_forgotten_move_latest(services: Services) -> None:
+    """It was put back, or is a new one: directories prove what was later, in whatever order they are synced."""
+    lost = [Job(services, Model(2), session=session) for session in (1, 2)]
+    find = services.catalog.get_checkpoint
+    for which, step, latest in ((0, 10, (1, 10)), (1, 8, (2, 8)), (0, 12, (2, 8)), (1, 9, (2, 9)), (1, 7, (2, 9))):
+        lost[which].record(step)
+        found = find("llm/8b@latest")
+        assert latest == (found.session, found.step)
+    later = Job(services, Model(2))
+    assert 3 == later.start().session
+    assert (2, 9) == (find("llm/8b@latest").session, find("llm/8b@latest").step)
+    later.save(5)
+    lost[1].record(20)
+    assert (3, 5) == (find("llm/8b@latest").session, find("llm/8b@latest").step)
+
+
+def test_records_of_one_step_at_the_same_moment_leave_one_live(database: Database, services: Services) -> None:
+    """Of three sessions the last has the step and ``latest``, whichever is recorded first, through two servers."""
+    jobs = [Job(services if at else build_services(database, lease_ttl_s=60), Model(2)) for at in range(3)]
+    for job in jobs:
+        job.start(on_live=OnLive.TAKEOVER)
+    for step in range(1, 7):
+        with ThreadPoolExecutor(3) as pool:
+            for ended in [pool.submit(job.record, step) for job in jobs]:
+                error = ended.exception(timeout=60)
+                assert error is None or getattr(error, "reason", "") == "STEP_SUPERSEDED", error
+        listed = services.catalog.list_checkpoints(f"{RUN}/parts/default", show_all=True).items
+        assert [3] == [one.session for one in listed if one.step == step and one.live]
+        found = services.catalog.get_checkpoint("llm/8b@latest")
+        assert (3, step) == (found.session, found.step)
 
 
 def test_offline_attempts_move_latest_until_a_session_exists(services: Services, job: Job) -> None:
