@@ -28,7 +28,11 @@ def test_a_running_job_goes_on_after_a_restore(pool: RankPool, run: str, tmp_pat
         if forgets_session:
             backup(f"sqlite:///{database}", copy)
         start = {"run": run, "server": server.address}
-        running = pool.start(routes.save_when_told, start, str(tmp_path), "job", [1, 2, 3, 4], world_size=2)
+        # What an outage may cost is not what this is about: on a loaded machine a start of the server takes long.
+        patience = {"SHARDBOOK_OUTAGE_FIRST_S": "60", "SHARDBOOK_OUTAGE_LATER_S": "60"}
+        running = pool.start(
+            routes.save_when_told, start, str(tmp_path), "job", [1, 2, 3, 4], world_size=2, environment=patience
+        )
         _await(tmp_path, "job-ready")
         if not forgets_session:
             backup(f"sqlite:///{database}", copy)
