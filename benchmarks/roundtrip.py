@@ -7,90 +7,20 @@ The floor is as many empty gRPC calls to the same server in the same run.
 
 from __future__ import annotations
 
-import asyncio
-import socket
 import statistics
 import sys
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.common import Goal, Report, in_fresh_process, parse_arguments
 from benchmarks.dcp_peer import coordinate
-from benchmarks.simulated import (
-    RankPayload,
-    Ranks,
-    connected,
-    make_database,
-    rank_payloads,
-    running_server,
-    stored_bytes,
-)
+from benchmarks.places import places
+from benchmarks.saves import Saves, through_shardbook
+from benchmarks.simulated import RankPayload, rank_payloads
 from benchmarks.workload import STANDARD, Workload
 
-#: Page of the database.
-PAGE_BYTES = 16 << 10
-#: Warm saves in one round; what later saves store is measured over them.
-WARM_SAVES = 10
 
-
-@dataclass(frozen=True)
-class Saves:
-    """What the saves of one round through Shardbook took."""
-
-    cold_s: float
-    warm_s: float
-    restarted_s: float
-    floor_s: float
-    cold_sent_bytes: int
-    cold_stored_bytes: int
-    warm_stored_bytes: float
-    peak_rss_bytes: int
-    cpu_s: float
-
-
-def through_shardbook(payloads: list[RankPayload]) -> Saves:
-    """Returns the figures of one round on a fresh database."""
-    with tempfile.TemporaryDirectory() as name:
-        database, port = Path(name) / "shardbook.db", _free_port()
-        make_database(database)
-        empty_bytes = stored_bytes(database)
-        with running_server(database, port) as server:
-            cpu_s = server.cpu_s
-            cold_s, sent_bytes, floor_s = asyncio.run(_cold(server.address, payloads))
-            cpu_s = server.cpu_s - cpu_s
-            peak_bytes = server.peak_rss_bytes
-        cold_bytes = stored_bytes(database)
-        with running_server(database, port) as server:
-            restarted_s, warm_s = asyncio.run(_warm(server.address, payloads))
-        # A page more than was seen: what the last one has room for may have been filled.
-        later_bytes = (stored_bytes(database) - cold_bytes + PAGE_BYTES) / (WARM_SAVES * len(payloads))
-    return Saves(
-        cold_s, warm_s, restarted_s, floor_s, sent_bytes, cold_bytes - empty_bytes, later_bytes, peak_bytes, cpu_s
-    )
-
-
-async def _cold(address: str, payloads: list[RankPayload]) -> tuple[float, int, float]:
-    async with connected(address) as channel:
-        ranks = Ranks(channel, payloads, "projects/bench/runs/roundtrip")
-        await ranks.start()
-        floor_s = statistics.median([await ranks.empty_calls() for _ in range(3)])
-        cold_s = await ranks.save(0)
-        return cold_s, ranks.sent_bytes, floor_s
-
-
-async def _warm(address: str, payloads: list[RankPayload]) -> tuple[float, float]:
-    async with connected(address) as channel:
-        ranks = Ranks(channel, payloads, "projects/bench/runs/roundtrip", known=True)
-        await ranks.start()
-        times = [await ranks.save(step) for step in range(1, WARM_SAVES + 1)]
-        return times[0], statistics.median(times[1:])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _round(payloads: list[RankPayload]) -> Saves:
+    with places(postgres=False) as (sqlite,):
+        return through_shardbook(payloads, sqlite)
 
 
 def main() -> int:
@@ -113,7 +43,7 @@ def _measure(report: Report, size: str, rounds: int) -> None:
     saves: list[Saves] = []
     peers: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     for _ in range(rounds):
-        saves.append(through_shardbook(payloads))
+        saves.append(_round(payloads))
         for collector, runs in peers.items():
             runs.append(in_fresh_process(coordinate, workload, collector).value)
     cold_s = statistics.median(save.cold_s for save in saves)

@@ -10,19 +10,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-
-import psycopg
 
 from benchmarks.common import Goal, Report, add_arguments
 from benchmarks.fleet import PROCESSES, RANKS_PER_CHANNEL, Fleet, fleet
 from benchmarks.layouts import Layout, fsdp, hsdp, llama_405b
-from benchmarks.postgres import Cluster, free_port
-from benchmarks.simulated import Server, make_database, running_server, stored_bytes
+from benchmarks.places import DURABILITY, Place, places
+from benchmarks.postgres import free_port
+from benchmarks.simulated import Server, running_server
 
 #: Warm saves of a round, before and after the restart.
 WARM_SAVES = 3
@@ -41,27 +36,6 @@ LAYOUTS: dict[str, Layout] = {
     "hsdp-16384": hsdp(replicas=32, shards=512),
 }
 QUICK = ("fsdp-64", "405b-1024")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A fresh, migrated database.
-
-    Attributes:
-        name: For the tables.
-        database: A file of SQLite, or a URL.
-    """
-
-    name: str
-    database: Path | str
-
-    def stored_bytes(self) -> int:
-        """Returns what the database holds now: used pages on SQLite, all of the database's files on Postgres."""
-        if isinstance(self.database, Path):
-            return stored_bytes(self.database)
-        with psycopg.connect(self.database) as connection:
-            row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
-            return int(row[0]) if row else 0
 
 
 @dataclass(frozen=True)
@@ -146,25 +120,6 @@ def measure(layout: Layout, place: Place) -> Measured:
     )
 
 
-@contextmanager
-def places(*, postgres: bool) -> Iterator[list[Place]]:
-    """Yields a fresh SQLite database, and a fresh Postgres one where it is asked for; both on the machine's disk."""
-    with tempfile.TemporaryDirectory(prefix="shardbook-scale-") as folder:
-        sqlite = Place("SQLite", Path(folder) / "shardbook.db")
-        found = [sqlite]
-        cluster = None
-        try:
-            if postgres:
-                cluster = Cluster(base=tempfile.gettempdir())
-                found.append(Place("Postgres", cluster.url))
-            for place in found:
-                make_database(place.database)
-            yield found
-        finally:
-            if cluster is not None:
-                cluster.remove()
-
-
 def main() -> int:
     """Runs the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -176,7 +131,7 @@ def main() -> int:
     report = Report(
         "save_scale",
         {
-            "durability": "SQLite WAL, synchronous=FULL; Postgres fsync=on, synchronous_commit=on",
+            "durability": DURABILITY,
             "client processes": PROCESSES,
             "ranks per connection": RANKS_PER_CHANNEL,
             "warm saves": WARM_SAVES,

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.common import cpu_s, peak_rss_bytes
@@ -202,10 +203,17 @@ class Ranks:
         payloads: What the ranks register, by rank.
         run: Resource name of the run.
         known: True when these processes have registered the same structures before; a restart forgets that.
+        planning: Whether they ask what to write before they register it.
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, payloads: Sequence[RankPayload], run: str, *, known: bool = False
+        self,
+        channel: grpc.aio.Channel,
+        payloads: Sequence[RankPayload],
+        run: str,
+        *,
+        known: bool = False,
+        planning: bool = False,
     ) -> None:
         # The stubs' types are those of the synchronous stack; over an aio channel every call is awaitable.
         self._stub: Any = registration_pb2_grpc.RegistrationServiceStub(channel)
@@ -215,7 +223,10 @@ class Ranks:
         self._incarnation = os.urandom(16)
         self._session = 0
         self._known = known
+        self._planning = planning
+        #: Bytes of the requests of the last save, and how long its commit took, seconds.
         self.sent_bytes = 0
+        self.commit_s = 0.0
 
     async def start(self) -> None:
         """Starts the session."""
@@ -227,7 +238,7 @@ class Ranks:
         self._session = reply.session
 
     async def save(self, step: int) -> float:
-        """Registers every rank and commits; returns the seconds from the first call to the committed answer."""
+        """Plans where asked to, registers every rank and commits; returns the seconds until the committed answer."""
         key = types_pb2.AttemptKey(
             run=self._run,
             step=step,
@@ -239,16 +250,22 @@ class Ranks:
         location = types_pb2.AttemptLocation(location=f"/ckpt/step-{step}", prefix=prefix_of(self._incarnation, 1))
         self.sent_bytes = 0
         begin = time.perf_counter()
+        if self._planning:
+            # All at once: each waits until the last has come.
+            await asyncio.gather(*(self._plan(key, location, payload) for payload in self._payloads))
         await self._each(lambda payload: self._register(key, location, payload))
+        registered = time.perf_counter()
         await self._stub.CommitCheckpoint(registration_pb2.CommitCheckpointRequest(key=key), timeout=300)
-        elapsed_s = time.perf_counter() - begin
+        end = time.perf_counter()
         self._known = True
-        return elapsed_s
+        self.commit_s = end - registered
+        return end - begin
 
     async def empty_calls(self) -> float:
         """Returns the seconds of as many empty calls as a warm save makes: the floor."""
         begin = time.perf_counter()
-        await self._each(lambda _: self._health.Check(health_pb2.HealthCheckRequest()))
+        for _ in range(2 if self._planning else 1):
+            await self._each(lambda _: self._health.Check(health_pb2.HealthCheckRequest()))
         await self._health.Check(health_pb2.HealthCheckRequest())
         return time.perf_counter() - begin
 
@@ -260,17 +277,39 @@ class Ranks:
             location=location,
             registration=payload.registration,
         )
+        # With planning, tables and plans are there already.
+        new = [blob for blob in payload.blobs if not self._planning or blob.kind == int(BlobKind.STRUCTURE)]
+        await self._send(self._stub.RegisterShards, request, new, payload)
+
+    async def _plan(self, key: types_pb2.AttemptKey, location: types_pb2.AttemptLocation, payload: RankPayload) -> None:
+        request = registration_pb2.PlanSaveRequest(
+            key=key,
+            location=location,
+            rank=payload.registration.rank,
+            plan_digest=payload.plan_digest,
+            wait=Duration(seconds=20),
+        )
+        new = [blob for blob in payload.blobs if blob.kind != int(BlobKind.STRUCTURE)]
+        while True:
+            reply = await self._send(self._stub.PlanSave, request, new, payload)
+            if reply.state == registration_pb2.PlanSaveResponse.STATE_DECIDED:
+                return
+
+    async def _send(self, call: Any, request: Any, new: Sequence[types_pb2.Blob], payload: RankPayload) -> Any:
+        """Makes a call until the server lacks no blob for it; ``new`` are those that it may not have met before."""
+        del request.blobs[:]
         if not self._known:
             # As the client does: what is new to this process and costs less than a round trip is sent unasked.
-            request.blobs.extend(blob for blob in payload.blobs if len(blob.payload) <= SMALL_BLOB_BYTES)
+            request.blobs.extend(blob for blob in new if len(blob.payload) <= SMALL_BLOB_BYTES)
         self.sent_bytes += request.ByteSize()
-        reply = await self._stub.RegisterShards(request)
+        reply = await call(request)
         while reply.unknown:
             wanted = {ref.kind for ref in reply.unknown}
             del request.blobs[:]
             request.blobs.extend(blob for blob in payload.blobs if blob.kind in wanted)
             self.sent_bytes += request.ByteSize()
-            reply = await self._stub.RegisterShards(request)
+            reply = await call(request)
+        return reply
 
     async def _each(self, call: Callable[[RankPayload], Awaitable[object]]) -> None:
         waiting = iter(self._payloads)
