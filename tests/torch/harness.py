@@ -88,6 +88,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._workers: list[_Worker] = []
+        self._stores = tempfile.TemporaryDirectory(prefix="shardbook-stores-")
 
     def run(self, job: Job, *arguments: Any, world_size: int, **options: Any) -> list[Any]:
         """Runs a job on ``world_size`` ranks; returns their values by rank, see ``start`` for options."""
@@ -115,7 +116,7 @@ class RankPool:
         self._workers = [worker if worker.is_idle else _replaced(worker) for worker in self._workers]
         while len(self._workers) < world_size:
             self._workers.append(_Worker())
-        store = tempfile.mkdtemp(prefix="shardbook-store-")
+        store = tempfile.mkdtemp(dir=self._stores.name)
         chosen = self._workers[:world_size]
         for rank, worker in enumerate(chosen):
             variables = {**(environment or {}), **(environments[rank] if environments else {})}
@@ -126,6 +127,7 @@ class RankPool:
         """Ends the processes."""
         for worker in self._workers:
             worker.close()
+        self._stores.cleanup()
 
 
 class _Worker:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardbook.core.container import pack_list, read_container, read_index, read_section, unpack_list, write_container
@@ -78,6 +78,8 @@ def test_a_section_can_be_read_by_its_range() -> None:
 
 
 @given(st.lists(st.binary(max_size=9), max_size=9))
+@example([b""] * 4)
+@example([b""] * 500)
 def test_lists_of_payloads_come_back(items: list[bytes]) -> None:
     """Also empty ones."""
     assert items == unpack_list(pack_list(items))

@@ -89,6 +89,10 @@ def read_container(content: bytes, kind: str) -> dict[str, bytes]:
     return {name: read_section(content, section, name) for name, section in read_index(content, kind).items()}
 
 
+#: Items beyond one a byte that a list may have: empty ones of equal length cost nothing, a count from outside memory.
+_EMPTY_ITEMS = 1024
+
+
 def pack_list(items: Sequence[bytes]) -> bytes:
     """Returns ``items`` behind their count and lengths."""
     writer = ByteWriter()
@@ -103,7 +107,7 @@ def unpack_list(content: bytes) -> list[bytes]:
     """Returns what ``pack_list`` packed; raises CorruptManifestError for other bytes."""
     try:
         reader = ByteReader(content)
-        lengths = reader.column(reader.varint(len(content) or 1), delta=False).tolist()
+        lengths = reader.column(reader.varint(len(content) + _EMPTY_ITEMS), delta=False).tolist()
         items = [reader.raw(length) for length in lengths]
         reader.end()
     except InvalidArgumentError as exc:
