@@ -36,10 +36,10 @@ def test_a_steady_save_is_two_calls_a_rank_and_a_commit(
     """Rule: one PlanSave and one RegisterShards of every rank, one CommitCheckpoint; nothing is asked for twice."""
     start = {"run": run, "server": server}
     paths = [str(tmp_path / f"step-{step}") for step in range(4)]
-    pool.run(jobs.save, "fsdp", paths[:1], start, {}, world_size=WORLD)
+    pool.run(jobs.save_unhurried, "fsdp", paths[:1], start, world_size=WORLD)
     first = Counter(calls)
     calls.clear()
-    saved = pool.run(jobs.save, "fsdp", paths[1:], start | {"on_live": "takeover"}, {}, world_size=WORLD)
+    saved = pool.run(jobs.save_unhurried, "fsdp", paths[1:], start | {"on_live": "takeover"}, world_size=WORLD)
     assert {SaveState.COMMITTED} == {result.state for one in saved for result in one.results}
     per_save = {name: calls[name] / 3 for name in ("PlanSave", "RegisterShards", "CommitCheckpoint")}
     assert {"PlanSave": WORLD, "RegisterShards": WORLD, "CommitCheckpoint": 1} == per_save
