@@ -81,9 +81,9 @@ def save(rank: Rank, layout: str, paths: list[str], start: dict[str, Any], optio
 
 def save_unhurried(rank: Rank, layout: str, paths: list[str], start: dict[str, Any]) -> Saved:
     """Saves as ``save`` does, on a machine so slow that waiting long is nothing to wonder about."""
-    with mock.patch.object(attempt, "_FIRST_WAIT_S", 20.0), mock.patch.object(_transport, "_FIRST_LOOK_S", 20.0):
-        with mock.patch.object(_transport, "_LEAST_LOOK_S", 20.0):
-            return save(rank, layout, paths, start, {})
+    first, looks = mock.patch.object(attempt, "_FIRST_WAIT_S", 20.0), {"_FIRST_LOOK_S": 20.0, "_LEAST_LOOK_S": 20.0}
+    with first, mock.patch.multiple(_transport, **looks):
+        return save(rank, layout, paths, start, {})
 
 
 def load(rank: Rank, layout: str, targets: list[str], plain_dcp: bool = False) -> dict[str, list[str]]:
