@@ -81,8 +81,8 @@ def save(rank: Rank, layout: str, paths: list[str], start: dict[str, Any], optio
 
 def save_unhurried(rank: Rank, layout: str, paths: list[str], start: dict[str, Any]) -> Saved:
     """Saves as ``save`` does, on a machine so slow that waiting long is nothing to wonder about."""
-    first, looks = mock.patch.object(attempt, "_FIRST_WAIT_S", 20.0), {"_FIRST_LOOK_S": 20.0, "_LEAST_LOOK_S": 20.0}
-    with first, mock.patch.multiple(_transport, **looks):
+    first = mock.patch.object(attempt, "_FIRST_WAIT_S", 20.0)
+    with first, mock.patch.multiple(_transport, _FIRST_LOOK_S=20.0, _LEAST_LOOK_S=20.0):
         return save(rank, layout, paths, start, {})
 
 
