@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import pickle
@@ -63,6 +64,15 @@ def set_up_planner(
         return
     old: Any = planner.set_up_planner
     old(state_dict, is_coordinator)
+
+
+def unused_planner(planner: DefaultSavePlanner) -> DefaultSavePlanner:
+    """Returns a shallow copy without what ``set_up_planner`` and the rest left of an earlier save, its tensors too."""
+    unused = copy.copy(planner)
+    for name in ("state_dict", "plan", "global_plan", "metadata"):
+        vars(unused).pop(name, None)
+    unused.mappings = {}
+    return unused
 
 
 def warn_of_unsafe_entries(planner: SavePlanner, items: Sequence[WriteItem], known: set[str]) -> None:
