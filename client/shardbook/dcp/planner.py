@@ -67,7 +67,12 @@ def set_up_planner(
 
 
 def unused_planner(planner: DefaultSavePlanner) -> DefaultSavePlanner:
-    """Returns a shallow copy without what ``set_up_planner`` and the rest left of an earlier save, its tensors too."""
+    """Returns a planner without what ``set_up_planner`` and the rest left in it for an earlier save, tensors above all.
+
+    One that has made no plan is returned as it is, another one as a shallow copy.
+    """
+    if "state_dict" not in vars(planner):
+        return planner
     unused = copy.copy(planner)
     for name in ("state_dict", "plan", "global_plan", "metadata"):
         vars(unused).pop(name, None)

@@ -1,64 +1,23 @@
-"""The trainer's side of its save process: starts it, hands saves over, and says so when it is gone.
-
-One process a session, started by the first save that asks for it and kept: its connection, its circuit breaker and
-what it knows of the server last from save to save. It is a new interpreter (never a fork: gRPC and CUDA do not survive
-one), in no process group, and it does not run the training script again, so a script needs no
-``if __name__ == "__main__"``.
-"""
+"""The trainer's side of a save by a process: what is handed over, and who is told when the process is gone."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
-import logging
 import os
-import pickle
-import signal
-import socket
-import subprocess
-import sys
-import threading
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from multiprocessing import reduction, spawn
-from multiprocessing.connection import Connection
 from typing import Any, Final
 
-import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shardbook.dcp.failing import give_up
-from shardbook.dcp.handover import pack
+from shardbook.dcp.handover import Packed, pack
 from shardbook.dcp.planner import unused_planner
 from shardbook.dcp.prepared import PreparedSave
 from shardbook.dcp.results import SaveResult
-from shardbook.dcp.runtime import Runtime
-from shardbook.dcp.save_messages import Answer, Hello, KeepLease, Logged, Registered, SaveRequest
+from shardbook.dcp.save_process_handle import HandedOver, end_save_process, save_process_of
 from shardbook.errors import InvalidArgumentError, SaveProcessError
 
-_LOG = logging.getLogger(__name__)
-
-#: How long a save process without work may take to end, seconds.
-_END_S: Final = 10.0
-#: How often it is looked whether a silent save process is still there, seconds.
-_LOOK_EVERY_S: Final = 1.0
-_START: Final = "import sys; sys.path[:] = {path!r}; from shardbook.dcp.save_process import main; main({descriptor})"
-#: It needs no device, and a context on one takes half a gigabyte: DCP's writer makes one where it sees a device.
-_NO_DEVICE: Final = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-
-
-@dataclass(eq=False)
-class HandedOver:
-    """A save that the save process has.
-
-    Attributes:
-        future: How it ends.
-        is_registered: The service has this rank's registration.
-    """
-
-    future: Future[SaveResult] = field(default_factory=Future)
-    is_registered: bool = False
+#: How many processes are tried for one save.
+_TRIES: Final = 2
 
 
 def check_executor(prepared: PreparedSave) -> None:
@@ -87,21 +46,30 @@ def hand_over(prepared: PreparedSave, state_dict: dict[str, Any]) -> HandedOver:
         InvalidArgumentError: Something cannot be pickled (reason ``UNPICKLABLE``).
         SaveProcessError: There is no such process, and it cannot be started.
     """
-    process = save_process_of(prepared.runtime)  # starts while the state dict is copied
+    save_process_of(prepared.runtime)  # starts while the state dict is copied
     writer, planner = _unused_writer(prepared.writer), unused_planner(prepared.planner)
     packed = pack({"storage_writer": writer, "planner": planner, "state_dict": state_dict})
     try:
-        handed = process.send(prepared, packed.places, packed.descriptor)
-        if handed is None:  # it ended in the meantime
-            handed = save_process_of(prepared.runtime).send(prepared, packed.places, packed.descriptor)
-    finally:
+        handed = _send(prepared, packed)
+    except BaseException:
         os.close(packed.descriptor)
-        if prepared.runtime.is_closed:  # while a stager was still copying
-            _close(prepared.runtime)
-    if handed is None:
-        raise SaveProcessError("the save process ends as soon as it is started: look for its traceback in stderr")
+        raise
     prepared.release()
     return handed
+
+
+def _send(prepared: PreparedSave, packed: Packed) -> HandedOver:
+    """Sends a save to the save process, to a new one where that has ended."""
+    runtime = prepared.runtime
+    try:
+        for _ in range(_TRIES):
+            handed = save_process_of(runtime).send(prepared, packed)
+            if handed is not None:
+                return handed
+    finally:
+        if runtime.is_closed:  # while a stager was still copying
+            end_save_process(runtime)
+    raise SaveProcessError("the save process ends as soon as it is started: look for its traceback in stderr")
 
 
 def _unused_writer(writer: FileSystemWriter) -> FileSystemWriter:
@@ -116,218 +84,24 @@ def _unused_writer(writer: FileSystemWriter) -> FileSystemWriter:
 def await_end(prepared: PreparedSave, handed: HandedOver) -> SaveResult:
     """Waits for a save; where its process ended, the other ranks are told, unless they need no more of this one.
 
+    A process that ended before it had the save, having been idle perhaps, is replaced, and nobody notices.
+
     Raises:
         SaveProcessError: The process ended.
         Exception: What ``save`` would have raised.
     """
     try:
+        try:
+            return handed.future.result()
+        except SaveProcessError:
+            if handed.is_taken:
+                raise
+        handed = _send(prepared, handed.packed)
         return handed.future.result()
     except SaveProcessError as error:
+        if not handed.is_taken:
+            handed.take()  # nobody else will
         if not handed.is_registered or prepared.attempt.member.is_coordinator:
             phase = "register" if handed.is_registered else "write"
             give_up(prepared.runtime, prepared.attempt, prepared.files, phase, error, has_begun=True)
         raise
-
-
-class SaveProcess:
-    """A save process, seen from its trainer. Thread-safe."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._pending: dict[int, HandedOver] = {}
-        self._is_closed = False
-        mine, theirs = socket.socketpair()
-        with theirs:
-            self._process = _spawn(theirs.fileno())
-        self._connection = Connection(mine.detach())
-        with contextlib.suppress(OSError):  # seen again by whoever sends a save
-            self._connection.send(_hello(runtime))
-        self._reader = threading.Thread(target=self._read, name="shardbook-save-process", daemon=True)
-        self._reader.start()
-
-    @property
-    def pid(self) -> int:
-        """Id of the process."""
-        return self._process.pid
-
-    @property
-    def is_usable(self) -> bool:
-        """True while it runs and takes saves."""
-        return not self._is_closed and self._process.poll() is None
-
-    def send(self, prepared: PreparedSave, places: dict[str, Any], descriptor: int) -> HandedOver | None:
-        """Hands a save over; returns None when the process is gone.
-
-        Args:
-            prepared: The save.
-            places: Where its objects lie in the memory.
-            descriptor: Of the memory; stays the caller's.
-        """
-        handed, number = HandedOver(), next(self._numbers)
-        request = SaveRequest(
-            number=number,
-            attempt=prepared.attempt,
-            checkpoint_id=prepared.checkpoint_id,
-            options=prepared.options,
-            sessions=self._runtime.sessions,
-            lease_ttl_s=self._runtime.lease_ttl_s,
-            directory=_directory(),
-            places=places,
-        )
-        with self._lock:
-            if self._is_closed:
-                return None
-            self._pending[number] = handed
-            try:
-                self._connection.send(request)
-                reduction.send_handle(self._connection, descriptor, self._process.pid)
-            except OSError:
-                del self._pending[number]
-                return None
-        return handed
-
-    def close(self) -> None:
-        """Takes no more saves. The process ends once it has none; one that is idle has ended when this returns."""
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as one:
-                    one.shutdown(socket.SHUT_WR)
-            is_idle = not self._pending
-        if is_idle and threading.current_thread() is not self._reader:
-            try:
-                self._process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-
-    def _read(self) -> None:
-        """Takes what the process says until it is gone."""
-        with contextlib.suppress(EOFError, OSError):
-            while self._awaits():
-                content = self._connection.recv_bytes()
-                try:
-                    self._take(pickle.loads(content))  # noqa: S301 - from our own process, over a socket of ours alone
-                except Exception:  # noqa: BLE001 - whatever it is, other saves go on
-                    _LOG.exception("what the save process says is not understood")
-        self._gone()
-
-    def _awaits(self) -> bool:
-        """Waits until there is something to receive; False when the process is gone and has said all.
-
-        A forked child of the trainer may hold the other end by chance, so that the end of the stream says nothing.
-        """
-        while not self._connection.poll(_LOOK_EVERY_S):
-            if self._process.poll() is not None:
-                return self._connection.poll()
-        return True
-
-    def _take(self, message: object) -> None:
-        match message:
-            case Logged(record):
-                logger = logging.getLogger(record.name)
-                if logger.isEnabledFor(record.levelno):
-                    logger.handle(record)
-            case KeepLease(part, sessions, lease_ttl_s):
-                self._runtime.adopt_sessions(sessions, lease_ttl_s)
-                self._runtime.start_keeping(part)
-            case Registered(number):
-                self._pending[number].is_registered = True
-            case Answer(number, result, error, traceback):
-                with self._lock:
-                    handed = self._pending.pop(number)
-                if result is not None:
-                    handed.future.set_result(result)
-                else:
-                    error = error or RuntimeError("the save process gave no answer")
-                    error.add_note(f"\nIn the save process:\n{traceback}")
-                    handed.future.set_exception(error)
-
-    def _gone(self) -> None:
-        """Fails what the process leaves undone."""
-        try:
-            code = self._process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        with self._lock:
-            self._is_closed = True
-            left = list(self._pending.values())
-            self._pending.clear()
-            self._connection.close()
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        for handed in left:
-            told = "; this rank's share is registered, so the step may be committed" if handed.is_registered else ""
-            handed.future.set_exception(
-                SaveProcessError(
-                    f"the save process {self.pid} was ended {how} before the save was over{told}",
-                    metadata={"exit_code": str(code)},
-                )
-            )
-
-
-_processes: Final[dict[Runtime, SaveProcess]] = {}
-_processes_lock: Final = threading.Lock()
-
-
-def save_process_of(runtime: Runtime) -> SaveProcess:
-    """Returns the save process of a session, started anew when it is not there.
-
-    Raises:
-        SaveProcessError: It cannot be started.
-    """
-    with _processes_lock:
-        process = _processes.get(runtime)
-        if process is not None and process.is_usable:
-            return process
-        try:
-            started = _processes[runtime] = SaveProcess(runtime)
-        except OSError as error:
-            raise SaveProcessError(f"the save process cannot be started: {error}") from error
-        if process is None:
-            runtime.at_close.append(lambda: _close(runtime))
-        return started
-
-
-def _close(runtime: Runtime) -> None:
-    with _processes_lock:
-        process = _processes.pop(runtime, None)
-    if process is not None:
-        process.close()
-
-
-def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
-    """Starts the interpreter: a session of its own, so that a terminal's Ctrl-C and a launcher's signals miss it."""
-    return subprocess.Popen(  # noqa: S603 - our own interpreter
-        [
-            os.fsdecode(spawn.get_executable() or sys.executable),
-            *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing
-            "-c",
-            _START.format(path=sys.path, descriptor=descriptor),
-        ],
-        stdin=subprocess.DEVNULL,
-        pass_fds=(descriptor,),
-        start_new_session=True,
-        env={**os.environ, **_NO_DEVICE},
-    )
-
-
-def _hello(runtime: Runtime) -> Hello:
-    return Hello(
-        session=runtime.session,
-        config=runtime.config,
-        alone=runtime.alone,
-        joined=runtime.joined,
-        began_s=runtime.began_s,
-        parent_pid=os.getpid(),
-        log_levels={name: logging.getLogger(name).getEffectiveLevel() for name in ("", "shardbook")},
-        thread_count=torch.get_num_threads(),
-    )
-
-
-def _directory() -> str:
-    with contextlib.suppress(OSError):  # it may have been removed
-        return os.getcwd()  # noqa: PTH109 - a string is what is sent
-    return "."

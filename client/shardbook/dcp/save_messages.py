@@ -70,6 +70,13 @@ class SaveRequest:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """The save process has the memory of a save, and begins with it."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Registered:
     """The service has this rank's registration of a save."""
 

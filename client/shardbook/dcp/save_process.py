@@ -1,6 +1,6 @@
 """The save process: saves what its trainer hands over, in the trainer's session, and in no process group.
 
-Started by ``shardbook.dcp.process_saving``. It outlives a trainer that is killed by the saves in flight, no longer: it
+Started by ``shardbook.dcp.save_process_handle``. It outlives a trainer that is killed by the saves in flight, no longer: it
 goes when the socket pair is closed or the trainer is not its parent any more. Saves run side by side, each in a thread,
 as they do with the thread executor: two groups of ranks may save in different orders.
 """
@@ -30,7 +30,7 @@ from shardbook.dcp.prepared import Claim, PreparedSave, files_of
 from shardbook.dcp.rank_save import RankSave
 from shardbook.dcp.results import SaveResult
 from shardbook.dcp.runtime import Runtime
-from shardbook.dcp.save_messages import Answer, Hello, KeepLease, Logged, Registered, SaveRequest
+from shardbook.dcp.save_messages import Answer, Hello, KeepLease, Logged, Registered, SaveRequest, Taken
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ def _serve(runtime: Runtime, trainer: _Trainer, request: SaveRequest, packed: Pa
 
 def _save(runtime: Runtime, trainer: _Trainer, request: SaveRequest, packed: Packed) -> SaveResult:
     attempt = request.attempt
+    trainer.tell(Taken(request.number))
     runtime.adopt_sessions(request.sessions, request.lease_ttl_s)
     try:
         with best_effort("go where the trainer is"):
