@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from shardbook.dcp.save_process_handle import save_process_of
 from shardbook.errors import ShardbookError
 from tests.faults.hurt import _Stopping, opened_for_writing
 from tests.faults.jobs import _Dying
+from tests.faults.processes import await_that
 from tests.torch.harness import Rank
 from tests.torch.layouts import fill, fsdp, spoil
 from tests.torch.process_jobs import by_process
@@ -55,6 +57,15 @@ class SlowWriter(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Waits, then writes."""
         time.sleep(1.0)
+        return super().write_data(plan, planner)
+
+
+class WaitingWriter(FileSystemWriter):
+    """Writes once there is a file ``go`` beside the checkpoint."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Waits, then writes."""
+        await_that("there is a file", Path(os.fspath(self.path)).with_name("go").exists)
         return super().write_data(plan, planner)
 
 
@@ -104,11 +115,28 @@ def lose_save_process(rank: Rank, start: dict[str, Any], directory: str, dying_r
     return ends
 
 
+def lose_registered_save_process(rank: Rank, start: dict[str, Any], directory: str) -> Any:
+    """Saves; rank 1's save process is killed once it is registered and waits for rank 0, which has not written yet."""
+    dcp.init(**start)
+    path = f"{directory}/step-1"
+    writer = WaitingWriter(path) if rank.rank == 0 else FileSystemWriter(path)
+    saving = by_process(fill(fsdp(rank)), storage_writer=writer)
+    if rank.rank == 1:
+        process = save_process_of(current())
+        await_that("it is registered", lambda: any(one.is_registered for one in process._pending.values()))
+        os.kill(process.pid, signal.SIGKILL)
+    try:
+        return saving.result().state.value
+    except ShardbookError as error:
+        Path(directory, "go").touch()
+        return error.reason
+
+
 def lose_idle_save_process(rank: Rank, start: dict[str, Any], directory: str) -> list[str]:
     """Saves, has the save process killed while it has nothing to do, and saves again."""
     dcp.init(**start)
     state = fill(fsdp(rank))
     states = [by_process(state, checkpoint_id=f"{directory}/step-1").result().state.value]
-    os.kill(save_process_of(current()).pid, 9)
+    os.kill(save_process_of(current()).pid, signal.SIGKILL)
     states.append(by_process(state, checkpoint_id=f"{directory}/step-2").result().state.value)
     return states

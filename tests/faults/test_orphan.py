@@ -114,6 +114,17 @@ def test_a_save_process_is_killed_in_mid_write(
     assert {1: CheckpointState.FAILED, 2: CheckpointState.COMMITTED} == states
 
 
+def test_a_save_process_is_killed_when_the_others_need_it_no_more(
+    pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path
+) -> None:
+    """Its share is registered: its trainer does not know the outcome, and the step is committed."""
+    start = {"run": run, "server": either_server.address}
+    ended = pool.run(process_jobs.lose_registered_save_process, start, str(tmp_path), world_size=2)
+    assert ["COMMITTED", "SAVE_PROCESS_DIED"] == ended
+    (found,) = p2_no_torn_checkpoint(either_server.client, run)
+    assert CheckpointState.COMMITTED is found.state
+
+
 def test_an_idle_save_process_is_killed(pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path) -> None:
     """Nobody notices."""
     start = {"run": run, "server": either_server.address}

@@ -1,8 +1,8 @@
 """The save process: saves what its trainer hands over, in the trainer's session, and in no process group.
 
-Started by ``shardbook.dcp.save_process_handle``. It outlives a trainer that is killed by the saves in flight, no longer: it
-goes when the socket pair is closed or the trainer is not its parent any more. Saves run side by side, each in a thread,
-as they do with the thread executor: two groups of ranks may save in different orders.
+Started by ``shardbook.dcp.save_process_handle``. It outlives a trainer that is killed by the saves in flight, no
+longer: it goes when the socket pair is closed or the trainer is not its parent any more. Saves run side by side, each
+in a thread, as they do with the thread executor: two groups of ranks may save in different orders.
 """
 
 from __future__ import annotations

@@ -123,6 +123,7 @@ class SaveProcess:
                 reduction.send_handle(self._connection, packed.descriptor, self._process.pid)
             except OSError:
                 del self._pending[number]
+                self._shut()  # whatever is half sent makes no sense of what comes next
                 return None
         return handed
 
@@ -130,9 +131,7 @@ class SaveProcess:
         """Takes no more saves. The process ends once it has none; one that is idle has ended when this returns."""
         with self._lock:
             if not self._is_closed:
-                self._is_closed = True
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as one:
-                    one.shutdown(socket.SHUT_WR)
+                self._shut()
             is_idle = not self._pending
         if is_idle and threading.current_thread() is not self._reader:
             try:
@@ -140,6 +139,12 @@ class SaveProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+    def _shut(self) -> None:
+        """Ends what is said to the process, also where a forked child of the trainer holds the socket too."""
+        self._is_closed = True
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as one:
+            one.shutdown(socket.SHUT_WR)
 
     def _read(self) -> None:
         """Takes what the process says until it is gone."""
