@@ -24,6 +24,7 @@
     ├── UnregisteredError               (client only)        strict=True and the service did not record the save
     ├── CorruptManifestError            (client only)        a file of a checkpoint directory does not parse
     ├── StorageError                    (client only)        a filesystem failed in words of its own; an OSError too
+    ├── SaveProcessError                (client only)        the process of saves in the background is gone
     └── ForkedClientError               (client only)        a client used in a forked child
 
 The class is chosen by ErrorInfo reason, else by status; never by message text. Errors are picklable and
@@ -262,6 +263,15 @@ class StorageError(ShardbookError, OSError):
     """
 
     default_reason = "STORAGE_FAILED"
+
+
+class SaveProcessError(ShardbookError):
+    """The process that saves in the background ended, or did not begin; ``metadata`` has ``exit_code``.
+
+    What it was saving may be incomplete. The next save starts another process.
+    """
+
+    default_reason = "SAVE_PROCESS_DIED"
 
 
 class ForkedClientError(ShardbookError):

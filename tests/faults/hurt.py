@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,8 @@ class _Stopping(FileSystem):
                     count: int = write(content)
                     stream.write = write
                     stream.flush()
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                    # To this very thread: it goes no further, while another one may until the process has stopped.
+                    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
                     return count
 
                 stream.write = stopping

@@ -105,12 +105,11 @@ class TestRefused:
         with pytest.raises(FailedPreconditionError, match=r"shardbook\.dcp\.init"):
             dcp.save(some_state(), checkpoint_id=tmp_path / "1")
 
-    def test_the_process_executor(self, offline: dcp.Session, tmp_path: Path) -> None:
-        """It comes with a later release, and says so."""
+    def test_an_executor_that_is_none(self, offline: dcp.Session, tmp_path: Path) -> None:
+        """There is THREAD and PROCESS."""
+        unknown: Any = "process"
         with pytest.raises(InvalidArgumentError) as caught:
-            dcp.async_save(
-                some_state(), checkpoint_id=tmp_path / "1", async_checkpointer_type=dcp.AsyncCheckpointerType.PROCESS
-            )
+            dcp.async_save(some_state(), checkpoint_id=tmp_path / "1", async_checkpointer_type=unknown)
         assert "UNSUPPORTED_EXECUTOR" == caught.value.reason
 
     def test_a_wait_that_is_none(self, offline: dcp.Session, tmp_path: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.tensor import DTensor
 
 #: What a process group is taken to allow when it does not say, seconds.
 _USUAL_GROUP_TIMEOUT_S: Final = 600.0
@@ -63,15 +68,74 @@ def storage_reader_for(storage_reader: StorageReader | None, checkpoint_id: Any)
     return _storage_setup(storage_reader, checkpoint_id, reader=True)
 
 
+def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any, bool]:
+    """Returns what ``rebuild_dtensor`` makes a DTensor of again: its local tensor, its specification, requires_grad."""
+    local: Any = tensor._local_tensor  # noqa: SLF001
+    if isinstance(local, AsyncCollectiveTensor):
+        local = local.trigger_wait()
+    return local, tensor._spec, tensor.requires_grad  # noqa: SLF001
+
+
+def rebuild_dtensor(local: torch.Tensor, spec: Any, requires_grad: bool) -> DTensor:
+    """Returns a DTensor of its parts, in a process that needs no process group, on the device of its local tensor."""
+    return DTensor(local, spec, requires_grad=requires_grad)
+
+
+def rebuild_sharded_tensor(
+    local_shards: list[Shard], metadata: ShardedTensorMetadata, sharding_spec: Any
+) -> ShardedTensorBase:
+    """Returns a ShardedTensor that can be saved but not computed with, for it has no process group."""
+    return ShardedTensorBase._init_from_local_shards_and_global_metadata(  # noqa: SLF001
+        local_shards, metadata, sharding_spec
+    )
+
+
+def storage_of(value: object) -> tuple[torch.UntypedStorage, torch.dtype] | None:
+    """Returns the memory that a storage names, and as what; bytes where it has no type, as ``torch.save`` has it."""
+    if isinstance(value, torch.storage.TypedStorage):
+        return value._untyped_storage, value.dtype  # noqa: SLF001
+    return (value, torch.uint8) if isinstance(value, torch.UntypedStorage) else None
+
+
+def typed_storage(memory: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
+    """Returns what ``storage_of`` took apart."""
+    return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)
+
+
+def identity_of(memory: torch.UntypedStorage) -> int:
+    """Returns what two names of one memory have in common while it lives."""
+    return int(memory._cdata)  # noqa: SLF001
+
+
+class UnresolvedMesh(logging.Filter):
+    """Drops what a DeviceMesh says when it is unpickled where there is no process group, and nothing else."""
+
+    #: Which logger says it.
+    LOGGER: Final = "torch.distributed.device_mesh"
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Returns False for it."""
+        return "unpickling of the DeviceMesh" not in str(record.msg)
+
+
 __all__ = [
     "CURRENT_DCP_VERSION",
+    "DTensor",
     "FileSystem",
+    "ShardedTensor",
     "StorageInfo",
     "StoragePrefix",
+    "UnresolvedMesh",
+    "dtensor_parts",
     "group_timeout_s",
     "highest",
+    "identity_of",
+    "rebuild_dtensor",
+    "rebuild_sharded_tensor",
     "set_element",
     "silent_overwrite",
+    "storage_of",
     "storage_reader_for",
     "storage_writer_for",
+    "typed_storage",
 ]

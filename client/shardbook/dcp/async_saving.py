@@ -1,4 +1,4 @@
-"""``async_save``: the state dict is copied, then saved by a thread while training goes on."""
+"""``async_save``: the state dict is copied, then saved by a thread or a process while training goes on."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from shardbook.dcp.prepared import DEFAULT_TIMEOUT_S, PreparedSave, SaveOptions, prepare
+from shardbook.dcp.process_saving import await_end, check_executor, hand_over
 from shardbook.dcp.rank_save import RankSave
 from shardbook.dcp.results import SaveResult
 from shardbook.dcp.saving import state_of
@@ -75,22 +77,28 @@ def async_save(
 ) -> AsyncSaveResponse:
     """Copies a state dict and saves the copy in the background, without collectives.
 
-    Arguments are those of ``save``, and DCP's two: ``async_checkpointer_type`` is THREAD (a later release brings
-    PROCESS); ``async_stager`` copies the state dict, by default the storage writer where it is a stager, else DCP's
-    DefaultStager with copies in main memory. A stager of the caller's is the caller's to close. The process group
-    needs no CPU backend.
+    Arguments are those of ``save``, and DCP's two: ``async_checkpointer_type`` says who saves, and ``async_stager``
+    copies the state dict, by default the storage writer where it is a stager, else DCP's DefaultStager with copies in
+    main memory. A stager of the caller's is the caller's to close. The process group needs no CPU backend.
+
+    With THREAD a thread saves. With PROCESS a process of Shardbook's own does, one a rank, which is started by the
+    first such save and kept: training's interpreter lock is left alone, and a save in flight outlives a trainer that is
+    killed. The process is in no process group, sees no GPU, and does not run the training script, which needs no
+    ``if __name__ == "__main__"`` for it; so what is defined in the script itself cannot be saved by it. Without a
+    stager of the caller's the state dict is copied once, into memory that both processes see, of which ``/dev/shm`` is
+    no part. Writer and planner travel as copies, and may be used again at once. In mode ``disabled`` PROCESS is THREAD.
 
     Returns:
         Futures of the copy and of the save.
 
     Raises:
-        InvalidArgumentError: Arguments are wrong; nothing was copied or written. What ``save`` raises later is in the
-            future.
+        InvalidArgumentError: Arguments are wrong, or with PROCESS cannot be pickled (reason ``UNPICKLABLE``, the name
+            of the entry in the message); nothing was written. What ``save`` raises later is in the future, and
+            SaveProcessError when the process is gone.
     """
-    if async_checkpointer_type is not AsyncCheckpointerType.THREAD:
+    if async_checkpointer_type not in _TYPES:
         raise InvalidArgumentError(
-            f"async_checkpointer_type={async_checkpointer_type} comes with a later release of shardbook; use "
-            "AsyncCheckpointerType.THREAD",
+            f"async_checkpointer_type is {async_checkpointer_type!r}, not one of AsyncCheckpointerType's",
             reason="UNSUPPORTED_EXECUTOR",
             field="async_checkpointer_type",
         )
@@ -108,11 +116,15 @@ def async_save(
         return AsyncSaveResponse(*futures)
     options = SaveOptions(strict, wait, export_metadata, timeout_s)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
+    begin = _begin_in_process if async_checkpointer_type is AsyncCheckpointerType.PROCESS else _begin
     try:
-        return _begin(prepared, state_dict, storage_writer, async_stager)
+        return begin(prepared, state_dict, storage_writer, async_stager)
     except BaseException:
         prepared.release()
         raise
+
+
+_TYPES: Final = tuple(AsyncCheckpointerType)
 
 
 def _begin(
@@ -132,17 +144,69 @@ def _begin(
             else:
                 async_stager = owned = _usual_stager(plain)
         staged = async_stager.stage(plain)
-        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
-        upload = executor.submit(_upload, prepared, staged)
+        upload = _in_background(_upload, prepared, staged)
     except BaseException as error:
         prepared.give_up(error)
         _close(owned)
         raise
-    executor.shutdown(wait=False)
     upload.add_done_callback(lambda done: _ended(done, prepared, owned))
     if not isinstance(staged, Future) and async_stager.should_synchronize_after_execute:
         async_stager.synchronize_staging()
     return AsyncSaveResponse(_staging_future(staged), upload)
+
+
+def _begin_in_process(
+    prepared: PreparedSave,
+    state_dict: dict[str, Any],
+    storage_writer: StorageWriter | None,
+    async_stager: AsyncStager | None,
+) -> AsyncSaveResponse:
+    """Copies the state dict into the save process, or starts the thread that does once the caller's stager has."""
+    plain = state_of(prepared, state_dict)
+    try:
+        check_executor(prepared)
+        stager = async_stager or _stager_with_a_way_of_its_own(storage_writer)
+        staged = plain if stager is None else stager.stage(plain)
+        if isinstance(staged, Future):
+            upload = _in_background(_upload_by_process, prepared, staged)
+        else:
+            upload = _in_background(await_end, prepared, hand_over(prepared, staged))
+    except BaseException as error:
+        prepared.give_up(error)
+        raise
+    upload.add_done_callback(lambda done: _ended(done, prepared, None))
+    if stager is not None and not isinstance(staged, Future) and stager.should_synchronize_after_execute:
+        stager.synchronize_staging()
+    return AsyncSaveResponse(_staging_future(staged), upload)
+
+
+def _stager_with_a_way_of_its_own(writer: object) -> AsyncStager | None:
+    """Returns a storage writer that stages as DCP's do not, or into pinned memory that it keeps; else None.
+
+    What DCP's writers do otherwise is a copy, and handing over makes one.
+    """
+    if not isinstance(writer, AsyncStager):
+        return None
+    if not isinstance(writer, FileSystemWriter) or type(writer).stage is not FileSystemWriter.stage:
+        return writer
+    return writer if writer.cache_staged_state_dict else None
+
+
+def _upload_by_process(prepared: PreparedSave, staged: Future[dict[str, Any]]) -> SaveResult:
+    try:
+        handed = hand_over(prepared, staged.result())
+    except BaseException as error:
+        prepared.give_up(error)
+        raise
+    return await_end(prepared, handed)
+
+
+def _in_background(work: Callable[..., SaveResult], *arguments: object) -> Future[SaveResult]:
+    """Runs something in a thread of its own, which the interpreter's exit waits for."""
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shardbook-save")
+    future = executor.submit(work, *arguments)
+    executor.shutdown(wait=False)
+    return future
 
 
 def _ended(done: Future[SaveResult], prepared: PreparedSave, stager: AsyncStager | None) -> None:

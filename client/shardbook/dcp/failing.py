@@ -48,13 +48,25 @@ def tell_failure(
 
 
 def give_up(
-    runtime: Runtime, attempt: Attempt, files: CheckpointFiles | None, phase: str, error: BaseException
+    runtime: Runtime,
+    attempt: Attempt,
+    files: CheckpointFiles | None,
+    phase: str,
+    error: BaseException,
+    *,
+    has_begun: bool = False,
 ) -> None:
-    """Says that this rank's save ended before it had a way to the service. Never raises.
+    """Says that this rank's save ended where it has no way to the service of its own. Never raises.
 
-    One rank alone tells nobody: its attempt has not been opened, and nothing is left behind.
+    Args:
+        runtime: The session of this process.
+        attempt: The attempt.
+        files: The checkpoint's directory; None when it cannot be had.
+        phase: ``plan``, ``write`` or ``register``.
+        error: Why.
+        has_begun: The service may know of the attempt. Otherwise one rank alone tells nobody: nothing is left behind.
     """
-    if attempt.member.world_size == 1:
+    if attempt.member.world_size == 1 and not has_begun:
         return
     submitter = None
     with best_effort("reach the service to tell of a failure"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import pickle
@@ -63,6 +64,20 @@ def set_up_planner(
         return
     old: Any = planner.set_up_planner
     old(state_dict, is_coordinator)
+
+
+def unused_planner(planner: DefaultSavePlanner) -> DefaultSavePlanner:
+    """Returns a planner without what ``set_up_planner`` and the rest left in it for an earlier save, tensors above all.
+
+    One that has made no plan is returned as it is, another one as a shallow copy.
+    """
+    if "state_dict" not in vars(planner):
+        return planner
+    unused = copy.copy(planner)
+    for name in ("state_dict", "plan", "global_plan", "metadata"):
+        vars(unused).pop(name, None)
+    unused.mappings = {}
+    return unused
 
 
 def warn_of_unsafe_entries(planner: SavePlanner, items: Sequence[WriteItem], known: set[str]) -> None:

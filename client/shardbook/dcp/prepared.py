@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -58,6 +59,10 @@ class SaveOptions:
             )
 
 
+def _nothing() -> None:
+    """Tells nobody."""
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedSave:
     """A save whose attempt is counted and whose arguments are checked; nothing has been written.
@@ -70,6 +75,8 @@ class PreparedSave:
         planner: The save planner.
         options: How the save is to end.
         files: The checkpoint's directory, for word of a failure; None when it cannot be had.
+        claim: Keeps writer and planner from other saves.
+        on_registered: Called when the service has this rank's registration.
     """
 
     runtime: Runtime
@@ -79,15 +86,16 @@ class PreparedSave:
     planner: DefaultSavePlanner
     options: SaveOptions
     files: CheckpointFiles | None
+    claim: Claim
+    on_registered: Callable[[], None] = _nothing
 
     def give_up(self, error: BaseException) -> None:
         """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""
         give_up(self.runtime, self.attempt, self.files, "plan", error)
 
     def release(self) -> None:
-        """Lets other saves have the writer and the planner; once this one is over."""
-        with _in_use_lock:
-            _in_use.difference_update((id(self.writer), id(self.planner)))
+        """Lets other saves have the writer and the planner; once this one needs them no more. Twice is once."""
+        self.claim.release()
 
 
 #: Writers and planners of saves that are not over, by ``id``; their saves keep them alive.
@@ -95,23 +103,35 @@ _in_use: Final[set[int]] = set()
 _in_use_lock: Final = threading.Lock()
 
 
-def _claim(writer: FileSystemWriter, planner: DefaultSavePlanner) -> None:
-    """Takes a writer and a planner for one save.
+class Claim:
+    """A save's hold on the objects that no other save may use meanwhile. Thread-safe.
+
+    Args:
+        held: The objects by the names of the arguments they were passed for.
 
     Raises:
-        FailedPreconditionError: A save in the background still uses one: both hold the state of one checkpoint, and
+        FailedPreconditionError: A save in the background still uses one: each holds the state of one checkpoint, and
             its bytes would go into the other one.
     """
-    with _in_use_lock:
-        for name, one in (("storage_writer", writer), ("planner", planner)):
-            if id(one) in _in_use:
-                raise FailedPreconditionError(
-                    f"this {name} is still used by a save in the background: wait for its result, or give each save a "
-                    f"{name} of its own",
-                    reason="STILL_IN_USE",
-                    field=name,
-                )
-        _in_use.update((id(writer), id(planner)))
+
+    def __init__(self, **held: object) -> None:
+        self._ids = frozenset(map(id, held.values()))
+        with _in_use_lock:
+            for name, one in held.items():
+                if id(one) in _in_use:
+                    raise FailedPreconditionError(
+                        f"this {name} is still used by a save in the background: wait for its result, or give each "
+                        f"save a {name} of its own",
+                        reason="STILL_IN_USE",
+                        field=name,
+                    )
+            _in_use.update(self._ids)
+
+    def release(self) -> None:
+        """Lets go, once: another save may hold them by now."""
+        with _in_use_lock:
+            _in_use.difference_update(self._ids)
+            self._ids = frozenset()
 
 
 def prepare(
@@ -143,7 +163,7 @@ def prepare(
     try:
         return _prepared(runtime, attempt, checkpoint_id, storage_writer, planner, options)
     except BaseException as error:
-        give_up(runtime, attempt, _files_of(storage_writer, path), "plan", error)
+        give_up(runtime, attempt, files_of(storage_writer, path), "plan", error)
         raise
 
 
@@ -176,12 +196,12 @@ def _prepared(
 ) -> PreparedSave:
     checked = check_planner(DefaultSavePlanner() if planner is None else planner)
     writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
-    _claim(writer, checked)
-    files = _files_of(writer, attempt.path)
-    return PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files)
+    claim = Claim(storage_writer=writer, planner=checked)
+    files = files_of(writer, attempt.path)
+    return PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files, claim)
 
 
-def _files_of(writer: StorageWriter | None, path: str | os.PathLike[str]) -> CheckpointFiles | None:
+def files_of(writer: StorageWriter | None, path: str | os.PathLike[str]) -> CheckpointFiles | None:
     """Returns the directory of a checkpoint, for word of a failure; None when it cannot be had.
 
     The writer is not reset to it: it may still serve another save.

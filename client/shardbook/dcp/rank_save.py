@@ -300,6 +300,7 @@ class RankSave:
             except SessionUnknownError:
                 self._closed = self._reconnect(self._submitter).register(record, wait_s=wait_s)
                 record = self._of_new_session(record, self._submitter.session)
+            self._prepared.on_registered()
             self._runtime.outage_told = False
             self._unregistered = ""  # what went wrong before cost some duplicates, no more
         except ShardbookError as error:

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -93,8 +94,11 @@ class Runtime:
         self.checked_entries: set[str] = set()
         #: Blobs that the server has from this process, so that later saves send digests alone.
         self.known_blobs: set[tuple[int, bytes]] = set()
+        #: What ends with the session, and whether it has.
+        self.is_closed = False
+        self.at_close: list[Callable[[], None]] = []
+        self.began_s = time.monotonic() if began_s is None else began_s
         self._lock = threading.Lock()
-        self._began_s = time.monotonic() if began_s is None else began_s
         self._numbers = {session.part: session.number} if session.number else {}
         #: Parts whose session had a number once; the server has forgotten some, perhaps.
         self._numbered = set(self._numbers)
@@ -163,12 +167,20 @@ class Runtime:
         """
         if self._client is None:
             return None
+        self.check_not_forked()
+        return self._client.guarded(budget)
+
+    def check_not_forked(self) -> None:
+        """Refuses to serve a forked child.
+
+        Raises:
+            ForkedClientError: This process was forked from the one that called ``init``.
+        """
         if os.getpid() != self._pid:
             raise ForkedClientError(
                 f"process {os.getpid()} was forked from process {self._pid}, whose session it cannot use: gRPC does "
                 "not survive fork. Save in the parent, or start processes by 'spawn'"
             )
-        return self._client.guarded(budget)
 
     @property
     def plain_client(self) -> Client | None:
@@ -195,7 +207,7 @@ class Runtime:
             request.on_live = pb.ON_LIVE_FAIL
         if part in self._numbered:
             request.resumed_from = ""  # done once; what was committed since counts
-        answer = ask_for_session(client, request, self._began_s)
+        answer = ask_for_session(client, request, self.began_s)
         with self._lock:
             number = self._numbers.setdefault(part, answer.session)
             self._numbered.add(part)
@@ -204,6 +216,32 @@ class Runtime:
         if kept:
             self._keep(self._lease_ttl_s)
         return number
+
+    @property
+    def sessions(self) -> dict[str, int]:
+        """Numbers of this incarnation's sessions, by part, as far as this process knows them."""
+        with self._lock:
+            return dict(self._numbers)
+
+    @property
+    def lease_ttl_s(self) -> float:
+        """How long a lease of this session lives, seconds; 0 while no server has said."""
+        with self._lock:
+            return self._lease_ttl_s
+
+    def adopt_sessions(self, numbers: dict[str, int], lease_ttl_s: float) -> None:
+        """Takes over what another process of this incarnation was told: the later number counts.
+
+        A number that the server has forgotten heals by itself, see ``forget_session``.
+        """
+        with self._lock:
+            for part, number in numbers.items():
+                self._numbers[part] = max(number, self._numbers.get(part, 0))
+                self._numbered.add(part)
+            lease_ttl_s = self._lease_ttl_s = self._lease_ttl_s or lease_ttl_s
+            is_kept = not self._kept.isdisjoint(numbers)
+        if is_kept:
+            self._keep(lease_ttl_s)
 
     def forget_session(self, part: str, number: int) -> None:
         """Notes that the server does not know a session any more: its database was put back from a backup.
@@ -260,7 +298,12 @@ class Runtime:
 
     def close(self) -> None:
         """Ends the leases of this process's session, so that another job may start at once. Never raises."""
-        if self._keeper is not None and os.getpid() == self._pid:
+        if os.getpid() != self._pid:
+            return
+        self.is_closed = True
+        while self.at_close:
+            self.at_close.pop()()
+        if self._keeper is not None:
             self._keeper.close()
             self._keeper = None
 

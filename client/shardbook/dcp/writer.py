@@ -199,6 +199,11 @@ class CheckpointFiles:
         return isinstance(self.fs, FileSystem) or bool(self._protocols & _LOCAL)
 
     @property
+    def is_in_process(self) -> bool:
+        """True for a filesystem that only this process sees."""
+        return "memory" in self._protocols
+
+    @property
     def _protocols(self) -> frozenset[str]:
         protocol = getattr(getattr(self.fs, "fs", None), "protocol", ())
         return frozenset((protocol,) if isinstance(protocol, str) else protocol)

@@ -1,0 +1,132 @@
+"""P3 with the process executor: save processes whose trainer was killed. Rows 8 and 9 of the matrix."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from shardbook import CheckpointState
+from shardbook.core import directory as names
+from shardbook.dcp import SaveState
+from shardbook.sync import SyncOutcome, sync_directories
+from tests.faults import jobs, process_jobs
+from tests.faults.processes import await_stop, await_that
+from tests.faults.server import ServerProcess
+from tests.faults.validators import files_of, p2_no_torn_checkpoint, p3_fenced
+from tests.torch import jobs as torch_jobs
+from tests.torch.harness import RankPool
+
+
+def _orphans(pool: RankPool, start: dict[str, str], path: Path, notes: Path, stopped_rank: int | None) -> list[int]:
+    """Kills the trainers of two ranks once their save processes have the save; returns the ids of those."""
+    notes.mkdir()
+    running = pool.start(process_jobs.leave_an_orphan, start, str(path), str(notes), stopped_rank, world_size=2)
+    pids = [notes / f"pid-{rank}" for rank in range(2)]
+    await_that("the save processes have the save", lambda: all(pid.exists() for pid in pids))
+    orphans = [int(pid.read_text()) for pid in pids]
+    if stopped_rank is not None:
+        await_stop(orphans[stopped_rank])
+    for pid in running.pids:
+        os.kill(pid, signal.SIGKILL)
+    running.outcomes()
+    return orphans
+
+
+def _await_end(orphans: list[int]) -> None:
+    await_that("the orphans have ended", lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans))
+
+
+@pytest.mark.parametrize("world_size", [2, 3], ids=["same world", "another world size"])
+def test_a_step_is_saved_again_while_an_orphan_is_in_mid_write(
+    pool: RankPool, later_pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path, world_size: int
+) -> None:
+    """The orphan ends its write in its own files, is fenced and goes; both attempts' bytes are whole."""
+    path, notes = tmp_path / "step-7", tmp_path / "notes"
+    client = either_server.client
+    start = {"run": run, "server": either_server.address}
+    orphans = _orphans(pool, start, path, notes, 1)
+    torn = next(path.glob("*/__1_0.distcp"))
+    prefix, torn_bytes = torn.parent.name, torn.stat().st_size
+    again = {**start, "on_live": "takeover"}
+    later = later_pool.run(process_jobs.save_other_values, again, str(path), world_size=world_size)
+    assert [SaveState.COMMITTED] * world_size == [one.state for one in later]
+    before, row = files_of(path), client.get_checkpoint(later[0].name)
+    os.kill(orphans[1], signal.SIGCONT)
+    _await_end(orphans)
+    assert torn.stat().st_size > torn_bytes, "it was not stopped in mid-write"
+
+    opened = [name for rank in range(2) for name in json.loads((notes / f"opened-{rank}.json").read_text())]
+    p3_fenced(path, before, opened, prefix, (row, client.get_checkpoint(later[0].name)))
+    committed = [one for one in p2_no_torn_checkpoint(client, run) if one.state is CheckpointState.COMMITTED]
+    assert [later[0].name] == [one.name for one in committed]
+    assert row == client.get_checkpoint(f"{run}@latest")
+    environment = {"SHARDBOOK_SERVER": either_server.address}
+    for target in (f"{run}@7", str(path)):
+        assert [True] * 2 == later_pool.run(jobs.load_other_values, target, world_size=2, environment=environment)
+
+    # What the orphans wrote is whole, loads by itself, and is history that changes nothing.
+    alone = tmp_path / "alone"
+    for part in (prefix, names.attempt_path(prefix)):
+        shutil.copytree(path / part, alone / part)
+    assert [{str(alone): []}] * 2 == later_pool.run(torch_jobs.load, "fsdp", [str(alone)], world_size=2)
+    outcomes = {one.prefix: one.outcome for one in sync_directories(client, [path])}
+    assert {prefix: SyncOutcome.SUPERSEDED, later[0].prefix: SyncOutcome.PRESENT} == outcomes
+    assert row == client.get_checkpoint(f"{run}@latest")
+
+
+def test_orphans_finish_the_save_of_a_killed_job(
+    pool: RankPool, later_pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path
+) -> None:
+    """They commit it and go. The restarted job saves the step again: that one is live, and both load."""
+    path = tmp_path / "step-7"
+    client = either_server.client
+    start = {"run": run, "server": either_server.address, "job_id": "the job"}
+    _await_end(_orphans(pool, start, path, tmp_path / "notes", None))
+    (orphaned,) = p2_no_torn_checkpoint(client, run)
+    assert (CheckpointState.COMMITTED, True, 1) == (orphaned.state, orphaned.live, orphaned.session)
+
+    later = later_pool.run(process_jobs.save_other_values, start, str(path), world_size=2)
+    assert [SaveState.COMMITTED] * 2 == [one.state for one in later]
+    states = {one.session: (one.state, one.live) for one in p2_no_torn_checkpoint(client, run)}
+    assert {1: (CheckpointState.COMMITTED, False), 2: (CheckpointState.COMMITTED, True)} == states
+    environment = {"SHARDBOOK_SERVER": either_server.address}
+    old, new = f"{run}@7.s1", f"{run}@7"
+    assert [{old: []}] * 2 == later_pool.run(torch_jobs.load, "fsdp", [old], world_size=2, environment=environment)
+    assert [True] * 2 == later_pool.run(jobs.load_other_values, new, world_size=2, environment=environment)
+
+
+def test_a_save_process_is_killed_in_mid_write(
+    pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path
+) -> None:
+    """Its trainer says so to all at once, with the exit code; the next save has a new process."""
+    start = {"run": run, "server": either_server.address}
+    one, other = pool.run(process_jobs.lose_save_process, start, str(tmp_path), 1, world_size=2)
+    assert ("SAVE_PROCESS_DIED", "-9") == other[0][:2]
+    assert ("RANK_FAILED", None) == one[0][:2]
+    assert one[0][2] < 60, "it waited for a process that was gone"
+    assert [SaveState.COMMITTED] * 2 == [ends[1].state for ends in (one, other)]
+    states = {found.step: found.state for found in p2_no_torn_checkpoint(either_server.client, run)}
+    assert {1: CheckpointState.FAILED, 2: CheckpointState.COMMITTED} == states
+
+
+def test_a_save_process_is_killed_when_the_others_need_it_no_more(
+    pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path
+) -> None:
+    """Its share is registered: its trainer does not know the outcome, and the step is committed."""
+    start = {"run": run, "server": either_server.address}
+    ended = pool.run(process_jobs.lose_registered_save_process, start, str(tmp_path), world_size=2)
+    assert ["COMMITTED", "SAVE_PROCESS_DIED"] == ended
+    (found,) = p2_no_torn_checkpoint(either_server.client, run)
+    assert CheckpointState.COMMITTED is found.state
+
+
+def test_an_idle_save_process_is_killed(pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path) -> None:
+    """Nobody notices."""
+    start = {"run": run, "server": either_server.address}
+    ended = pool.run(process_jobs.lose_idle_save_process, start, str(tmp_path), world_size=2)
+    assert [["COMMITTED"] * 2] * 2 == ended
