@@ -72,11 +72,13 @@ class WaitingWriter(FileSystemWriter):
 def leave_an_orphan(rank: Rank, start: dict[str, Any], path: str, notes: str, stopped_rank: int | None) -> None:
     """Hands a save over, says which process has it, and waits to be killed.
 
+    A forked child, such as a data loader's worker, holds all that it had open, and outlives it.
+
     Args:
         rank: This one.
         start: For ``init``.
         path: The checkpoint's.
-        notes: Directory for the save process's id, and for what it opened.
+        notes: Directory for the ids of the save process and the forked child, and for what the former opened.
         stopped_rank: Its save process stops itself in mid-write.
     """
     dcp.init(**start)
@@ -84,8 +86,12 @@ def leave_an_orphan(rank: Rank, start: dict[str, Any], path: str, notes: str, st
     if rank.rank == stopped_rank:
         writer.fs = _Stopping()
     by_process(fill(fsdp(rank)), storage_writer=writer, planner=Witness(f"{notes}/opened-{rank.rank}.json"))
-    note = Path(notes, f"pid-{rank.rank}")
-    note.with_suffix(".tmp").write_text(str(save_process_of(current()).pid))
+    worker = os.fork()
+    if not worker:
+        time.sleep(600)
+        os._exit(0)
+    note = Path(notes, f"pids-{rank.rank}")
+    note.with_suffix(".tmp").write_text(f"{save_process_of(current()).pid} {worker}")
     note.with_suffix(".tmp").rename(note)
     time.sleep(3600)
 

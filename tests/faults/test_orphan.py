@@ -22,23 +22,40 @@ from tests.torch import jobs as torch_jobs
 from tests.torch.harness import RankPool
 
 
-def _orphans(pool: RankPool, start: dict[str, str], path: Path, notes: Path, stopped_rank: int | None) -> list[int]:
-    """Kills the trainers of two ranks once their save processes have the save; returns the ids of those."""
+def _orphans(
+    pool: RankPool, start: dict[str, str], path: Path, notes: Path, stopped_rank: int | None
+) -> tuple[list[int], list[int]]:
+    """Kills the trainers of two ranks once their save processes have the save.
+
+    Returns:
+        The ids of the save processes, and those of forked children of the trainers that live on.
+    """
     notes.mkdir()
     running = pool.start(process_jobs.leave_an_orphan, start, str(path), str(notes), stopped_rank, world_size=2)
-    pids = [notes / f"pid-{rank}" for rank in range(2)]
-    await_that("the save processes have the save", lambda: all(pid.exists() for pid in pids))
-    orphans = [int(pid.read_text()) for pid in pids]
+    told = [notes / f"pids-{rank}" for rank in range(2)]
+    await_that("the save processes have the save", lambda: all(one.exists() for one in told))
+    orphans, workers = zip(*(map(int, one.read_text().split()) for one in told), strict=True)
     if stopped_rank is not None:
         await_stop(orphans[stopped_rank])
     for pid in running.pids:
         os.kill(pid, signal.SIGKILL)
-    running.outcomes()
-    return orphans
+    running.outcomes(timeout_s=0.1)  # nobody says that it is gone: its forked child holds that pipe too
+    return list(orphans), list(workers)
 
 
-def _await_end(orphans: list[int]) -> None:
-    await_that("the orphans have ended", lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans))
+def _await_end(orphans: list[int], workers: list[int]) -> None:
+    """Waits for the orphans, which end although others hold what they had in common with their trainers."""
+    await_that("the orphans have ended", lambda: not any(map(_lives, orphans)))
+    assert all(map(_lives, workers))
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("world_size", [2, 3], ids=["same world", "another world size"])
@@ -49,7 +66,7 @@ def test_a_step_is_saved_again_while_an_orphan_is_in_mid_write(
     path, notes = tmp_path / "step-7", tmp_path / "notes"
     client = either_server.client
     start = {"run": run, "server": either_server.address}
-    orphans = _orphans(pool, start, path, notes, 1)
+    orphans, workers = _orphans(pool, start, path, notes, 1)
     torn = next(path.glob("*/__1_0.distcp"))
     prefix, torn_bytes = torn.parent.name, torn.stat().st_size
     again = {**start, "on_live": "takeover"}
@@ -57,7 +74,7 @@ def test_a_step_is_saved_again_while_an_orphan_is_in_mid_write(
     assert [SaveState.COMMITTED] * world_size == [one.state for one in later]
     before, row = files_of(path), client.get_checkpoint(later[0].name)
     os.kill(orphans[1], signal.SIGCONT)
-    _await_end(orphans)
+    _await_end(orphans, workers)
     assert torn.stat().st_size > torn_bytes, "it was not stopped in mid-write"
 
     opened = [name for rank in range(2) for name in json.loads((notes / f"opened-{rank}.json").read_text())]
@@ -86,7 +103,7 @@ def test_orphans_finish_the_save_of_a_killed_job(
     path = tmp_path / "step-7"
     client = either_server.client
     start = {"run": run, "server": either_server.address, "job_id": "the job"}
-    _await_end(_orphans(pool, start, path, tmp_path / "notes", None))
+    _await_end(*_orphans(pool, start, path, tmp_path / "notes", None))
     (orphaned,) = p2_no_torn_checkpoint(client, run)
     assert (CheckpointState.COMMITTED, True, 1) == (orphaned.state, orphaned.live, orphaned.session)
 
