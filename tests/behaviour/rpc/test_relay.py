@@ -1,0 +1,328 @@
+"""A relay: what ranks are told through it is what they would be told without, and all of them are one connection."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
+from shardbook.errors import ShardbookError
+from shardbook.v1 import catalog_pb2, metadata_pb2, types_pb2
+from shardbook.v1 import registration_pb2 as pb
+from shardbook_server.app import Server, running_server
+from shardbook_server.connections import count_connections
+from shardbook_server.rpc.call import current_call
+from tests.behaviour.rpc.api import (
+    DEADLINE_S,
+    Api,
+    Job,
+    Payload,
+    api_of,
+    error_of,
+    payload,
+    refusal,
+    row,
+    settings_in,
+    wait_until,
+)
+from tests.databases import Databases
+from tests.relays import RelayProcess
+
+_DECIDED = pb.PlanSaveResponse.STATE_DECIDED
+_PLAN_SAVE = "/shardbook.v1.RegistrationService/PlanSave"
+
+
+@pytest.fixture(scope="module")
+def relay(server: Server) -> Iterator[RelayProcess]:
+    """A relay to the module's server."""
+    with RelayProcess(server.address) as relay:
+        yield relay
+
+
+@pytest.fixture(scope="module")
+def relayed(relay: RelayProcess) -> Iterator[Api]:
+    """Stubs to the relay."""
+    with api_of(relay.address) as api:
+        yield api
+
+
+def _told(call: Callable[..., Any], request: Message) -> Any:
+    """Returns what a call is told: its answer, or its refusal without what names the call."""
+    try:
+        return call(request, timeout=DEADLINE_S)
+    except grpc.RpcError as error:
+        typed = error_of(error)
+        facts = {key: value for key, value in typed.metadata.items() if key != "request_id"}
+        return type(typed), typed.message, typed.reason, typed.violations, facts, typed.retry_delay_s
+
+
+def test_it_says_what_to_export_and_is_its_users_alone(relay: RelayProcess, server: Server) -> None:
+    """Rule: three lines, the last one for the shell; nobody else on the host can open the socket."""
+    expected = [f"upstream  {server.address}", f"address   {relay.address}", f"export SHARDBOOK_SERVER={relay.address}"]
+    assert expected == relay.lines
+    assert 0o600 == stat.S_IMODE(relay.socket.stat().st_mode)
+
+
+def test_every_call_is_told_the_same(api: Api, relayed: Api, run: str) -> None:
+    """Rule: each relayed call, and those that are passed on, answer as the server does; good and bad requests."""
+    job = Job.start(relayed, run)
+    world = job.rows()
+    for rank, what in enumerate(world):
+        job.plan(rank, what)
+        job.register(rank, what)
+    until = pb.GetCheckpointProgressRequest.UNTIL_REGISTERED
+    requests: list[tuple[str, Message]] = [
+        ("PlanSave", job.plan_request(0, world[0])),
+        ("PlanSave", job.plan_request(7, world[0])),
+        ("PlanSave", job.plan_request(0, world[1])),
+        ("PlanSave", job.plan_request(0, world[0], wait_s=-1)),
+        ("PlanSave", pb.PlanSaveRequest()),
+        ("RegisterShards", job.register_request(1, world[1])),
+        ("RegisterShards", job.register_request(1, world[0])),
+        ("RegisterShards", job.register_request(0, payload([row("new", 0, 2)]), step=2)),
+        ("GetCheckpointProgress", pb.GetCheckpointProgressRequest(key=job.key(), until=until)),
+        ("GetCheckpointProgress", pb.GetCheckpointProgressRequest(key=job.key(step=99))),
+        ("GetCheckpointProgress", pb.GetCheckpointProgressRequest(key=job.key(), until=9)),  # type: ignore[arg-type]
+        ("ReportFailure", pb.ReportFailureRequest(key=job.key(3), location=job.location(3), failure=_failure())),
+        ("ReportFailure", pb.ReportFailureRequest(key=job.key(3), location=job.location(3))),
+        ("CommitCheckpoint", pb.CommitCheckpointRequest(key=job.key())),
+        ("CommitCheckpoint", pb.CommitCheckpointRequest(key=job.key(3))),
+        ("PlanSave", job.plan_request(0, world[0])),
+        ("RegisterShards", job.register_request(1, world[1])),
+        ("AbortCheckpoint", pb.AbortCheckpointRequest(key=job.key())),
+        ("KeepAlive", pb.KeepAliveRequest(run=run, session=job.session)),
+    ]
+    for name, request in requests:
+        # The relayed one first: where it changes something, the other one is a repetition and says the same.
+        first = _told(getattr(relayed.registration, name), request)
+        assert first == _told(getattr(api.registration, name), request), (name, request)
+    name = f"{run}/parts/default/checkpoints/1"
+    wanted = metadata_pb2.GetMetadataRequest(name=name)
+    assert list(api.metadata.GetMetadata(wanted)) == list(relayed.metadata.GetMetadata(wanted)) != []
+    assert api.catalog.GetRun(catalog_pb2.GetRunRequest(name=run)) == relayed.catalog.GetRun(
+        catalog_pb2.GetRunRequest(name=run)
+    )
+    missing = catalog_pb2.GetRunRequest(name="projects/a/runs/none")
+    assert _told(api.catalog.GetRun, missing) == _told(relayed.catalog.GetRun, missing)
+
+
+def _failure() -> types_pb2.RankFailure:
+    return types_pb2.RankFailure(rank=1, host="n1", phase="write", reason="disk full")
+
+
+def test_request_ids_and_credentials_are_the_callers(relayed: Api, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: each call has its own id and its own authorization, on the stream and beside it, and none has another's."""
+    seen: list[tuple[str, str, str]] = []
+
+    def note(*_: object) -> None:
+        call = current_call()
+        seen.append((call.method.rpartition("/")[2], call.request_id, call.authorization))
+        raise KeyError
+
+    monkeypatch.setattr("shardbook_server.rpc.convert.attempt_key", note)
+    for at, credentials in enumerate(["Bearer one", "", "Bearer two"]):
+        metadata = [("x-request-id", f"id-{at}"), ("x-other", "kept")]
+        if credentials:
+            metadata.append(("authorization", credentials))
+        calls: list[tuple[Any, Message]] = [
+            (relayed.registration.GetCheckpointProgress, pb.GetCheckpointProgressRequest()),
+            (relayed.registration.CommitCheckpoint, pb.CommitCheckpointRequest()),
+        ]
+        for call, request in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                call(request, metadata=tuple(metadata))
+            failed: Any = caught.value
+            assert grpc.StatusCode.INTERNAL == failed.code()
+            assert f"id-{at}" == dict(failed.trailing_metadata())["x-request-id"]
+    names = ["GetCheckpointProgress", "CommitCheckpoint"] * 3
+    ids = [f"id-{at // 2}" for at in range(6)]
+    assert list(zip(names, ids, ["Bearer one"] * 2 + [""] * 2 + ["Bearer two"] * 2, strict=True)) == seen
+
+
+def test_a_bad_message_fails_alone(relayed: Api, run: str) -> None:
+    """Rule: bytes that are no message are refused, and whoever waits on the same stream waits on."""
+    job = Job.start(relayed, run)
+    world = job.rows()
+    job.plan(0, world[0])
+    waiting = relayed.registration.PlanSave.future(job.plan_request(0, world[0], wait_s=15), timeout=DEADLINE_S)
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = relayed.channel.unary_unary(_PLAN_SAVE)
+    for garbage in (b"\xff\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f"):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(garbage)
+        assert "MALFORMED_REQUEST" == error_of(caught.value).reason
+    assert not waiting.done()
+    job.plan(1, world[1])
+    assert _DECIDED == waiting.result().state
+
+
+def test_sixty_four_ranks_are_one_connection(server: Server, relay: RelayProcess, api: Api, run: str) -> None:
+    """Rule: each rank has a connection to the relay, all of them wait, and the server has one more than without."""
+    ranks = 64
+    with ExitStack() as opened:
+        before = count_connections(server.address)
+        apis = [opened.enter_context(api_of(relay.address)) for _ in range(ranks)]
+        job = Job.start(apis[0], run, world_size=ranks)
+        world = job.rows()
+        for rank in range(ranks):
+            job.register(rank, world[rank])
+        for rank, own in enumerate(apis):
+            Job(own, run, ranks, job.session, job.incarnation).plan(rank, world[rank], step=2)
+        waits = [
+            own.registration.RegisterShards.future(_until_closed(job, rank, world[rank]), timeout=DEADLINE_S)
+            for rank, own in enumerate(apis)
+        ]
+        wait_until(lambda: ranks == job.progress().progress.registered_count)
+        # The relay's was open before, or is the one more.
+        assert before is not None
+        assert count_connections(server.address) in (before, before + 1)
+        assert not any(wait.done() for wait in waits)
+        assert job.commit().live
+        assert {"COMMITTED"} == {_state(wait.result().checkpoint) for wait in waits}
+
+
+def _until_closed(job: Job, rank: int, what: Payload) -> pb.RegisterShardsRequest:
+    request = job.register_request(rank, what)
+    request.wait.FromSeconds(15)
+    return request
+
+
+def _state(checkpoint: types_pb2.Checkpoint) -> str:
+    return types_pb2.CheckpointState.Name(checkpoint.state).removeprefix("CHECKPOINT_STATE_")
+
+
+def test_a_rank_that_goes_away_waits_no_more(server: Server, relayed: Api, run: str) -> None:
+    """Rule: a cancelled call and one whose deadline passed are given up at the server, too."""
+    job = Job.start(relayed, run)
+    world = job.rows()
+    job.plan(0, world[0])
+    waiting = server._waits
+    assert 0 == waiting.waiting_count
+    future = relayed.registration.PlanSave.future(job.plan_request(0, world[0], wait_s=20), timeout=DEADLINE_S)
+    wait_until(lambda: 1 == waiting.waiting_count)
+    future.cancel()
+    wait_until(lambda: 0 == waiting.waiting_count)
+    with pytest.raises(grpc.RpcError) as late:
+        # Its progress is asked for at once, so the handler has no time of its own to answer in.
+        relayed.registration.PlanSave(job.plan_request(0, world[0], wait_s=20), timeout=0.01)
+    assert grpc.StatusCode.DEADLINE_EXCEEDED == late.value.code()
+    wait_until(lambda: 0 == waiting.waiting_count)
+
+
+def test_health_is_the_servers(api: Api, relayed: Api) -> None:
+    """Rule: a relay serves what its server serves; a watch goes on."""
+    request = health_pb2.HealthCheckRequest(service="shardbook.v1.RelayService")
+    assert api.health.Check(request) == relayed.health.Check(request)
+    watch = relayed.health.Watch(health_pb2.HealthCheckRequest())
+    assert health_pb2.HealthCheckResponse.SERVING == next(watch).status
+    watch.cancel()
+
+
+def test_a_server_that_restarts_in_mid_wait_is_waited_for(tmp_path: Path, databases: Databases) -> None:
+    """Rule: the wait ends with a refusal that may be repeated, or goes on over the next stream; the save goes on."""
+    url = databases.new()
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        with running_server(settings_in(tmp_path, database_url=url)) as first:
+            address = first.address
+            relay = stack.enter_context(RelayProcess(address))
+            api = stack.enter_context(api_of(relay.address))
+            job = Job.start(api, "projects/test/runs/r")
+            world = job.rows()
+            job.plan(0, world[0])
+            waiting = pool.submit(_patiently, lambda: job.plan(0, world[0], wait_s=15))
+            wait_until(lambda: 1 == first._waits.waiting_count)
+        with running_server(settings_in(tmp_path, database_url=url, listen=address)):
+            _patiently(lambda: job.plan(1, world[1]))
+            assert _DECIDED == waiting.result(DEADLINE_S).state
+            assert job.save(1, world).live
+
+
+def _patiently(call: Callable[[], Any]) -> Any:
+    """Repeats a call while the service is away, as clients do."""
+    end_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            failed: Any = error
+            assert grpc.StatusCode.UNAVAILABLE == failed.code(), failed.details()
+            assert time.monotonic() < end_s
+            time.sleep(0.1)
+
+
+def test_a_server_that_is_away_is_told_at_once(relay: RelayProcess) -> None:
+    """Rule: UNAVAILABLE within about a second, then at once, without RetryInfo: to a rank it is an outage as ever."""
+    with RelayProcess("127.0.0.1:1") as lonely, api_of(lonely.address) as api:
+        took_s = []
+        for _ in range(3):
+            began_s = time.monotonic()
+            with pytest.raises(grpc.RpcError) as caught:
+                api.registration.PlanSave(pb.PlanSaveRequest(), timeout=DEADLINE_S)
+            failed: Any = caught.value
+            took_s.append(time.monotonic() - began_s)
+            assert grpc.StatusCode.UNAVAILABLE == failed.code()
+            assert "grpc-status-details-bin" not in dict(failed.trailing_metadata() or ())
+        assert max(took_s) < 5
+        with pytest.raises(grpc.RpcError) as passed:
+            api.catalog.GetRun(catalog_pb2.GetRunRequest(), timeout=DEADLINE_S)
+        assert grpc.StatusCode.UNAVAILABLE == passed.value.code()
+
+
+def test_a_relay_drains(server: Server, run: str) -> None:
+    """Rule: SIGTERM ends waits UNAVAILABLE after some seconds, lets work end, takes the socket away and exits 0."""
+    with RelayProcess(server.address) as relay, api_of(relay.address) as api, ThreadPoolExecutor(1) as pool:
+        job = Job.start(api, run)
+        what = job.rows()[0]
+        job.plan(0, what)
+        waiting = pool.submit(_ended, lambda: job.plan(0, what, wait_s=20))
+        wait_until(lambda: 1 == server._waits.waiting_count)
+        relay.terminate()
+        assert grpc.StatusCode.UNAVAILABLE == waiting.result(DEADLINE_S)
+        assert 0 == relay.await_exit()
+        assert not relay.socket.exists()
+        wait_until(lambda: 0 == server._waits.waiting_count)
+
+
+def _ended(call: Callable[[], object]) -> Any:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    failed: Any = caught.value
+    return failed.code()
+
+
+def test_a_draining_server_ends_relayed_waits_and_finishes_writes(tmp_path: Path) -> None:
+    """Rule: as for calls of their own: DRAINING with RetryInfo, and what has begun is answered."""
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        with running_server(settings_in(tmp_path, drain_s=20)) as server:
+            relay = stack.enter_context(RelayProcess(server.address))
+            api = stack.enter_context(api_of(relay.address))
+            job = Job.start(api, "projects/test/runs/r")
+            what = job.rows()[0]
+            job.plan(0, what)
+            waiting = pool.submit(refusal, job.plan, 0, what, 1, 20)
+            wait_until(lambda: 1 == server._waits.waiting_count)
+            began_s = time.monotonic()
+        # The stream does not hold up the drain.
+        assert time.monotonic() - began_s < 10
+        error: ShardbookError = waiting.result(DEADLINE_S)
+        assert ("UNAVAILABLE", "DRAINING") == (error.status, error.reason)
+        assert error.retry_delay_s is not None
+
+
+def test_a_second_relay_is_refused(relay: RelayProcess, server: Server) -> None:
+    """Rule: gRPC would take the socket away from the first; a socket that nobody listens on is no obstacle."""
+    with RelayProcess(server.address, relay.socket) as second:
+        assert 4 == second.await_exit()
+    with RelayProcess(server.address) as other:
+        other.kill()
+        assert other.socket.exists()
+        other.start()
+        assert other.lines[2]
