@@ -78,6 +78,7 @@ class RelayStream:
         self._news = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._backoff = Backoff(first_s=0.1, cap_s=0.4)
+        self._is_open = False
         self._is_away = False
         self._unknown_until_s = -math.inf
         self._closed: AwayError | None = None
@@ -112,8 +113,9 @@ class RelayStream:
             return await pending.answer
         except asyncio.CancelledError:
             # The rank has gone, or its deadline passed: nobody need go on waiting on its behalf.
-            self._given_up.append(number)
-            self._news.set()
+            if self._is_open:
+                self._given_up.append(number)
+                self._news.set()
             raise
         finally:
             del self._pending[number]
@@ -133,18 +135,15 @@ class RelayStream:
         while True:
             try:
                 error = await self._one_stream(look_again=failure_count > 0)
-                # One that is opened and answers nothing is as good as none.
-                answered = error is None
+                worked = error is None
             except AwayError as away:
-                error, answered = away, False
+                error, worked = away, False
             if not self._pending:
                 return
-            failure_count = 1 if answered else failure_count + 1
-            broken_s = time.monotonic() if answered else min(broken_s, time.monotonic())
-            if error is not None:
-                if self._gives_up(error, broken_s):
-                    return
-                _LOG.info("the stream to the service is broken, opening another one: %s", error.details)
+            failure_count = 1 if worked else failure_count + 1
+            broken_s = time.monotonic() if worked else min(broken_s, time.monotonic())
+            if error is not None and self._gives_up(error, broken_s):
+                return
             await asyncio.sleep(self._backoff.delay_s(failure_count))
 
     def _gives_up(self, error: AwayError, broken_s: float) -> bool:
@@ -163,11 +162,12 @@ class RelayStream:
         return True
 
     async def _one_stream(self, *, look_again: bool) -> AwayError | None:
-        """Opens a stream and uses it until it ends; returns why it did, None when it has answered something.
+        """Opens a stream and uses it until it ends; returns why it did, None when it was of use until then.
 
         Raises:
             AwayError: It could not be opened.
         """
+        call: Any = None
         try:
             async with asyncio.timeout(_OPEN_S):
                 channel = await self._upstream.channel(look_again=look_again)
@@ -176,6 +176,8 @@ class RelayStream:
                 call = stub.Relay()
                 await call.wait_for_connection()
         except TimeoutError:
+            if call is not None:
+                call.cancel()
             raise AwayError(grpc.StatusCode.UNAVAILABLE, f"no answer within {_OPEN_S:.0f} s") from None
         except UnavailableError as error:
             raise AwayError(grpc.StatusCode.UNAVAILABLE, error.message) from error
@@ -190,8 +192,9 @@ class RelayStream:
         # What waits was sent over a stream that broke, or not at all.
         self._unsent = deque(self._pending)
         self._given_up.clear()
+        self._is_open = True
         writing = asyncio.get_running_loop().create_task(self._write(call))
-        answered = False
+        opened_s, answered = time.monotonic(), False
         error = AwayError(grpc.StatusCode.UNAVAILABLE, "the server ended the stream")
         try:
             while (response := await call.read()) is not grpc.aio.EOF:
@@ -201,10 +204,12 @@ class RelayStream:
         except grpc.aio.AioRpcError as failed:
             error = AwayError(failed.code(), failed.details() or "")
         finally:
+            self._is_open = False
             writing.cancel()
             call.cancel()
             await asyncio.gather(writing, return_exceptions=True)
-        return None if answered else error
+        # One that ends at once and without an answer is as good as none; others only wait for long.
+        return None if answered or time.monotonic() > opened_s + PATIENCE_S else error
 
     async def _write(self, call: Any) -> None:
         while True:
