@@ -195,7 +195,7 @@ def _state(checkpoint: types_pb2.Checkpoint) -> str:
 
 
 def test_a_rank_that_goes_away_waits_no_more(server: Server, relayed: Api, run: str) -> None:
-    """Rule: a cancelled call and one whose deadline passed are given up at the server, too."""
+    """Rule: a call that its rank gave up is given up at the server, too."""
     job = Job.start(relayed, run)
     world = job.rows()
     job.plan(0, world[0])
@@ -204,11 +204,6 @@ def test_a_rank_that_goes_away_waits_no_more(server: Server, relayed: Api, run: 
     future = relayed.registration.PlanSave.future(job.plan_request(0, world[0], wait_s=20), timeout=DEADLINE_S)
     wait_until(lambda: 1 == waiting.waiting_count)
     future.cancel()
-    wait_until(lambda: 0 == waiting.waiting_count)
-    with pytest.raises(grpc.RpcError) as late:
-        # Its progress is asked for at once, so the handler has no time of its own to answer in.
-        relayed.registration.PlanSave(job.plan_request(0, world[0], wait_s=20), timeout=0.01)
-    assert grpc.StatusCode.DEADLINE_EXCEEDED == late.value.code()
     wait_until(lambda: 0 == waiting.waiting_count)
 
 

@@ -14,10 +14,12 @@ import httpx
 import pytest
 from google.rpc import status_pb2
 
+from shardbook.core.limits import MAX_RELAYED_CALLS
 from shardbook.errors import ShardbookError
 from shardbook.v1 import catalog_pb2, relay_pb2
 from shardbook.v1 import registration_pb2 as pb
 from shardbook_server.app import running_server
+from shardbook_server.failpoints import Failpoints
 from tests.behaviour.rpc.api import (
     DEADLINE_S,
     Api,
@@ -87,7 +89,8 @@ def test_a_server_that_is_away_is_told_at_once() -> None:
 def test_a_draining_server_ends_relayed_waits_and_finishes_writes(tmp_path: Path) -> None:
     """Rule: as for calls of their own: DRAINING with RetryInfo, and what has begun is answered."""
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        with running_server(settings_in(tmp_path, drain_s=20)) as server:
+        slow = Failpoints.parse("register.before_db=sleep(1)")
+        with running_server(settings_in(tmp_path, drain_s=20, reap_interval_s=600), failpoints=slow) as server:
             relay = stack.enter_context(RelayProcess(server.address))
             api = stack.enter_context(api_of(relay.address))
             job = Job.start(api, "projects/test/runs/r")
@@ -95,9 +98,14 @@ def test_a_draining_server_ends_relayed_waits_and_finishes_writes(tmp_path: Path
             job.plan(0, what)
             waiting = pool.submit(refusal, job.plan, 0, what, 1, 20)
             wait_until(lambda: 1 == server._waits.waiting_count)
+            request = job.register_request(0, what)
+            request.blobs.extend(what.blobs.values())
+            writing = pool.submit(api.registration.RegisterShards, request, timeout=DEADLINE_S)
+            wait_until(lambda: server._bridge.pending_count > 0 or bool(server._bridge._running))
             began_s = time.monotonic()
         # The stream does not hold up the drain.
         assert time.monotonic() - began_s < 10
+        assert not writing.result(DEADLINE_S).unknown
         error: ShardbookError = waiting.result(DEADLINE_S)
         assert ("UNAVAILABLE", "DRAINING") == (error.status, error.reason)
         assert error.retry_delay_s is not None
@@ -178,3 +186,27 @@ def test_relayed_calls_are_counted_as_their_methods(tmp_path: Path) -> None:
     names = '{{grpc_code="{}",grpc_method="{}",grpc_service="shardbook.v1.RegistrationService",grpc_type="unary"}}'
     for code, method in (("OK", "GetCheckpointProgress"), ("Canceled", "PlanSave")):
         assert f"grpc_server_handled_total{names.format(code, method)}" in page
+
+
+def test_a_stream_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
+    """Rule: 1,024 calls of a stream in progress; those beyond are read, and answered, once there is room for them."""
+    count = MAX_RELAYED_CALLS + 50
+    with running_server(settings_in(tmp_path)) as server, api_of(server.address) as api:
+        job = Job.start(api, "projects/test/runs/r")
+        job.register(0, job.rows()[0])
+        stream: Any = api.channel.stream_stream("/shardbook.v1.RelayService/Relay")
+        until = pb.GetCheckpointProgressRequest(
+            key=job.key(), until=pb.GetCheckpointProgressRequest.UNTIL_CLOSED, wait={"seconds": 2}
+        )
+        frame = relay_pb2.RelayRequest(
+            calls=[relay_pb2.RelayedCall(id=at + 1, get_checkpoint_progress=until) for at in range(count)]
+        )
+        answering = stream(iter([frame.SerializeToString()]), timeout=DEADLINE_S)
+        most = 0
+        wait_until(lambda: MAX_RELAYED_CALLS <= server._waits.waiting_count)
+        numbers: set[int] = set()
+        for payload in answering:
+            most = max(most, server._waits.waiting_count)
+            numbers |= {answer.id for answer in relay_pb2.RelayResponse.FromString(payload).answers}
+        assert set(range(1, count + 1)) == numbers
+        assert most <= MAX_RELAYED_CALLS
