@@ -24,6 +24,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.layouts import Layout, written
+from benchmarks.routes import Routes
 from shardbook.core.extents import Extents, encode_extents
 from shardbook.core.names import prefix_of
 from shardbook.core.structure import BlobKind, encode_plan, encode_structure
@@ -32,8 +33,6 @@ from shardbook.dcp.submission import SMALL_BLOB_BYTES
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import registration_pb2_grpc, types_pb2
 
-#: Ranks that share a connection: the hosts of a real job have one for each rank, at a cost told elsewhere.
-RANKS_PER_CHANNEL: Final = 256
 #: Client processes.
 PROCESSES: Final = 2
 #: Calls other than waits that a process has under way at once.
@@ -83,9 +82,9 @@ class _Rank:
 class _Part:
     """The ranks of one process. Its methods are what ``Fleet`` may ask for."""
 
-    def __init__(self, layout: Layout, ranks: range, address: str) -> None:
+    def __init__(self, layout: Layout, ranks: range, routes: Routes) -> None:
         self._layout = layout
-        self._address = address
+        self._groups = list(routes.groups(ranks))
         tables = {id(stage.table): encode_table(stage.table) for stage in layout.stage}
         plans: dict[int, tuple[Encoded, Encoded]] = {}
         self._ranks: list[_Rank] = []
@@ -108,11 +107,12 @@ class _Part:
         """Opens new connections."""
         await asyncio.gather(*(channel.close() for channel in self._channels))
         options = [("grpc.use_local_subchannel_pool", 1)]
-        count = -(-len(self._ranks) // RANKS_PER_CHANNEL)
-        self._channels = [grpc.aio.insecure_channel(self._address, options=options) for _ in range(count)]
+        self._channels = [grpc.aio.insecure_channel(address, options=options) for address, _ in self._groups]
         await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
-        self._stubs = [registration_pb2_grpc.RegistrationServiceStub(channel) for channel in self._channels]
-        self._health = [health_pb2_grpc.HealthStub(channel) for channel in self._channels]
+        counts = [count for _, count in self._groups]
+        own = [channel for channel, count in zip(self._channels, counts, strict=True) for _ in range(count)]
+        self._stubs = [registration_pb2_grpc.RegistrationServiceStub(channel) for channel in own]
+        self._health = [health_pb2_grpc.HealthStub(channel) for channel in own]
 
     async def begin(self, key: bytes, location: bytes) -> None:
         """Sets the attempt that the next calls are about."""
@@ -131,7 +131,7 @@ class _Part:
         async def call(at: int) -> None:
             for _ in range(count):
                 async with self._calls:
-                    await self._health[at // RANKS_PER_CHANNEL].Check(request)
+                    await self._health[at].Check(request)
 
         await asyncio.gather(*(call(at) for at in range(len(self._ranks))))
         return Step(calls=count * len(self._ranks))
@@ -230,7 +230,7 @@ class _Part:
     async def _each(self, call: Callable[[Any, _Rank], Awaitable[Step]], gate: asyncio.Semaphore) -> Step:
         async def one(at: int, rank: _Rank) -> Step:
             async with gate:
-                return await call(self._stubs[at // RANKS_PER_CHANNEL], rank)
+                return await call(self._stubs[at], rank)
 
         total = Step()
         for step in await asyncio.gather(*(one(at, rank) for at, rank in enumerate(self._ranks))):
@@ -238,9 +238,9 @@ class _Part:
         return total
 
 
-def _serve_part(connection: Connection, layout: Layout, ranks: range, address: str) -> None:
+def _serve_part(connection: Connection, layout: Layout, ranks: range, routes: Routes) -> None:
     async def serve() -> None:
-        part = _Part(layout, ranks, address)
+        part = _Part(layout, ranks, routes)
         await part.connect()
         connection.send(None)
         loop = asyncio.get_running_loop()
@@ -279,9 +279,10 @@ class Fleet:
         layout: What they save.
         address: The server.
         processes: Client processes.
+        routes: How the ranks reach it; the coordinator's own calls go to ``address``.
     """
 
-    def __init__(self, layout: Layout, address: str, processes: int) -> None:
+    def __init__(self, layout: Layout, address: str, processes: int, routes: Routes | None = None) -> None:
         self.layout = layout
         self._channel = grpc.insecure_channel(address)
         self._stub = registration_pb2_grpc.RegistrationServiceStub(self._channel)
@@ -291,10 +292,11 @@ class Fleet:
         self._key = types_pb2.AttemptKey()
         context = multiprocessing.get_context("spawn")
         bounds = np.linspace(0, layout.ranks, processes + 1).round().astype(int).tolist()
+        ways = routes or Routes((address,))
         self._parts = []
         for low, high in pairwise(bounds):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve_part, args=(theirs, layout, range(low, high), address), daemon=True)
+            process = context.Process(target=_serve_part, args=(theirs, layout, range(low, high), ways), daemon=True)
             process.start()
             self._parts.append((process, ours))
         for _, pipe in self._parts:
@@ -363,9 +365,9 @@ class Fleet:
 
 
 @contextmanager
-def fleet(layout: Layout, address: str, processes: int = PROCESSES) -> Iterator[Fleet]:
+def fleet(layout: Layout, address: str, processes: int = PROCESSES, routes: Routes | None = None) -> Iterator[Fleet]:
     """Yields the ranks of ``layout``, connected and in a session of their own."""
-    ranks = Fleet(layout, address, processes)
+    ranks = Fleet(layout, address, processes, routes)
     try:
         ranks.start()
         yield ranks

@@ -13,10 +13,11 @@ import sys
 from dataclasses import dataclass
 
 from benchmarks.common import Goal, Report, add_arguments
-from benchmarks.fleet import PROCESSES, RANKS_PER_CHANNEL, Fleet, fleet
+from benchmarks.fleet import PROCESSES, Fleet, fleet
 from benchmarks.layouts import Layout, fsdp, hsdp, llama_405b
 from benchmarks.places import DURABILITY, Place, places
 from benchmarks.postgres import free_port
+from benchmarks.routes import RANKS_PER_CHANNEL
 from benchmarks.simulated import Server, running_server
 
 #: Warm saves of a round, before and after the restart.

@@ -153,7 +153,10 @@ def _stub(service: ServiceDescriptorProto, module: str, *, kind: str, channel: s
     either = "grpc.Channel | grpc.aio.Channel" if kind == "Stub" else channel
     yield f"\nclass {service.name}{kind}:\n    def __init__(self, channel: {either}) -> None: ...\n"
     for method in service.method:
-        call = "UnaryStreamMultiCallable" if method.server_streaming else "UnaryUnaryMultiCallable"
+        sent, answered = (
+            "Stream" if streams else "Unary" for streams in (method.client_streaming, method.server_streaming)
+        )
+        call = f"{sent}{answered}MultiCallable"
         request, response = _types(method.input_type, module), _types(method.output_type, module)
         yield f"    {method.name}: {package}.{call}[{request}, {response}]\n"
 
@@ -163,8 +166,10 @@ def _servicer(service: ServiceDescriptorProto, module: str) -> Iterator[str]:
     for method in service.method:
         request, response = _types(method.input_type, module), _types(method.output_type, module)
         result = f"AsyncIterator[{response}]" if method.server_streaming else f"Awaitable[{response}]"
+        # As protoc names it.
+        sent = f"request_iterator: AsyncIterator[{request}]" if method.client_streaming else f"request: {request}"
         yield (
-            f"    def {method.name}(\n        self,\n        request: {request},\n"
+            f"    def {method.name}(\n        self,\n        {sent},\n"
             f"        context: grpc.aio.ServicerContext[{request}, {response}],\n    ) -> {result}: ...\n"
         )
     yield (

@@ -46,10 +46,11 @@ _SERVICE_CONFIG: Final = json.dumps(
 )
 
 
-def _options(address: ServerAddress) -> list[tuple[str, str | int]]:
+def channel_options(address: ServerAddress, *, retries: bool = True) -> list[tuple[str, str | int]]:
+    """Returns gRPC's options for a channel to ``address``; without ``retries`` a call ends as its only try does."""
     options: list[tuple[str, str | int]] = [
         ("grpc.service_config", _SERVICE_CONFIG),
-        ("grpc.enable_retries", 1),
+        ("grpc.enable_retries", int(retries)),
         # The default of 256 KiB silently turns retries off for any larger request.
         ("grpc.per_rpc_retry_buffer_size", 2 * MAX_REQUEST_BYTES),
         ("grpc.max_send_message_length", MAX_REQUEST_BYTES),
@@ -140,7 +141,7 @@ class Connections:
             if connection is None:
                 self._fork_guard.mark_used()
                 target = target_of(endpoints) if endpoints else str(address)
-                connection = Connection(grpc.insecure_channel(target, options=_options(address)), endpoints)
+                connection = Connection(grpc.insecure_channel(target, options=channel_options(address)), endpoints)
                 self._open[address] = connection
                 self._looked_at_s[address] = time.monotonic()
             return connection

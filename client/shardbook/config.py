@@ -96,7 +96,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "server",
         "SHARDBOOK_SERVER",
         "",
-        "Address of the service: `host:port`, or `host:port,host:port` for replicas. None means mode `offline`.",
+        "Address of the service: `host:port`, or `host:port,host:port` for replicas, "
+        "`unix:///path` for a relay. None means mode `offline`.",
         str,
     ),
     Setting(

@@ -19,10 +19,11 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
+from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2, relay_pb2
 from shardbook.v1.catalog_pb2_grpc import add_CatalogServiceServicer_to_server
 from shardbook.v1.metadata_pb2_grpc import add_MetadataServiceServicer_to_server
 from shardbook.v1.registration_pb2_grpc import add_RegistrationServiceServicer_to_server
+from shardbook.v1.relay_pb2_grpc import add_RelayServiceServicer_to_server
 from shardbook_server.failpoints import Failpoints
 from shardbook_server.listening import cannot_listen, reason_of, server_options
 from shardbook_server.observer import SILENT, Observer
@@ -35,6 +36,7 @@ from shardbook_server.rpc.health import HealthHandlers
 from shardbook_server.rpc.interceptors import EdgeInterceptor
 from shardbook_server.rpc.metadata import MetadataHandlers
 from shardbook_server.rpc.registration import RegistrationHandlers
+from shardbook_server.rpc.relay import RelayHandlers
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.rpc.watch import AccessLog
 from shardbook_server.service.services import build_services
@@ -48,7 +50,7 @@ from shardbook_server.tracing import Tracing
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
     service.full_name
-    for module in (registration_pb2, metadata_pb2, catalog_pb2)
+    for module in (registration_pb2, metadata_pb2, catalog_pb2, relay_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 #: Calls of the write lane, and batches of each kind, at a time: SQLite has one writer.
@@ -160,7 +162,10 @@ class Server:
             self._services, self._bridge, self._waits, limits, in_flight=in_flight, observer=observer
         )
         self._operations.watch(self._waits, self._bridge, self._attempts)
-        self._server = self._build()
+        edge = EdgeInterceptor(self._operations.recorder, AccessLog(settings.access_log))
+        registration = RegistrationHandlers(self._services, self._bridge, self._attempts)
+        self._relay = RelayHandlers(edge, registration, settings.max_concurrent_rpcs)
+        self._server = self._build(edge, registration)
         self._reaper: asyncio.Task[None] | None = None
         self._severing: asyncio.TimerHandle | None = None
         self.address = ""
@@ -201,6 +206,7 @@ class Server:
         if self._reaper is not None:
             self._reaper.cancel()
         self._waits.drain()
+        self._relay.drain()
         grace_s = self._settings.drain_s if grace_s is None else grace_s
         self._sever_in(grace_s + _FLUSH_S)
         await self._server.stop(grace_s)
@@ -229,16 +235,15 @@ class Server:
         _log.warning("the database has not answered in time, its connections are cut")
         self.database.sever()
 
-    def _build(self) -> grpc.aio.Server:
-        edge = EdgeInterceptor(self._operations.recorder, AccessLog(self._settings.access_log))
+    def _build(self, edge: EdgeInterceptor, registration: RegistrationHandlers) -> grpc.aio.Server:
         server = grpc.aio.server(
             # Spans around everything else, so that they hold the time and the status that clients see.
             interceptors=[edge] if self._tracing is None else [self._tracing.interceptor, edge],
             options=server_options(self._settings),
             maximum_concurrent_rpcs=self._settings.max_concurrent_rpcs,
         )
-        registration = RegistrationHandlers(self._services, self._bridge, self._attempts)
         add_RegistrationServiceServicer_to_server(registration, server)
+        add_RelayServiceServicer_to_server(self._relay, server)
         add_MetadataServiceServicer_to_server(MetadataHandlers(self._services, self._bridge), server)
         add_CatalogServiceServicer_to_server(CatalogHandlers(self._services, self._bridge), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

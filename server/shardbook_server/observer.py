@@ -21,14 +21,14 @@ class MethodObserver:
 class Observer:
     """Listens to what happens. Called from any thread, once it has happened; never raises."""
 
-    def method(self, name: str, *, streams: bool) -> MethodObserver:
+    def method(self, name: str, *, kind: str) -> MethodObserver:
         """Returns who listens to a method.
 
         Args:
             name: Full name, such as ``/shardbook.v1.CatalogService/GetRun``.
-            streams: True when it answers a stream.
+            kind: How it is called: ``unary``, ``server_stream``, ``bidi_stream``.
         """
-        del name, streams
+        del name, kind
         return MethodObserver()
 
     def refused(self, reason: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook._version import __version__
-from shardbook.cli import checkpoints, failures, runs, sync, tensors
+from shardbook.cli import checkpoints, failures, relay, runs, sync, tensors
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
@@ -47,6 +47,7 @@ app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
 app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
+app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 
 
 def run() -> None:

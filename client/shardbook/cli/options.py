@@ -37,6 +37,16 @@ def client_of(server: str | None, timeout_s: float) -> tuple[Client, ClientConfi
         InvalidArgumentError: Neither names one, or a setting is wrong.
     """
     config = ClientConfig.from_env()
+    address = address_of(server, config)
+    return Client(address, token=config.token, timeout_s=timeout_s, outage_s=_OUTAGE_S), config
+
+
+def address_of(server: str | None, config: ClientConfig) -> str:
+    """Returns the server that an option or the settings name.
+
+    Raises:
+        InvalidArgumentError: Neither names one.
+    """
     address = server or config.server
     if address is None:
         raise InvalidArgumentError(
@@ -45,7 +55,7 @@ def client_of(server: str | None, timeout_s: float) -> tuple[Client, ClientConfi
             reason="NO_SERVER",
             field="server",
         )
-    return Client(address, token=config.token, timeout_s=timeout_s, outage_s=_OUTAGE_S), config
+    return address
 
 
 def page_size(limit: int) -> int:

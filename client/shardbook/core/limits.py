@@ -61,3 +61,5 @@ MAX_RECORD_BLOBS = 3 * MAX_RECORD_REGISTRATIONS
 MAX_BOX_COMPARISONS = 1 << 26
 #: Bytes that the metadata header of a checkpoint inflates to.
 MAX_HEADER_BYTES = 4 << 20
+#: Calls that one stream of a relay has in progress; relays keep to it, and servers read no further beyond it.
+MAX_RELAYED_CALLS = 1024

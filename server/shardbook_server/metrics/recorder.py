@@ -154,10 +154,10 @@ class Recorder(Observer):
             registry=registry,
         )
 
-    def method(self, name: str, *, streams: bool) -> MethodObserver:
+    def method(self, name: str, *, kind: str) -> MethodObserver:
         """Returns who counts the calls of a method."""
         service, _, method = name.removeprefix("/").rpartition("/")
-        labels = ("server_stream" if streams else "unary", service, method)
+        labels = (kind, service, method)
         return _Calls(self._started, self._handled, self._handling, labels)
 
     def refused(self, reason: str) -> None:

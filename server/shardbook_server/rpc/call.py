@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardbook.errors import DeadlineExceededError
 
@@ -19,6 +19,7 @@ class Call:
         request_id: Told to the client and written to the log with every error.
         deadline_s: On ``time.monotonic``'s clock; infinite when the client set none.
         principal: Who calls; empty as long as there are no tokens.
+        authorization: The caller's credentials as they came, whichever way the call took; never written anywhere.
         waited_s: How long it has waited for others, which is no time of the server's.
     """
 
@@ -26,6 +27,7 @@ class Call:
     request_id: str
     deadline_s: float = math.inf
     principal: str = ""
+    authorization: str = field(default="", repr=False)
     waited_s: float = 0.0
 
     def remaining_s(self) -> float:

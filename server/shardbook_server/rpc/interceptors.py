@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
@@ -34,6 +35,9 @@ H = TypeVar("H")
 
 #: Metadata key of the request id, in both directions.
 REQUEST_ID_KEY: Final = "x-request-id"
+#: Metadata key of the caller's credentials.
+AUTHORIZATION_KEY: Final = "authorization"
+_READ_KEYS: Final = frozenset((REQUEST_ID_KEY, AUTHORIZATION_KEY))
 #: Methods that are answered here; health and reflection have their own ways.
 PREFIX: Final = "/shardbook.v1."
 
@@ -43,8 +47,53 @@ _NUMBERS: Final = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+#: gRPC's own words for the ways to call; by (requests are streamed, answers are streamed).
+_KINDS: Final = {(False, False): "unary", (False, True): "server_stream", (True, True): "bidi_stream"}
+
+
 class _Malformed:
     """Stands for a request that did not parse."""
+
+
+class RefusedError(Exception):
+    """A call ends with a status; everybody who has to know has been told."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+
+
+class UnaryMethod:
+    """A method as it is answered whichever way a call came: its handler, and all that stands around it.
+
+    Args:
+        behaviour: The handler.
+        watch: Told of every call.
+    """
+
+    __slots__ = ("_behaviour", "_watch")
+
+    def __init__(self, behaviour: Unary, watch: Watch) -> None:
+        self._behaviour = behaviour
+        self._watch = watch
+
+    async def answer(self, request: Any, context: Context, call: Call) -> Any:
+        """Returns the handler's answer; from now on ``call`` is what the current task answers.
+
+        Raises:
+            RefusedError: The caller is to be told the status.
+        """
+        began_s = self._watch.begin()
+        set_current_call(call)
+        try:
+            response = await self._behaviour(parsed(request), context)
+        except asyncio.CancelledError:
+            self._watch.cancelled(call, began_s)
+            raise
+        except Exception as error:  # the one place where everything becomes a status
+            raise RefusedError(_refusal(call, began_s, error, self._watch)) from error
+        self._watch.answered(call, began_s)
+        return response
 
 
 class EdgeInterceptor(grpc.aio.ServerInterceptor):
@@ -59,6 +108,14 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         self._observer = observer
         self._access_log = access_log
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self._unary: dict[str, UnaryMethod] = {}
+
+    def unary(self, name: str, behaviour: Unary) -> UnaryMethod:
+        """Returns the method of this full name, the same one for every way to it."""
+        method = self._unary.get(name)
+        if method is None:
+            method = self._unary[name] = UnaryMethod(behaviour, self._watch(name, "unary"))
+        return method
 
     async def intercept_service(
         self,
@@ -73,36 +130,32 @@ class EdgeInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(PREFIX):
             return handler  # type: ignore[no-any-return]  # handlers are untyped here
-        watch = Watch(method, self._observer, self._access_log, streams=bool(handler.response_streaming))
-        self._wrapped[method] = _wrap(method, handler, watch)
+        self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
 
+    def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        parse, serialize = lenient(handler.request_deserializer), handler.response_serializer
+        kind = _KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
+        if kind == "unary":
+            return grpc.unary_unary_rpc_method_handler(
+                _unary(method, self.unary(method, handler.unary_unary)), parse, serialize
+            )
+        watch = self._watch(method, kind)
+        if kind == "server_stream":
+            return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream, watch), parse, serialize)
+        return grpc.stream_stream_rpc_method_handler(_stream(method, handler.stream_stream, watch), parse, serialize)
 
-def _wrap(method: str, handler: Any, watch: Watch) -> grpc.RpcMethodHandler[Any, Any]:
-    parse = _lenient(handler.request_deserializer)
-    if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(
-            _stream(method, handler.unary_stream, watch), parse, handler.response_serializer
-        )
-    return grpc.unary_unary_rpc_method_handler(
-        _unary(method, handler.unary_unary, watch), parse, handler.response_serializer
-    )
+    def _watch(self, method: str, kind: str) -> Watch:
+        return Watch(method, self._observer, self._access_log, kind=kind)
 
 
-def _unary(method: str, behaviour: Unary, watch: Watch) -> Unary:
+def _unary(name: str, method: UnaryMethod) -> Unary:
     async def answer(request: Any, context: Context) -> Any:
-        began_s = watch.begin()
-        call = _begin(method, context)
+        call = _begin(name, context)
         try:
-            response = await behaviour(_parsed(request), context)
-        except asyncio.CancelledError:
-            watch.cancelled(call, began_s)
-            raise
-        except Exception as error:  # noqa: BLE001 - the one place where everything becomes a status
-            await _abort(call, began_s, error, context, watch)
-        else:
-            watch.answered(call, began_s)
-            return response
+            return await method.answer(request, context, call)
+        except RefusedError as refused:
+            await _abort(call, refused.status, context)
 
     return answer
 
@@ -111,8 +164,9 @@ def _stream(method: str, behaviour: Stream, watch: Watch) -> Stream:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
         began_s = watch.begin()
         call = _begin(method, context)
+        set_current_call(call)
         try:
-            async for response in behaviour(_parsed(request), context):
+            async for response in behaviour(parsed(request), context):
                 sent_s = time.perf_counter()
                 yield response
                 # A client that takes its time does not make the call slow.
@@ -121,7 +175,7 @@ def _stream(method: str, behaviour: Stream, watch: Watch) -> Stream:
             watch.cancelled(call, began_s)
             raise
         except Exception as error:  # noqa: BLE001 - as above
-            await _abort(call, began_s, error, context, watch)
+            await _abort(call, _refusal(call, began_s, error, watch), context)
         else:
             watch.answered(call, began_s)
 
@@ -129,35 +183,43 @@ def _stream(method: str, behaviour: Stream, watch: Watch) -> Stream:
 
 
 def _begin(method: str, context: Context) -> Call:
-    """Makes the call known to everything that its task calls."""
+    """Returns what is known of a call that came by itself."""
     remaining_s: float | None = context.time_remaining()
-    deadline_s = math.inf if remaining_s is None else time.monotonic() + remaining_s
-    call = Call(method, _request_id(context), deadline_s)
-    set_current_call(call)
+    sent = {key: value for key, value in context.invocation_metadata() or () if key in _READ_KEYS}
+    call = Call(
+        method,
+        request_id(sent.get(REQUEST_ID_KEY)),
+        math.inf if remaining_s is None else time.monotonic() + remaining_s,
+        authorization=str(sent.get(AUTHORIZATION_KEY, "")),
+    )
     context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
     return call
 
 
-def _request_id(context: Context) -> str:
+def request_id(sent: object) -> str:
     """Returns the client's id when it is fit for a log line, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
-            return value
+    if isinstance(sent, str) and _REQUEST_ID.fullmatch(sent):
+        return sent
     return f"{_PROCESS_ID}-{next(_NUMBERS)}"
 
 
-async def _abort(call: Call, began_s: float, error: Exception, context: Context, watch: Watch) -> None:
+def _refusal(call: Call, began_s: float, error: Exception, watch: Watch) -> status_pb2.Status:
     if isinstance(error, ShardbookError) and not isinstance(error, InternalError):
         refusal = error
         watch.refused(call, began_s, refusal)
     else:
         refusal = InternalError(f"a bug in Shardbook: report the server's log of request {call.request_id}")
         watch.broken(call, began_s, refusal, error)
-    status: Any = rpc_status.to_status(rich_status(refusal, call.request_id))
-    await context.abort(status.code, status.details, (*status.trailing_metadata, (REQUEST_ID_KEY, call.request_id)))
+    return rich_status(refusal, call.request_id)
 
 
-def _lenient(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+async def _abort(call: Call, status: status_pb2.Status, context: Context) -> None:
+    as_sent: Any = rpc_status.to_status(status)
+    trailing = (*as_sent.trailing_metadata, (REQUEST_ID_KEY, call.request_id))
+    await context.abort(as_sent.code, as_sent.details, trailing)
+
+
+def lenient(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     """Returns a parser that never raises, so that bad bytes reach the handler's wrapper."""
 
     def parse_or_mark(payload: bytes) -> Any:
@@ -169,7 +231,12 @@ def _lenient(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     return parse_or_mark
 
 
-def _parsed(request: H) -> H:
+def parsed(request: H) -> H:
+    """Returns a request that a lenient parser read.
+
+    Raises:
+        InvalidArgumentError: It is none.
+    """
     if isinstance(request, _Malformed):
         raise InvalidArgumentError("the request is no message of this call", reason="MALFORMED_REQUEST")
     return request

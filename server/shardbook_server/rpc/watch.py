@@ -65,17 +65,17 @@ class Watch:
 
     Args:
         method: Full name.
-        streams: True when it answers a stream.
+        kind: How it is called: ``unary``, ``server_stream``, ``bidi_stream``.
         observer: Who counts.
         access_log: Which calls get a line.
     """
 
     __slots__ = ("_access_log", "_bursts", "_calls", "_method", "_observer")
 
-    def __init__(self, method: str, observer: Observer, access_log: AccessLog, *, streams: bool) -> None:
+    def __init__(self, method: str, observer: Observer, access_log: AccessLog, *, kind: str) -> None:
         self._method = method
         self._observer = observer
-        self._calls = observer.method(method, streams=streams)
+        self._calls = observer.method(method, kind=kind)
         self._access_log = access_log
         self._bursts: defaultdict[tuple[str, str], _Burst] = defaultdict(_Burst)
 

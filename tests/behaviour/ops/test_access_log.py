@@ -108,7 +108,7 @@ def test_a_storm_of_the_same_trouble_is_counted_not_written(tmp_path: Path) -> N
 
 def test_what_was_not_written_is_told_with_the_next_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule: the count of calls without a line is in the log once lines are written again."""
-    watch = Watch("/m", SILENT, AccessLog.PROBLEMS, streams=False)
+    watch = Watch("/m", SILENT, AccessLog.PROBLEMS, kind="unary")
     now_s = [1000.0]
     monkeypatch.setattr("shardbook_server.rpc.watch.time.monotonic", lambda: now_s[0])
     with capture_logs() as lines:

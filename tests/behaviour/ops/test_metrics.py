@@ -241,7 +241,7 @@ def test_what_was_seen_long_ago_is_not_shown(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_status_has_a_label(code: grpc.StatusCode) -> None:
     """Rule: as grpc-prometheus spells it in Go."""
     registry = CollectorRegistry()
-    calls = Recorder(registry).method("/shardbook.v1.CatalogService/GetRun", streams=False)
+    calls = Recorder(registry).method("/shardbook.v1.CatalogService/GetRun", kind="unary")
     calls.began()
     calls.ended(code.name, 0.01)
     labels = {"grpc_type": "unary", "grpc_service": "shardbook.v1.CatalogService", "grpc_method": "GetRun"}
