@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.common import Goal, Report, cpu_s, parse_arguments, rss_bytes
+from benchmarks.common import Report, cpu_s, parse_arguments, rss_bytes
 from benchmarks.fleet import PROCESSES, Fleet, fleet
 from benchmarks.layouts import Layout, fsdp
 from benchmarks.postgres import free_port
@@ -172,7 +172,7 @@ def main() -> int:
     )
     report.row(what="a relay's memory", relay_rss_MiB=round(statistics.median(relay_bytes) / 2**20))
     spared = statistics.median(relayed.cpu_s) / statistics.median(direct.cpu_s)
-    report.ratio("server CPU of a save, with relays / without", spared, Goal("<=", 0.8))
+    report.ratio("server CPU of a save, with relays / without", spared)
     report.ratio("connections, with relays / without", relayed.connections[-1] / direct.connections[-1])
     grown = statistics.median(relayed.grown_bytes) / statistics.median(direct.grown_bytes)
     report.ratio("memory that saving adds to the server, with relays / without", grown)
