@@ -76,8 +76,10 @@ def _is_comparable(cut: Cut) -> bool:
 @given(st.data())
 def test_verdicts_and_chunks_are_those_of_dcp(data: st.DataObject) -> None:
     """Tensors cut rightly and wrongly, spread over two ranks and more, replicated here and there."""
-    drawn = {f"t{at}": data.draw(cuts()) for at in range(data.draw(st.integers(1, 3)))}
-    assume(all(_is_comparable(cut) for cut in drawn.values()))
+    # More than are needed: those on which the verdicts rightly differ are left out, not the whole example.
+    comparable = [cut for cut in data.draw(st.lists(cuts(), min_size=4, max_size=6)) if _is_comparable(cut)]
+    assume(comparable)
+    drawn = {f"t{at}": cut for at, cut in enumerate(comparable[: data.draw(st.integers(1, 3))])}
     ranks: list[list[Item]] = [[] for _ in range(data.draw(st.integers(2, 4)))]
     for fqn, cut in drawn.items():
         for offsets, sizes in dict.fromkeys(cut.chunks):
