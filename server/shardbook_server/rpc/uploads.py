@@ -90,6 +90,8 @@ class Uploads:
         while True:
             began_with = self._arrival_count
             checked = await self.check(project, uploads)
+            if checked.lacking and await self._others_send(project, checked.lacking, began_with):
+                continue  # a write would only have found out the same
             answer = await write(checked)
             self._arrived(project, checked)
             if not answer.unknown:
@@ -124,6 +126,19 @@ class Uploads:
 
     async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
         return await self._bridge.look(self._blobs.check_batch, asks)
+
+    async def _others_send(self, project: str, lacking: Sequence[BlobRef], began_with: int) -> bool:
+        """Waits for blobs that all are on their way from others, or have just come; False when this call has to ask."""
+        needed = [(project, ref) for ref in lacking]
+        if any(self._recent.get(name, 0) > began_with for name in needed):
+            return True
+        now_s = time.monotonic()
+        senders = [self._senders.get(name) for name in needed]
+        on_their_way = all(sender is not None and sender.until_s > now_s for sender in senders)
+        if not on_their_way or current_call().remaining_s() < 2 * ANSWER_S:
+            return False
+        await self._wait_for(needed)
+        return True
 
     def _claim(self, needed: Iterable[_Named]) -> list[BlobRef]:
         """Returns what nobody else was asked for lately; from now on this call was."""
