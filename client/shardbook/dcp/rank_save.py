@@ -81,6 +81,8 @@ class RankSave:
         self._submitter: Submitter | None = None
         #: The checkpoint, when the answer to the registration brought it.
         self._closed: Checkpoint | None = None
+        #: When this rank began to register, and to wait for the others.
+        self._registering_s = 0.0
         #: Why the service does not know of this save; empty while it does.
         self._unregistered = ""
         #: The session was found fenced before the data was written; raised once the data is on storage.
@@ -289,6 +291,7 @@ class RankSave:
 
     def _register(self, record: RegistrationRecord) -> RegistrationRecord:
         """Registers what was written; returns the record, which says so under the session that it is registered in."""
+        self._registering_s = time.monotonic()
         if self._submitter is None:
             return record
         # One call both registers and waits; the coordinator has the commit to make.
@@ -325,7 +328,10 @@ class RankSave:
 
     def _finish(self, record: RegistrationRecord) -> Outcome:
         options = self._prepared.options
-        finisher = Finisher(self._runtime, self._attempt, self._files, self._submitter, timeout_s=options.timeout_s)
+        timeout_s = options.timeout_s
+        if not self._attempt.member.is_coordinator:  # its registration has waited for the others already
+            timeout_s = max(0.0, timeout_s - (time.monotonic() - self._registering_s))
+        finisher = Finisher(self._runtime, self._attempt, self._files, self._submitter, timeout_s=timeout_s)
         if self._attempt.member.is_coordinator:
             export = self._writer.storage_meta if options.export_metadata else None
             return finisher.coordinate(record, export, self._unregistered)
