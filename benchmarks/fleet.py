@@ -26,10 +26,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from benchmarks.layouts import Layout, written
 from benchmarks.routes import Routes
 from shardbook.core.extents import Extents, encode_extents
+from shardbook.core.limits import SMALL_BLOB_BYTES
 from shardbook.core.names import prefix_of
 from shardbook.core.structure import BlobKind, encode_plan, encode_structure
 from shardbook.core.table import Encoded, encode_table
-from shardbook.dcp.submission import SMALL_BLOB_BYTES
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import registration_pb2_grpc, types_pb2
 

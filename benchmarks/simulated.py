@@ -30,10 +30,10 @@ from benchmarks.crowd import Member
 from benchmarks.workload import Workload
 from shardbook.core.dtype import dtype_code
 from shardbook.core.extents import Extents, encode_extents
+from shardbook.core.limits import SMALL_BLOB_BYTES
 from shardbook.core.names import prefix_of
 from shardbook.core.structure import BlobKind, FileName, RankPlan, RankStructure, encode_plan, encode_structure
 from shardbook.core.table import EntryKind, TensorTable, encode_table
-from shardbook.dcp.submission import SMALL_BLOB_BYTES
 from shardbook.v1 import registration_pb2, registration_pb2_grpc, types_pb2
 
 #: Calls that the simulated ranks have under way at once.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import json
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shardbook import dcp
@@ -21,34 +18,17 @@ from tests.faults.hurt import _Stopping, opened_for_writing
 from tests.faults.jobs import _Dying
 from tests.faults.processes import await_that
 from tests.torch.harness import Rank
+from tests.torch.inside import Arriving, report_at_exit
 from tests.torch.layouts import fill, fsdp, spoil
 from tests.torch.process_jobs import by_process
 
 
-class Witness(DefaultSavePlanner):
-    """Writes down, when the save process ends, what that process opened for writing.
+class Witness(Arriving):
+    """Writes down, when the save process ends, what that process opened for writing."""
 
-    Args:
-        report: Where.
-    """
-
-    def __init__(self, report: str) -> None:
-        super().__init__()
-        self.report = report
-        self.trainer = os.getpid()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if os.getpid() == self.trainer:
-            return
-        watching = opened_for_writing()
-        opened = watching.__enter__()
-
-        def write() -> None:
-            watching.__exit__(None, None, None)
-            Path(self.report).write_text(json.dumps(opened))
-
-        atexit.register(write)
+    def arrived(self) -> None:
+        """Begins to watch."""
+        report_at_exit(self.report, opened_for_writing(), list)
 
 
 class SlowWriter(FileSystemWriter):

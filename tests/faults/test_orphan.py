@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from shardbook import CheckpointState
-from shardbook.core import directory as names
 from shardbook.dcp import SaveState
-from shardbook.sync import SyncOutcome, sync_directories
 from tests.faults import jobs, process_jobs
 from tests.faults.processes import await_stop, await_that
 from tests.faults.server import ServerProcess
-from tests.faults.validators import files_of, p2_no_torn_checkpoint, p3_fenced
+from tests.faults.validators import files_of, p2_no_torn_checkpoint, p3_fenced, p3_later_save_stands
 from tests.torch import jobs as torch_jobs
 from tests.torch.harness import RankPool
 
@@ -79,21 +76,7 @@ def test_a_step_is_saved_again_while_an_orphan_is_in_mid_write(
 
     opened = [name for rank in range(2) for name in json.loads((notes / f"opened-{rank}.json").read_text())]
     p3_fenced(path, before, opened, prefix, (row, client.get_checkpoint(later[0].name)))
-    committed = [one for one in p2_no_torn_checkpoint(client, run) if one.state is CheckpointState.COMMITTED]
-    assert [later[0].name] == [one.name for one in committed]
-    assert row == client.get_checkpoint(f"{run}@latest")
-    environment = {"SHARDBOOK_SERVER": either_server.address}
-    for target in (f"{run}@7", str(path)):
-        assert [True] * 2 == later_pool.run(jobs.load_other_values, target, world_size=2, environment=environment)
-
-    # What the orphans wrote is whole, loads by itself, and is history that changes nothing.
-    alone = tmp_path / "alone"
-    for part in (prefix, names.attempt_path(prefix)):
-        shutil.copytree(path / part, alone / part)
-    assert [{str(alone): []}] * 2 == later_pool.run(torch_jobs.load, "fsdp", [str(alone)], world_size=2)
-    outcomes = {one.prefix: one.outcome for one in sync_directories(client, [path])}
-    assert {prefix: SyncOutcome.SUPERSEDED, later[0].prefix: SyncOutcome.PRESENT} == outcomes
-    assert row == client.get_checkpoint(f"{run}@latest")
+    p3_later_save_stands(later_pool, either_server.address, path, row, prefix, tmp_path / "alone")
 
 
 def test_orphans_finish_the_save_of_a_killed_job(

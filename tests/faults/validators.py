@@ -6,6 +6,7 @@ A timeout counts as "maybe": the operation has happened or it has not. Validator
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from shardbook.errors import NotFoundError, ShardbookError
 from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.types_pb2 import AttemptKey
+from tests.faults import jobs
 from tests.torch import jobs as torch_jobs
 from tests.torch.harness import RankPool
 
@@ -157,6 +159,34 @@ def p3_fenced(
     relative = [str(Path(path).relative_to(directory)) for path in opened if Path(path).is_relative_to(directory)]
     assert relative, "the straggler wrote nothing at all, which proves nothing"
     assert [] == [path for path in relative if not path.startswith(own)]
+
+
+def p3_later_save_stands(
+    pool: RankPool, server: str, directory: Path, row: Checkpoint, older_prefix: str, alone: Path
+) -> None:
+    """After a straggler has ended, the later save of its step is what it was; the straggler's own is whole history.
+
+    Args:
+        pool: Ranks that load, two of them.
+        server: Address of the server.
+        directory: The checkpoint's, which holds both attempts and nothing else.
+        row: The later save's checkpoint before the straggler went on, saved by ``jobs.save_other_values``.
+        older_prefix: Of the straggler's attempt.
+        alone: A directory that is made for that attempt by itself.
+    """
+    client, run = Client(server), row.ref.partition("@")[0]
+    committed = [one for one in p2_no_torn_checkpoint(client, run) if one.state is CheckpointState.COMMITTED]
+    assert [row.name] == [one.name for one in committed]
+    assert row == client.get_checkpoint(f"{run}@latest")
+    for target in (f"{run}@{row.step}", str(directory)):
+        loaded = pool.run(jobs.load_other_values, target, world_size=2, environment={"SHARDBOOK_SERVER": server})
+        assert [True] * 2 == loaded
+    for part in (older_prefix, names.attempt_path(older_prefix)):
+        shutil.copytree(directory / part, alone / part)
+    assert [{str(alone): []}] * 2 == pool.run(torch_jobs.load, "fsdp", [str(alone)], world_size=2)
+    outcomes = {one.prefix: one.outcome for one in sync_directories(client, [directory])}
+    assert {older_prefix: SyncOutcome.SUPERSEDED, row.prefix: SyncOutcome.PRESENT} == outcomes
+    assert row == client.get_checkpoint(f"{run}@latest")
 
 
 # ------------------------------------------------------------------ P4

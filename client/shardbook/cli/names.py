@@ -37,9 +37,7 @@ def run_of(text: str) -> tuple[RunName, str | None]:
                 f"{text} is a checkpoint, not a run: try `shardbook show {text}`", field="run"
             ) from None
         if _names_project(text):
-            raise InvalidArgumentError(
-                f"{text} is a project, not a run: try `shardbook runs {text}`", field="run"
-            ) from None
+            raise _project(text, "a run", field="run") from None
         raise
 
 
@@ -60,14 +58,16 @@ def checkpoint_of(text: str) -> CheckpointName:
         if _is_path(text):
             raise _path(text, "a ref, project/run@1500", field="ref") from None
         if _names_project(text):
-            raise InvalidArgumentError(
-                f"{text} is a project, not a checkpoint: try `shardbook runs {text}`", field="ref"
-            ) from None
+            raise _project(text, "a checkpoint", field="ref") from None
         raise
 
 
 def _is_path(text: str) -> bool:
     return text.startswith(("/", ".", "~")) or "://" in text or text.partition("@")[0].count("/") > 1
+
+
+def _project(text: str, wanted: str, *, field: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{text} is a project, not {wanted}: try `shardbook runs {text}`", field=field)
 
 
 def _path(text: str, wanted: str, *, field: str) -> InvalidArgumentError:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from shardbook.core import limits
-from shardbook.core.columns import ByteReader, ByteWriter, expect_magic, frame, magic, malformed, unframe
+from shardbook.core.columns import ByteReader, ByteWriter, expect_magic, frame, magic, unframe
+from shardbook.core.repeated import read_index, write_index
 
 _DROPS = b"SP"
 _VERSION = 1
@@ -19,14 +18,9 @@ def encode_drops(drops: Sequence[bytes]) -> bytes:
     Args:
         drops: One a rank: bit i, most significant first, is 1 when another rank writes item i. Empty drops nothing.
     """
-    distinct: dict[bytes, int] = {}
-    index = np.fromiter((distinct.setdefault(drop, len(distinct)) for drop in drops), np.int64, len(drops))
     writer = ByteWriter()
     writer.raw(magic(_DROPS, _VERSION))
-    writer.varint(len(drops))
-    writer.varint(len(distinct))
-    writer.column(index, delta=True)
-    for drop in distinct:
+    for drop in write_index(writer, drops, delta=True):
         writer.blob(drop)
     return frame(writer.finish())
 
@@ -39,11 +33,7 @@ def decode_drops(payload: bytes) -> list[bytes]:
     """
     reader = ByteReader(unframe(payload))
     expect_magic(reader, _DROPS, _VERSION)
-    count = reader.varint(limits.MAX_WORLD_SIZE, "the number of ranks")
-    distinct_count = reader.varint(count, "the number of distinct bitmaps")
-    index = reader.column(count, delta=True)
+    index, distinct_count = read_index(reader, "bitmaps", delta=True)
     distinct = [reader.blob(limits.MAX_ITEMS // 8, "a bitmap") for _ in range(distinct_count)]
     reader.end()
-    if count and (int(index.min()) < 0 or int(index.max()) >= distinct_count):
-        raise malformed("a rank names an unknown bitmap")
-    return [distinct[at] for at in index.tolist()]
+    return [distinct[at] for at in index]

@@ -26,6 +26,7 @@ from shardbook.core.columns import (
     unframe,
 )
 from shardbook.core.digest import ordered_digest
+from shardbook.core.repeated import read_index, write_index
 from shardbook.core.structure import RankStructure
 from shardbook.errors import InvalidArgumentError
 
@@ -301,16 +302,9 @@ def registration_digest(structure_digest: bytes, extents: bytes, volatile: bytes
 
 def encode_segment(registrations: Sequence[tuple[bytes, bytes]]) -> bytes:
     """Returns the stored segment of consecutive ranks' (extents, volatile) payloads; equal ones are stored once."""
-    distinct: dict[tuple[bytes, bytes], int] = {}
-    index = np.fromiter(
-        (distinct.setdefault(pair, len(distinct)) for pair in registrations), np.int64, len(registrations)
-    )
     writer = ByteWriter()
     writer.raw(magic(_SEGMENT, _SEGMENT_VERSION))
-    writer.varint(len(registrations))
-    writer.varint(len(distinct))
-    writer.column(index, delta=False)
-    for extents, volatile in distinct:
+    for extents, volatile in write_index(writer, registrations, delta=False):
         writer.blob(extents)
         writer.blob(volatile)
     return frame(writer.finish())
@@ -320,14 +314,10 @@ def decode_segment(payload: bytes) -> list[tuple[bytes, bytes]]:
     """Returns the (extents, volatile) payloads of a segment's ranks; equal ones are the same objects."""
     reader = ByteReader(unframe(payload))
     expect_magic(reader, _SEGMENT, _SEGMENT_VERSION)
-    count = reader.varint(limits.MAX_WORLD_SIZE, "the number of ranks")
-    distinct_count = reader.varint(count, "the number of distinct extents")
-    index = reader.column(count, delta=False)
+    index, distinct_count = read_index(reader, "extents", delta=False)
     distinct = [
         (reader.blob(limits.MAX_EXTENTS_BYTES, "extents"), reader.blob(limits.MAX_EXTENTS_BYTES, "properties"))
         for _ in range(distinct_count)
     ]
     reader.end()
-    if count and (int(index.min()) < 0 or int(index.max()) >= distinct_count):
-        raise malformed("a rank names unknown extents")
-    return [distinct[i] for i in index.tolist()]
+    return [distinct[at] for at in index]

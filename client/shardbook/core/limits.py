@@ -26,6 +26,8 @@ MAX_INFLATED_BYTES = 256 << 20
 #: Most bytes of the blobs of one call as sent. With the extents and properties of a registration beside them
 #: the call stays below the 16 MiB that servers take.
 MAX_BLOB_BYTES = 7 << 20
+#: A blob up to this size is sent unasked the first time: that costs less than the round trip in which it is asked for.
+SMALL_BLOB_BYTES = 1024
 #: Most bytes of one registration's extents as sent.
 MAX_EXTENTS_BYTES = 4 << 20
 #: Most bytes of a file name below an attempt's prefix, in UTF-8.

@@ -11,6 +11,7 @@ import numpy as np
 from shardbook._saving import BlobSource
 from shardbook.breaker import SaveBudget
 from shardbook.client import Client
+from shardbook.core import limits
 from shardbook.core.columns import BoolArray
 from shardbook.core.extents import Extents, encode_extents, encode_volatile
 from shardbook.core.manifest import RegistrationRecord, StoredBlob
@@ -24,8 +25,6 @@ from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef, RankFailure
 
-#: A blob up to this size is sent unasked the first time: that costs less than the round trip in which it is asked for.
-SMALL_BLOB_BYTES: Final = 1024
 #: What telling the service about a failure may take, seconds.
 REPORT_S: Final = 5.0
 #: Kind and digest of a blob.
@@ -169,7 +168,7 @@ class Submitter:
     def _unasked(self, blobs: Sequence[StoredBlob]) -> list[Blob]:
         """Small blobs that are new to this process."""
         new = (blob for blob in blobs if _key(blob) not in self._known)
-        return [message_of(blob) for blob in new if len(blob.payload) <= SMALL_BLOB_BYTES]
+        return [message_of(blob) for blob in new if len(blob.payload) <= limits.SMALL_BLOB_BYTES]
 
     @staticmethod
     def _source(blobs: Sequence[StoredBlob]) -> BlobSource:

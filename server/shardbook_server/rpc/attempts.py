@@ -19,6 +19,7 @@ from shardbook_server.rpc.limits import LEASE_LOOK_S, RECENT_COUNT, RECENT_S
 from shardbook_server.rpc.uploads import Uploads
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.service.blobs import CheckedBlobs
+from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.plans import PlanEntry
 from shardbook_server.service.registration import RegistrationEntry
 from shardbook_server.service.services import Services
@@ -111,9 +112,9 @@ class Attempts:
         )
         self._decisions = Batcher("decisions", self._decide_many, limits, observer=observer)
         #: What waiting calls are shown of attempts, and until when.
-        self._views: dict[AttemptKey, tuple[float, Progress]] = {}
-        #: Registrations that came through this process, by attempt; the latest attempt last.
-        self._registered: dict[int, int] = {}
+        self._views: BoundedCache[AttemptKey, tuple[float, Progress]] = BoundedCache(RECENT_COUNT)
+        #: Registrations that came through this process, by attempt.
+        self._registered: BoundedCache[int, int] = BoundedCache(RECENT_COUNT)
         self._uploads = Uploads(services.blobs, bridge, limits, observer=observer)
 
     def queues(self) -> Mapping[str, tuple[int, float]]:
@@ -234,11 +235,8 @@ class Attempts:
     async def _look_up(self, key: AttemptKey) -> Progress:
         asked_s = time.monotonic()
         view = await self._bridge.read_shared(key, self._services.progress.progress, key)
-        self._views.pop(key, None)
         # So that looking takes a twentieth of a thread at most, however large the world is.
-        self._views[key] = (asked_s + max(RECENT_S, 20 * (time.monotonic() - asked_s)), view)
-        if len(self._views) > RECENT_COUNT:
-            del self._views[next(iter(self._views))]
+        self._views.put(key, (asked_s + max(RECENT_S, 20 * (time.monotonic() - asked_s)), view))
         return view
 
     async def commit(self, key: AttemptKey, wait_s: float) -> CheckpointInfo:
@@ -323,8 +321,6 @@ class Attempts:
 
         Through several replicas, or with ranks that register twice, it is only a guess: the poller looks all the same.
         """
-        count = 1 + self._registered.pop(answer.checkpoint_id, 0)
-        self._registered[answer.checkpoint_id] = count
-        if len(self._registered) > RECENT_COUNT:
-            del self._registered[next(iter(self._registered))]
+        count = 1 + (self._registered.get(answer.checkpoint_id) or 0)
+        self._registered.put(answer.checkpoint_id, count)
         return count >= entry.registration.key.world_size

@@ -20,6 +20,7 @@ from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.call import current_call
 from shardbook_server.rpc.limits import ANSWER_S, CHECKS_AT_ONCE, UPLOADS_AT_ONCE, ByteBudget
 from shardbook_server.service.blobs import NO_BLOBS, BlobService, CheckAsk, CheckedBlobs
+from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.types import BlobRef, BlobUpload
 
 #: Blobs of which it is remembered that they have come.
@@ -70,8 +71,8 @@ class Uploads:
         self._large = asyncio.Semaphore(UPLOADS_AT_ONCE)
         self._large_bytes = ByteBudget("uploads", limits.queue_bytes)
         self._senders: dict[_Named, _Sender] = {}
-        #: Blobs that came lately, the latest last, with the number of their arrival.
-        self._recent: dict[_Named, int] = {}
+        #: Blobs that came lately, with the number of their arrival.
+        self._recent: BoundedCache[_Named, int] = BoundedCache(RECENT_COUNT)
         self._arrival_count = 0
 
     async def write(
@@ -90,22 +91,20 @@ class Uploads:
         while True:
             began_with = self._arrival_count
             checked = await self.check(project, uploads)
-            if checked.lacking and await self._others_send(project, checked.lacking, began_with):
+            lacking = [(project, ref) for ref in checked.lacking]
+            if lacking and await self._others_send(lacking, began_with):
                 continue  # a write would only have found out the same
             answer = await write(checked)
             self._arrived(project, checked)
             if not answer.unknown:
                 return answer
             needed = [(project, ref) for ref in answer.unknown if ref not in checked.held]
-            if any(self._recent.get(name, 0) > began_with for name in needed):
-                continue  # it has come since this call was checked
-            in_a_hurry = current_call().remaining_s() < 2 * ANSWER_S
-            own = [ref for _, ref in needed] if in_a_hurry else self._claim(needed)
-            if own:
-                # Uploads that could not be checked were not kept: they have to come again, with what they lacked.
-                unknown = sorted({*own, *checked.held})
-                return replace(answer, unknown=tuple(unknown))  # type: ignore[type-var] # answers are dataclasses
-            await self._wait_for(needed)
+            if await self._others_send(needed, began_with):
+                continue
+            own = [ref for _, ref in needed] if _is_in_a_hurry() else self._claim(needed)
+            # Uploads that could not be checked were not kept: they have to come again, with what they lacked.
+            unknown = tuple(sorted({*own, *checked.held}))
+            return replace(answer, unknown=unknown)  # type: ignore[type-var] # answers are dataclasses
 
     async def check(self, project: str, uploads: Sequence[BlobUpload]) -> CheckedBlobs:
         """Checks the uploads of one call."""
@@ -127,17 +126,21 @@ class Uploads:
     async def _check_many(self, asks: Sequence[CheckAsk]) -> Sequence[CheckedBlobs | ShardbookError]:
         return await self._bridge.look(self._blobs.check_batch, asks)
 
-    async def _others_send(self, project: str, lacking: Sequence[BlobRef], began_with: int) -> bool:
-        """Waits for blobs that all are on their way from others, or have just come; False when this call has to ask."""
-        needed = [(project, ref) for ref in lacking]
-        if any(self._recent.get(name, 0) > began_with for name in needed):
+    async def _others_send(self, needed: Sequence[_Named], began_with: int) -> bool:
+        """Waits for blobs that all are on their way from others; False when this call has to ask for some.
+
+        Args:
+            needed: The blobs.
+            began_with: Arrivals before this call was checked: what has come since is there, without a wait.
+        """
+        if any((self._recent.get(name) or 0) > began_with for name in needed):
             return True
         now_s = time.monotonic()
         senders = [self._senders.get(name) for name in needed]
-        on_their_way = all(sender is not None and sender.until_s > now_s for sender in senders)
-        if not on_their_way or current_call().remaining_s() < 2 * ANSWER_S:
+        on_their_way = [sender for sender in senders if sender is not None and sender.until_s > now_s]
+        if len(on_their_way) < len(needed) or _is_in_a_hurry():
             return False
-        await self._wait_for(needed)
+        await _wait_for(on_their_way)
         return True
 
     def _claim(self, needed: Iterable[_Named]) -> list[BlobRef]:
@@ -147,47 +150,50 @@ class Uploads:
         for name in needed:
             sender = self._senders.get(name)
             if sender is None or sender.until_s <= now_s:
-                waiting = set() if sender is None else sender.waiting
-                self._senders[name] = _Sender(now_s + SENDER_S, waiting)
+                # Out and in again: they are in order of their time.
+                self._senders.pop(name, None)
+                self._senders[name] = _Sender(now_s + SENDER_S, set() if sender is None else sender.waiting)
                 own.append(name[1])
         return own
-
-    async def _wait_for(self, needed: Sequence[_Named]) -> None:
-        """Waits until one of the blobs has come, or its sender has had its time."""
-        began_s = time.monotonic()
-        senders = [self._senders[name] for name in needed]
-        until_s = min(sender.until_s for sender in senders)
-        until_s = min(until_s, began_s + max(0.0, current_call().remaining_s() - ANSWER_S))
-        arrival: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        for sender in senders:
-            sender.waiting.add(arrival)
-        try:
-            async with asyncio.timeout(until_s - began_s):
-                await arrival
-        except TimeoutError:
-            pass
-        finally:
-            for sender in senders:
-                sender.waiting.discard(arrival)
-            current_call().waited_s += time.monotonic() - began_s
 
     def _arrived(self, project: str, checked: CheckedBlobs) -> None:
         """Wakes those who wait for blobs that were stored just now, and forgets senders that never sent."""
         for blob in checked.blobs:
             name = project, blob.ref
             self._arrival_count += 1
-            self._recent.pop(name, None)
-            self._recent[name] = self._arrival_count
+            self._recent.put(name, self._arrival_count)
             sender = self._senders.pop(name, None)
             for waiting in sender.waiting if sender is not None else ():
                 if not waiting.done():
                     waiting.set_result(None)
-        while len(self._recent) > RECENT_COUNT:
-            del self._recent[next(iter(self._recent))]
         now_s = time.monotonic()
-        # In order of their time: the first that may still send ends the search.
+        # The first that may still send ends the search.
         while self._senders and next(iter(self._senders.values())).until_s + SENDER_S < now_s:
             del self._senders[next(iter(self._senders))]
+
+
+async def _wait_for(senders: Sequence[_Sender]) -> None:
+    """Waits until one of the blobs has come, or its sender has had its time."""
+    began_s = time.monotonic()
+    until_s = min(sender.until_s for sender in senders)
+    until_s = min(until_s, began_s + max(0.0, current_call().remaining_s() - ANSWER_S))
+    arrival: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    for sender in senders:
+        sender.waiting.add(arrival)
+    try:
+        async with asyncio.timeout(until_s - began_s):
+            await arrival
+    except TimeoutError:
+        pass
+    finally:
+        for sender in senders:
+            sender.waiting.discard(arrival)
+        current_call().waited_s += time.monotonic() - began_s
+
+
+def _is_in_a_hurry() -> bool:
+    """True when the call's deadline leaves no time for waiting: to be asked for a blob is better than no answer."""
+    return current_call().remaining_s() < 2 * ANSWER_S
 
 
 def _is_small(ask: CheckAsk) -> bool:

@@ -6,9 +6,9 @@ a world's decision is stored in segments of ranks, so that a replica that forgot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
@@ -24,7 +24,7 @@ from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.storage import decisions as decision_rows
 from shardbook_server.storage.blobs import DAY_US
-from shardbook_server.storage.database import Database
+from shardbook_server.storage.database import Connection, Database
 
 #: Bytes of decisions kept in memory.
 _CACHE_BYTES: Final = 64 << 20
@@ -107,7 +107,7 @@ class DecisionService:
             return None
         self._keep(key, first, drops)
         if stored.last_used_day < today:
-            self._try(key, "touch", ())
+            self._try(key, decision_rows.touch)
         return drops[rank - first]
 
     def decide(self, question: Question, rank: int) -> bytes:
@@ -126,28 +126,24 @@ class DecisionService:
         with self._memory.hold(sum(plan.item_count for plan in plans) * _BYTES_PER_ITEM):
             decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
             drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]
-        segments = []
+        key, segments = question.key, []
         for first in range(0, len(drops), limits.SEGMENT_RANKS):
             some = drops[first : first + limits.SEGMENT_RANKS]
-            self._keep(question.key, first, some)
+            self._keep(key, first, some)
             segments.append((first, encode_drops(some)))
-        self._try(question.key, "insert", segments)
+        self._try(key, partial(decision_rows.insert_decision, segments=segments))
         return drops
 
     def _keep(self, key: DecisionKey, first: int, drops: Sequence[bytes]) -> None:
         self._segments.put((key, first), tuple(drops), sum(map(len, drops)) + _PER_RANK_BYTES * len(drops))
 
-    def _try(self, key: DecisionKey, what: str, segments: Sequence[tuple[int, bytes]]) -> None:
+    def _try(self, key: DecisionKey, write: Callable[[Connection, int, bytes, int], None]) -> None:
         """Stores a decision, or that it is in use. A rank is not refused its answer because that cannot be written."""
         try:
             with self._database.write(lock=f"decisions/{key.project_id}") as connection:
-                now_us = self._database.now_us(connection)
-                if what == "insert":
-                    decision_rows.insert_decision(connection, key.project_id, key.digest, segments, now_us)
-                else:
-                    decision_rows.touch(connection, key.project_id, key.digest, now_us)
+                write(connection, key.project_id, key.digest, self._database.now_us(connection))
         except ShardbookError as error:
-            _log.warning("a decision is not stored, it will be made anew", what=what, reason=error.reason)
+            _log.warning("a decision is not stored, it will be made anew", reason=error.reason)
 
 
 def _first_of(rank: int) -> int:

@@ -37,7 +37,7 @@ def find_segment(connection: Connection, project_id: int, digest: bytes, first_r
 
 
 def insert_decision(
-    connection: Connection, project_id: int, digest: bytes, segments: Sequence[tuple[int, bytes]], now_us: int
+    connection: Connection, project_id: int, digest: bytes, now_us: int, *, segments: Sequence[tuple[int, bytes]]
 ) -> None:
     """Stores a whole decision, by first rank; one that exists stays as it is."""
     rows = [

@@ -33,7 +33,7 @@ def _no_deciding() -> Iterator[None]:
         yield
 
 
-def _refuse(*_: object) -> None:
+def _refuse(*_: object, **__: object) -> None:
     raise UnavailableError("no room", reason="STORAGE_FULL")
 
 
