@@ -6,8 +6,8 @@
 
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Pytest's worker processes: the tests with real ranks start up to eight processes each.
-WORKERS ?= 2
+# Pytest's worker processes: the tests with real ranks start up to eight processes each, and wait half of their time.
+WORKERS ?= 3
 EXTRAS ?= torch,cli,server,postgres,otel,dev
 ARGS ?=
 
@@ -36,11 +36,11 @@ demo: $(INSTALLED) ## the whole story on this machine: 4 ranks train, save, lose
 
 test: $(INSTALLED) ## the tests; installs pgbouncer where it is missing and apt-get may
 	@tests/tools.sh
-	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m "not soak" $(ARGS)
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder -m "not soak" $(ARGS)
 
 soak: $(INSTALLED) ## the slow tests that `make test` leaves out, and every property with many more examples
 	@tests/tools.sh
-	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile -m soak $(ARGS)
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder -m soak $(ARGS)
 	$(RUN) -m pytest --numprocesses=$(WORKERS) --hypothesis-profile=soak --timeout=3600 tests/unit $(ARGS)
 
 check: lint types imports proto-check docs-check ## what CI runs beside the tests: lint, types, import rules, drift
