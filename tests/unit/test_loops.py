@@ -20,5 +20,5 @@ def test_uvloop_is_used_where_it_is_installed() -> None:
 
 def test_without_it_the_server_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """On asyncio's own loop."""
-    monkeypatch.setattr(loops.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert loops.run(_module()).startswith("asyncio")
