@@ -107,7 +107,7 @@ class TestWhatIsKept:
         result = dcp.save(larger_state(), storage_writer=WRITERS[writer](path), checksum="crc32c")
         assert (SaveState.COMMITTED, "") == (result.state, result.reason)
         for columns in (by_ref(result.ref), by_path(path)):
-            assert 9 == len(columns.located.checksum)
+            assert 8 == len(columns.located.checksum)
             assert [] == wrong_sums(columns, path)
 
     @pytest.mark.parametrize("executor", AsyncCheckpointerType)
