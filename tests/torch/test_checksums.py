@@ -25,18 +25,23 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from shardbook import Client, dcp
-from shardbook.core.extents import NO_CHECKSUM
+from shardbook.core import limits
+from shardbook.core.extents import NO_CHECKSUM, Extents, decode_extents
 from shardbook.core.names import CheckpointName
 from shardbook.dcp import SaveState
+from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.directory import read_attempt
 from shardbook.dcp.loading import columns_of
 from shardbook.dcp.metadata import CheckpointColumns
+from shardbook.dcp.runtime import Member
+from shardbook.dcp.submission import EncodedPlan, make_record
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import InvalidArgumentError
 from shardbook.sync import SyncOutcome, sync_directory
 from tests.torch import jobs
 from tests.torch.alone import loads, some_state
 from tests.torch.harness import RankPool
+from tests.unit.test_structure_codec import fsdp_rank
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
@@ -161,8 +166,8 @@ class TestSettings:
         monkeypatch.setenv("SHARDBOOK_CHECKSUM", "crc32c")
         dcp.init(run=run, server=server)
         kept = []
-        for step, options in enumerate([{}, {"checksum": "none"}, {"checksum": None}], 1):
-            result = dcp.save(some_state(), checkpoint_id=tmp_path / f"{step}", **options)
+        for step, checksum in enumerate([None, "none", "crc32c"], 1):
+            result = dcp.save(some_state(), checkpoint_id=tmp_path / f"{step}", checksum=checksum)
             kept.append((by_ref(result.ref).located.checksum != NO_CHECKSUM).all())
         dcp.close()
         assert [True, False, True] == kept
@@ -235,6 +240,21 @@ class TestWhatIsLeftAlone:
             assert (2 if habit == "looks often" else 0) == len(kept)
             assert not kept & set(wrong_sums(columns, result.path))
         assert 1 == sum("have no checksum" in record.getMessage() for record in caplog.records)
+
+    def test_a_rank_of_very_many_items_is_recorded_without(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Rule: checksums are never the reason for which the catalogue, or a manifest, cannot hold a save."""
+        structure = fsdp_rank(0, 4, 10)
+        attempt = Attempt("p/r", "default", 1, b"i" * 16, 1, Member(0, 4), "/ckpt/1", "/ckpt/1")
+        none = np.zeros(10, dtype=np.bool_)
+        random = np.random.default_rng(0)
+        kept = []
+        for count in (100_000, 200_000):
+            extents = Extents(checksums=random.integers(0, 1 << 32, count))
+            record = make_record(attempt, 1, EncodedPlan.of(structure.plan), structure, extents, (none, none))
+            kept.append(decode_extents(record.extents).checksums is not None)
+            assert limits.SEGMENT_RANKS * len(record.extents) < limits.MAX_INFLATED_BYTES
+        assert [True, False] == kept
+        assert "checksums of 200000 items" in caplog.text
 
 
 class _Noting(FileSystem):

@@ -304,7 +304,9 @@ def assert_loads(target: str | Path, saved: Sequence[RankSaved], world: Sequence
     for fqn, rank in written.items():
         one = world[rank][fqn]
         right[fqn] = one.whole(fqn) if isinstance(one, Tensor) else one
-    blank = {fqn: torch.full_like(one, 255) if torch.is_tensor(one) else None for fqn, one in right.items()}
+    blank: dict[str, Any] = {
+        fqn: torch.full_like(one, 255) if torch.is_tensor(one) else None for fqn, one in right.items()
+    }
     dcp.load(blank, target)
     for fqn, one in right.items():
         if torch.is_tensor(one):

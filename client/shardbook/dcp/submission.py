@@ -83,9 +83,9 @@ def make_record(
 
 
 def _within_limit(extents: Extents) -> bytes:
-    """Extents as sent; without their checksums where those alone would keep a save out of the catalogue."""
+    """Extents as sent; without their checksums where those might keep a save out of the catalogue."""
     payload = encode_extents(extents)
-    if extents.checksums is None or len(payload) <= limits.MAX_EXTENTS_BYTES:
+    if extents.checksums is None or len(payload) <= limits.MAX_CHECKED_EXTENTS_BYTES:
         return payload
     _LOG.warning("checksums of %d items are more than one registration may hold: none are kept", extents.item_count)
     return encode_extents(dataclasses.replace(extents, checksums=None))
