@@ -2,7 +2,7 @@
 
 One process saves tensors into a fresh directory by ``shardbook.dcp.save`` without a service, once with
 ``checksum="crc32c"`` and once without, by turns; then it computes the same checksums of the same bytes in memory, which
-is all that a save has to do more. ``sync_files=False``, so that the disk hides nothing; on a real disk less is seen.
+is all that a save has to do more. ``sync_files=False``, so that no disk hides anything: on a real one less is seen.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import google_crc32c
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from benchmarks.common import SEED, Goal, Report, interleave, parse_arguments
+from benchmarks.common import SEED, Report, interleave, parse_arguments
 from shardbook import dcp
 
 #: Tensors and MiB of each.
-FULL: Final = (64, 16)
-QUICK: Final = (16, 8)
+FULL: Final = (32, 8)
+QUICK: Final = (8, 8)
 
 
 def _state(count: int, size_mib: int) -> dict[str, Any]:
@@ -58,13 +58,13 @@ def measure(count: int, size_mib: int) -> Report:
             for checksum in ("none", "crc32c")
         }
         contenders["sums alone"] = _summing(state)
-        timings = interleave(contenders, rounds=5)
+        timings = interleave(contenders, rounds=9)
     dcp.close()
     for name, timing in timings.items():
         report.row(what=name, **timing.columns(), bytes_a_second=round(size_bytes / timing.median_s))
     for threads in (1, 2):
         without, having = (timings[f"{checksum}, {threads} threads"].median_s for checksum in ("none", "crc32c"))
-        report.ratio(f"save with / without, {threads} threads", having / without, Goal("<=", 1.5))
+        report.ratio(f"save with / without, {threads} threads", having / without)
     return report
 
 

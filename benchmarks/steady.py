@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -24,17 +24,16 @@ from typing import Final
 import numpy as np
 
 from benchmarks.common import SEED, Goal, Report, parse_arguments
-from benchmarks.places import Place, places
+from benchmarks.places import places
 from benchmarks.postgres import free_port
 from benchmarks.saves import PAGE_BYTES
-from benchmarks.simulated import RankPayload, Ranks, connected, rank_structures, running_server
+from benchmarks.simulated import RankPayload, Ranks, Server, connected, held_bytes, rank_structures, running_server
 from benchmarks.workload import Workload
 from shardbook.core.extents import Extents, encode_extents
 from shardbook.core.structure import BlobKind, FileName, RankPlan, RankStructure, encode_plan, encode_structure
 from shardbook.core.table import EntryKind, TensorTable, encode_table
 from shardbook.v1 import registration_pb2, types_pb2
 
-_RUN: Final = "projects/bench/runs/steady"
 #: Saves whose structure is known.
 SAVES: Final = 10
 #: Pickled objects of each rank: such as the states of its data loader, sampler and random numbers.
@@ -169,41 +168,31 @@ class Cost:
     cold_stored: float
 
 
-def cost_of(workload: Workload, case: Case) -> Cost:
-    """Saves once, then ``SAVES`` times, through a server on a fresh database."""
+async def _cost(server: Server, database: Path, workload: Workload, case: Case) -> Cost:
+    """Saves once, then ``SAVES`` times, in a project that knows no structure yet."""
     steady = Steady(workload, case)
-    with places(postgres=False) as (place,):
-        empty_bytes = place.stored_bytes()
-        _save(place, [steady.payloads(0)], first_step=0)
-        cold_bytes = place.stored_bytes()
-        later = [steady.payloads(step) for step in range(1, SAVES + 1)]
-        sent_bytes = _save(place, later, first_step=1)
-        # A page more than was seen: what the last one has room for may have been filled.
-        stored_bytes = place.stored_bytes() - cold_bytes + PAGE_BYTES
+    payloads = steady.payloads(0)
+    empty_bytes, _ = held_bytes(database)
+    async with connected(server.address) as channel:
+        ranks = Ranks(channel, payloads, f"projects/{case.name.replace(' ', '-')}/runs/steady", planning=True)
+        await ranks.start()
+        await ranks.save(0)
+        cold_bytes, _ = held_bytes(database)
+        largest = sent_bytes = 0
+        for step in range(1, SAVES + 1):
+            payloads[:] = steady.payloads(step)
+            largest = max(largest, *(payload.payload_bytes for payload in payloads))
+            await ranks.save(step)
+            sent_bytes += ranks.sent_bytes
+    # A page more than was seen: what the last one has room for may have been filled.
+    stored_bytes = held_bytes(database)[0] - cold_bytes + PAGE_BYTES
+    rank_saves = SAVES * workload.ranks
     return Cost(
-        payload=max(payload.payload_bytes for payloads in later for payload in payloads),
-        sent=sent_bytes / (SAVES * workload.ranks),
-        stored=stored_bytes / (SAVES * workload.ranks),
+        payload=largest,
+        sent=sent_bytes / rank_saves,
+        stored=stored_bytes / rank_saves,
         cold_stored=(cold_bytes - empty_bytes) / workload.ranks,
     )
-
-
-def _save(place: Place, saves: Sequence[list[RankPayload]], *, first_step: int) -> int:
-    """Returns the bytes of the requests of all saves."""
-
-    async def work(address: str) -> int:
-        async with connected(address) as channel:
-            payloads = list(saves[0])
-            ranks = Ranks(channel, payloads, _RUN, known=first_step > 0, planning=True)
-            await ranks.start()
-            sent_bytes = 0
-            for step, payloads[:] in enumerate(saves, first_step):
-                await ranks.save(step)
-                sent_bytes += ranks.sent_bytes
-            return sent_bytes
-
-    with running_server(Path(place.database), free_port()) as server:
-        return asyncio.run(work(server.address))
 
 
 def measure(workload: Workload) -> Report:
@@ -212,7 +201,9 @@ def measure(workload: Workload) -> Report:
         "steady",
         {"durability": "SQLite WAL, synchronous=FULL", "workload": str(workload), "saves": SAVES, "objects a rank": 3},
     )
-    costs = {case: cost_of(workload, case) for case in CASES}
+    with places(postgres=False) as (sqlite,), running_server(sqlite.database, free_port()) as server:
+        database = Path(sqlite.database)
+        costs = {case: asyncio.run(_cost(server, database, workload, case)) for case in CASES}
     for case, cost in costs.items():
         report.row(
             case=case.name,
