@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Pytest's worker processes: the tests with real ranks start up to eight processes each, and wait half of their time.
 WORKERS ?= 3
-EXTRAS ?= torch,checksum,cli,server,postgres,otel,dev
+EXTRAS ?= torch,checksum,cli,read,server,postgres,otel,dev
 ARGS ?=
 
 BIN := $(VENV)/bin

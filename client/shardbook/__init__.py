@@ -1,7 +1,7 @@
 """Shardbook: metadata of distributed PyTorch checkpoints, without collectives.
 
-Saving and loading are in ``shardbook.dcp``, errors in ``shardbook.errors``, what the catalogue returns in
-``shardbook.catalog``. Importing this package is light: neither torch nor SQLAlchemy nor the command line, and gRPC
+Saving and loading are in ``shardbook.dcp``; ``read`` gives tensors to whoever has no torch. Errors are in
+``shardbook.errors``, what the catalogue returns in ``shardbook.catalog``. Importing this package is light: neither torch nor SQLAlchemy nor the command line, and gRPC
 only with the first use of a name that needs it.
 """
 
@@ -14,6 +14,7 @@ from shardbook._version import __version__
 from shardbook.errors import (
     AlreadyExistsError,
     CheckpointClosedError,
+    CorruptDataError,
     CorruptManifestError,
     DeadlineExceededError,
     FailedPreconditionError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from shardbook.client import Client
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
+    from shardbook.reading import read, read_many
 
 _HOME = {
     "Client": "shardbook.client",
@@ -57,6 +59,8 @@ _HOME = {
     "RunPart": "shardbook.catalog",
     "StoredMetadata": "shardbook.catalog",
     "TensorInfo": "shardbook.catalog",
+    "read": "shardbook.reading",
+    "read_many": "shardbook.reading",
 }
 
 __all__ = [
@@ -71,8 +75,11 @@ __all__ = [
     "RunPart",
     "StoredMetadata",
     "TensorInfo",
+    "read",
+    "read_many",
     "AlreadyExistsError",
     "CheckpointClosedError",
+    "CorruptDataError",
     "CorruptManifestError",
     "DeadlineExceededError",
     "FailedPreconditionError",

@@ -146,6 +146,14 @@ class FoundAttempt:
         found = self._read()
         return None if found is None else found[1] or unfold(found[0])
 
+    def manifest(self) -> Manifest | None:
+        """Returns the manifest as it is stored, else the one that the records make; None when it is not whole.
+
+        Raises as ``read`` does.
+        """
+        found = self._read()
+        return None if found is None else found[0]
+
     def _read(self) -> tuple[Manifest, FoldedAttempt | None] | None:
         is_listed = self.manifest_path is None and not self.missing_ranks
         records = read_records(self.files, self.prefix, sorted(self.ranks)) if is_listed else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
@@ -20,12 +19,13 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from shardbook._attempts import list_attempts
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
+from shardbook._targets import checkpoint_named
 from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA, MANIFEST
 from shardbook.core.fold import FoldedAttempt
-from shardbook.core.names import CheckpointName, RunName, is_ref
+from shardbook.core.names import CheckpointName
 from shardbook.dcp._torch import storage_reader_for
 from shardbook.dcp.directory import incomplete_attempts, read_attempt
 from shardbook.dcp.metadata import CheckpointColumns
@@ -83,7 +83,7 @@ def load(
     target = checkpoint_id if ref_or_path is None else ref_or_path
     if target is None and storage_reader is None:
         raise InvalidArgumentError("pass a ref, a path or a storage_reader", field="checkpoint_id")
-    name = _name_of(target)
+    name = checkpoint_named(target)
     if name is not None:
         columns = columns_of(name)
         reader = storage_reader_for(None, columns.location) if storage_reader is None else storage_reader
@@ -97,31 +97,6 @@ def load(
     _load_into(state_dict, reader, metadata, planner, rank)
     if name is None and rank == 0:
         repair_directory(reader)
-
-
-def _name_of(target: str | os.PathLike[str] | CheckpointName | None) -> CheckpointName | None:
-    """The checkpoint of the catalogue that ``target`` names; None for a path. What exists as a path is a path."""
-    if isinstance(target, CheckpointName):
-        return target
-    if not isinstance(target, str) or target.startswith("/") or "://" in target:
-        return None
-    if is_ref(target) and not Path(target).exists():
-        return CheckpointName.parse(target)
-    if target.startswith("projects/") and "/checkpoints/" in target:
-        return CheckpointName.parse(target)
-    if not Path(target).exists() and _is_run(target):
-        raise NotFoundError(
-            f"{target} is no directory here; if it is a run, say which of its checkpoints: {target}@latest",
-            field="checkpoint_id",
-        )
-    return None
-
-
-def _is_run(text: str) -> bool:
-    try:
-        return RunName.parse(text).ref == text
-    except InvalidArgumentError:
-        return False
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
