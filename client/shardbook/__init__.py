@@ -1,8 +1,8 @@
 """Shardbook: metadata of distributed PyTorch checkpoints, without collectives.
 
 Saving and loading are in ``shardbook.dcp``; ``read`` gives tensors to whoever has no torch. Errors are in
-``shardbook.errors``, what the catalogue returns in ``shardbook.catalog``. Importing this package is light: neither torch nor SQLAlchemy nor the command line, and gRPC
-only with the first use of a name that needs it.
+``shardbook.errors``, what the catalogue returns in ``shardbook.catalog``. Importing this package is light: neither
+torch nor SQLAlchemy nor the command line, and gRPC only with the first use of a name that needs it.
 """
 
 from __future__ import annotations

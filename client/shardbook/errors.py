@@ -259,7 +259,8 @@ class CorruptManifestError(ShardbookError):
 
 class CorruptDataError(ShardbookError):
     """A data file is damaged, ends early or holds something else than the metadata says; ``metadata`` may have the
-    ``file``, relative to the checkpoint's directory, and the ``offset`` of the item in it, bytes."""
+    ``file``, relative to the checkpoint's directory, and the ``offset`` of the item in it, bytes.
+    """
 
     default_reason = "CORRUPT_DATA"
 

@@ -12,7 +12,8 @@ from shardbook.cli import cat, checkpoints, failures, relay, runs, sync, tensors
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
-A REF is project/run@1500, @1500.s3 (of session 3), @latest, or project/run:part@...; `cat` takes directories and URLs too.
+A REF is project/run@1500, @1500.s3 (of session 3), @latest, or project/run:part@...
+`shardbook cat` and `shardbook sync` take directories and URLs.
 SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
 
 app = typer.Typer(

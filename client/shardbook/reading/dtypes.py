@@ -8,10 +8,8 @@ import numpy as np
 
 from shardbook.errors import InvalidArgumentError
 
-_NUMPY: Final = frozenset(
-    ("float16", "float32", "float64", "complex64", "complex128", "bool")
-    + tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-)
+_INTEGERS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_NUMPY: Final = frozenset(("bool", *_INTEGERS, "float16", "float32", "float64", "complex64", "complex128"))
 #: One element a byte or more, as torch has them. torch's int4 and float4_e2m1fn_x2 are packed otherwise.
 _ML_DTYPES: Final = frozenset(
     ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "complex32")
@@ -73,7 +71,8 @@ def numpy_dtype(name: str, fqn: str = "") -> np.dtype[Any]:
             reason="MISSING_PACKAGE",
             field="fqn",
         )
-    return np.dtype(found)
+    dtype: np.dtype[Any] = np.dtype(found)
+    return dtype
 
 
 def is_plain(dtype: np.dtype[Any]) -> bool:

@@ -6,6 +6,7 @@ where the values are, and then the values: as far as the wanted part spans in me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,8 +14,10 @@ from typing import Any, Final
 import numpy as np
 
 from shardbook.core.box import Box
+from shardbook.core.columns import Int64Array
 from shardbook.core.limits import INT64_MAX
-from shardbook.errors import CorruptDataError
+from shardbook.core.overlap import BudgetExceededError, find_overlap
+from shardbook.errors import CorruptDataError, ResourceExhaustedError
 from shardbook.reading import safetensors_file, torch_save
 from shardbook.reading.dtypes import numpy_dtype
 from shardbook.reading.finding import WantedTensor
@@ -94,13 +97,16 @@ class Filler:
             FailedPreconditionError: An item holds no plain tensor (reason ``UNSAFE_ENTRY``).
             CorruptDataError: A file is not what the metadata says, or chunks do not cover the cells.
             NotFoundError: A data file is not there (``NO_DATA_FILE``).
+            ResourceExhaustedError: There is no memory for the result (``OUT_OF_MEMORY``).
             OSError: The storage failed.
         """
         dtypes = [numpy_dtype(one.chunks.dtype, one.chunks.fqn) for one in wanted]
-        found, pieces = [], []
+        found: list[Array] = []
+        pieces: list[_Piece] = []
         for one, dtype in zip(wanted, dtypes, strict=True):
-            out: Array = np.empty(one.selection.box.sizes, dtype)
-            pieces += _pieces(one, out)
+            cut = _Cut.of(one)
+            out = _empty(one, dtype)
+            pieces += _pieces(one, cut, out)
             found.append(out.reshape(one.selection.shape))
         pieces.sort(key=lambda piece: (piece.path, piece.start))
         for batch in _batches(pieces):
@@ -166,19 +172,70 @@ class Filler:
         return max(0, self._sizes[piece.path] - piece.start)
 
 
-def _pieces(wanted: WantedTensor, out: Array) -> Iterator[_Piece]:
-    """What is wanted of each chunk; raises CorruptDataError where chunks leave cells out."""
-    chunks, box = wanted.chunks, wanted.selection.box
-    dtype = out.dtype
-    rows = chunks.touching(box)
-    low = np.maximum(chunks.offsets[rows], box.offsets)
-    high = np.minimum(chunks.offsets[rows] + chunks.sizes[rows], box.ends)
-    _check_cover(chunks.fqn, low - box.offsets, high - low, box)
-    for row, first, end in zip(rows.tolist(), low.tolist(), high.tolist(), strict=True):
-        at = [slice(*pair) for pair in zip(_minus(first, box.offsets), _minus(end, box.offsets), strict=True)]
-        transforms = int(chunks.transform_index[row])
-        names = chunks.transforms[transforms - 1] if transforms else ()
-        check_transforms(names, chunks.fqn)
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """The chunks that hold wanted cells, K of them, D dimensions.
+
+    Attributes:
+        rows: (K,) chunks.
+        low: (K, D) first wanted cell of each, in the tensor's coordinates.
+        high: (K, D) first one past the wanted cells.
+    """
+
+    rows: Int64Array
+    low: Int64Array
+    high: Int64Array
+
+    @classmethod
+    def of(cls, wanted: WantedTensor) -> _Cut:
+        """Returns what is wanted of each chunk; raises CorruptDataError where chunks leave cells out."""
+        chunks, box = wanted.chunks, wanted.selection.box
+        rows = chunks.touching(box)
+        low = np.maximum(chunks.offsets[rows], np.array(box.offsets, np.int64))
+        high = np.minimum(chunks.offsets[rows] + chunks.sizes[rows], np.array(box.ends, np.int64))
+        missing = box.volume - _covered(low - np.array(box.offsets, np.int64), high - low, box)
+        if missing > 0:
+            raise CorruptDataError(f"the checkpoint's chunks leave out {missing} of {chunks.fqn!a}'s cells")
+        return cls(rows, low, high)
+
+
+def _covered(offsets: Int64Array, sizes: Int64Array, box: Box) -> int:
+    """How many cells of a box are covered. Plain DCP proves nothing, and a chunk that is there twice is no harm."""
+    if len(offsets) < 2 or not box.ndim or not _may_overlap(offsets, sizes):
+        return sum(map(math.prod, sizes.tolist()))
+    mask = np.zeros(box.sizes, np.bool_)
+    for begin, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
+        mask[tuple(slice(first, first + count) for first, count in zip(begin, size, strict=True))] = True
+    return int(np.count_nonzero(mask))
+
+
+def _may_overlap(offsets: Int64Array, sizes: Int64Array) -> bool:
+    try:
+        return find_overlap(offsets, sizes) is not None
+    except BudgetExceededError:
+        return True
+
+
+def _empty(wanted: WantedTensor, dtype: np.dtype[Any]) -> Array:
+    """Memory for the result; raises ResourceExhaustedError when there is not so much."""
+    box = wanted.selection.box
+    try:
+        return np.empty(box.sizes, dtype)
+    except (MemoryError, ValueError) as error:
+        raise ResourceExhaustedError(
+            f"{wanted.chunks.fqn!a} takes {box.volume * dtype.itemsize} bytes of memory: read a part of it",
+            reason="OUT_OF_MEMORY",
+        ) from error
+
+
+def _pieces(wanted: WantedTensor, cut: _Cut, out: Array) -> Iterator[_Piece]:
+    """What is wanted of each chunk."""
+    chunks, box, dtype = wanted.chunks, wanted.selection.box, out.dtype
+    for row, first, end in zip(cut.rows.tolist(), cut.low.tolist(), cut.high.tolist(), strict=True):
+        at = tuple(slice(*pair) for pair in zip(_minus(first, box.offsets), _minus(end, box.offsets), strict=True))
+        number = int(chunks.transform_index[row])
+        transforms = chunks.transforms[number - 1] if number else ()
+        check_transforms(transforms, chunks.fqn)
         yield _Piece(
             fqn=chunks.fqn,
             dtype_name=chunks.dtype,
@@ -186,27 +243,15 @@ def _pieces(wanted: WantedTensor, out: Array) -> Iterator[_Piece]:
             path=chunks.paths[int(chunks.file[row])],
             start=int(chunks.start[row]),
             length=int(chunks.length[row]),
-            transforms=names,
+            transforms=transforms,
             sizes=tuple(chunks.sizes[row].tolist()),
             inside=Box(_minus(first, chunks.offsets[row].tolist()), _minus(end, first)),
-            out=out[tuple(at)] if at else out,
+            out=out[at] if at else out,
         )
 
 
-def _minus(one: Iterable[int], other: Iterable[int]) -> list[int]:
-    return [left - right for left, right in zip(one, other, strict=True)]
-
-
-def _check_cover(fqn: str, offsets: Any, sizes: Any, box: Box) -> None:
-    """Raises CorruptDataError when chunks do not cover a box; chunks that are there twice are no harm."""
-    covered = int(sizes.prod(1).sum())
-    if covered > box.volume:
-        mask = np.zeros(box.sizes, np.bool_)
-        for begin, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-            mask[tuple(slice(first, first + count) for first, count in zip(begin, size, strict=True))] = True
-        covered = int(np.count_nonzero(mask))
-    if covered < box.volume:
-        raise CorruptDataError(f"the checkpoint's chunks leave out {box.volume - covered} of {fqn!a}'s cells")
+def _minus(one: Iterable[int], other: Iterable[int]) -> tuple[int, ...]:
+    return tuple(left - right for left, right in zip(one, other, strict=True))
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
@@ -244,7 +289,7 @@ def _needed(piece: _Piece, window: Window, stored: StoredTensor) -> tuple[int, i
 
 
 def _values_bytes(piece: _Piece) -> int:
-    return int(np.prod(piece.sizes, dtype=object)) * piece.dtype.itemsize
+    return math.prod(piece.sizes) * piece.dtype.itemsize
 
 
 __all__ = ["IN_FLIGHT_BYTES", "SMALL_BYTES", "Filler"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -141,9 +142,8 @@ class _Catalogue:
         self.directory = ""
 
     def chunks(self, fqns: list[str]) -> dict[str, TensorChunks | None]:
-        names = [encode_name(fqn) for fqn in fqns]
         try:
-            stored = self._client.get_metadata(self._name, os.path.commonprefix(names), deadline_s=_METADATA_S)
+            stored = self._client.get_metadata(self._name, _common_prefix(fqns), deadline_s=_METADATA_S)
         except UnavailableError as error:
             raise UnavailableError(
                 f"{error.message} A checkpoint's directory can be read without a server: pass its path",
@@ -155,6 +155,13 @@ class _Catalogue:
         kept = [block for block in stored.blocks if block_fqn(block) in set(fqns)]
         structure, located = replace(stored, blocks=kept).columns()
         return {fqn: of_columns(structure, located, place.prefix, row) for row, fqn in enumerate(structure.fqns)}
+
+
+def _common_prefix(fqns: Iterable[str]) -> bytes:
+    """What all names begin with: that of the first and the last one in order."""
+    names = sorted(map(encode_name, fqns))
+    pairs = zip(names[0], names[-1], strict=False)
+    return bytes(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class _Directory:

@@ -65,7 +65,7 @@ def select(region: Region, shape: tuple[int, ...], fqn: str = "") -> Selection:
             end = begin + 1
         offsets.append(begin)
         sizes.append(end - begin)
-    return Selection(Box(offsets, sizes), tuple(kept))
+    return Selection(Box(tuple(offsets), tuple(sizes)), tuple(kept))
 
 
 def parse_tensor(text: str) -> tuple[str, Region]:
@@ -124,7 +124,7 @@ def _integer(value: object, fqn: str) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise _bad(f"{value!r:.80} is neither an integer nor a slice", fqn)
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:  # an array of more than one integer has the method, too
         raise _bad(f"{value!r:.80} is neither an integer nor a slice", fqn) from None
 

@@ -43,7 +43,8 @@ def stored_tensor(window: Window, shape: tuple[int, ...], dtype: str, itemsize: 
     described = _described(window, records)
     if described.shape != shape or described.dtype != dtype:
         raise window.corrupt(
-            f"it holds {described.dtype} of {list(described.shape)}, the checkpoint's metadata says {dtype} of {list(shape)}"
+            f"it holds {described.dtype} of {list(described.shape)}, "
+            f"the checkpoint's metadata says {dtype} of {list(shape)}"
         )
     memory = records.get(f"data/{described.key}")
     if memory is None:
@@ -78,7 +79,7 @@ def check_not_legacy(window: Window, beginning: bytes) -> None:
 def _records(window: Window) -> dict[str, zipfile.ZipInfo]:
     """The archive's records by their names below its one folder."""
     try:
-        with zipfile.ZipFile(WindowFile(window)) as archive:  # type: ignore[arg-type]
+        with zipfile.ZipFile(WindowFile(window)) as archive:
             found = {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError) as error:
         raise window.corrupt(f"it is no whole archive ({error})") from error
