@@ -12,7 +12,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.device_mesh import DeviceMesh
@@ -261,3 +267,15 @@ def save_in_fork(rank: Rank, start: dict[str, Any], path: str) -> tuple[str, str
     told = os.read(reading, 100).decode()
     after = dcp.save(state, checkpoint_id=f"{path}/step-3")
     return before.state, told, after.state
+
+
+def save_by_dcp(rank: Rank, layout: str, path: str, is_safetensors: bool) -> None:
+    """Saves a layout with plain DCP, in either of its formats."""
+    serialization = SerializationFormat.SAFETENSORS if is_safetensors else SerializationFormat.TORCH_SAVE
+    torch_save(fill(LAYOUTS[layout](rank)), storage_writer=FileSystemWriter(path, serialization_format=serialization))
+
+
+def save_by_hugging_face(rank: Rank, layout: str, path: str) -> None:
+    """Saves a layout's tensors with torch's Hugging Face writer, each rank its shards."""
+    state = {key: value for key, value in fill(LAYOUTS[layout](rank)).items() if isinstance(value, torch.Tensor)}
+    torch_save(state, storage_writer=HuggingFaceStorageWriter(path, save_distributed=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from shardbook.config import ClientConfig
+from shardbook.errors import InvalidArgumentError
 from shardbook.reading.filling import Filler
 from shardbook.reading.finding import Found, Target, chunks_of
 from shardbook.reading.ranges import range_reader
@@ -58,6 +59,8 @@ def read_many(
     Returns:
         Arrays by name, in the order asked for. Raises as ``read`` does.
     """
+    if isinstance(wanted, str):
+        raise InvalidArgumentError("pass several names, or one to `read`", field="wanted")
     regions = wanted if isinstance(wanted, Mapping) else dict.fromkeys(wanted)
     return read_found(chunks_of(ref_or_path, regions, config)) if regions else {}
 

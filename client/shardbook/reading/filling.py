@@ -6,24 +6,18 @@ where the values are, and then the values: as far as the wanted part spans in me
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Final
 
-import numpy as np
-
-from shardbook.core.box import Box
-from shardbook.core.columns import Int64Array
 from shardbook.core.limits import INT64_MAX
-from shardbook.core.overlap import BudgetExceededError, find_overlap
-from shardbook.errors import CorruptDataError, ResourceExhaustedError
+from shardbook.errors import CorruptDataError
 from shardbook.reading import safetensors_file, torch_save
+from shardbook.reading.cutting import Piece, cut
 from shardbook.reading.dtypes import numpy_dtype
 from shardbook.reading.finding import WantedTensor
 from shardbook.reading.ranges import ByteRange, RangeReader
 from shardbook.reading.stored import Array, StoredTensor, row_major, span
-from shardbook.reading.transforms import check_transforms, undo_transforms
+from shardbook.reading.transforms import undo_transforms
 from shardbook.reading.window import Window
 
 #: Items up to this many bytes are read as a whole: a second request costs more than its bytes.
@@ -32,48 +26,6 @@ SMALL_BYTES: Final = 256 << 10
 IN_FLIGHT_BYTES: Final = 256 << 20
 #: Enough of an item's beginning to tell what wrote it.
 _SNIFFED_BYTES: Final = 64
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """Cells of one chunk that are wanted.
-
-    Attributes:
-        fqn: Tensor.
-        dtype_name: torch's name of its dtype.
-        dtype: numpy's.
-        path: File of the item, relative to the checkpoint's directory.
-        start: First byte of the item.
-        length: Bytes of the item.
-        transforms: Transform descriptors.
-        sizes: Of the chunk, elements.
-        inside: The cells, in the chunk's coordinates.
-        out: Where they go.
-    """
-
-    fqn: str
-    dtype_name: str
-    dtype: np.dtype[Any]
-    path: str
-    start: int
-    length: int
-    transforms: tuple[str, ...]
-    sizes: tuple[int, ...]
-    inside: Box
-    out: Array
-
-    @property
-    def is_read_whole(self) -> bool:
-        """True when the item is read with one range."""
-        return bool(self.transforms) or self.length <= SMALL_BYTES or self.inside.sizes == self.sizes
-
-    @property
-    def cost_bytes(self) -> int:
-        """Bytes that reading it takes, at a guess: chunks are row-major but for a few."""
-        if self.is_read_whole:
-            return self.length
-        first, end = span(row_major(self.sizes), self.inside)
-        return (end - first) * self.dtype.itemsize + torch_save.HEAD_BYTES + torch_save.TAIL_BYTES
 
 
 class Filler:
@@ -102,18 +54,17 @@ class Filler:
         """
         dtypes = [numpy_dtype(one.chunks.dtype, one.chunks.fqn) for one in wanted]
         found: list[Array] = []
-        pieces: list[_Piece] = []
+        pieces: list[Piece] = []
         for one, dtype in zip(wanted, dtypes, strict=True):
-            cut = _Cut.of(one)
-            out = _empty(one, dtype)
-            pieces += _pieces(one, cut, out)
+            out, some = cut(one, dtype)
+            pieces += some
             found.append(out.reshape(one.selection.shape))
         pieces.sort(key=lambda piece: (piece.path, piece.start))
         for batch in _batches(pieces):
             self._read(batch)
         return found
 
-    def _read(self, pieces: Sequence[_Piece]) -> None:
+    def _read(self, pieces: Sequence[Piece]) -> None:
         """Reads pieces together: what describes them, then what of their values is not at hand yet."""
         windows = self._open(pieces)
         stored = [self._stored(piece, window) for piece, window in zip(pieces, windows, strict=True)]
@@ -125,7 +76,7 @@ class Filler:
         for piece, window, where, need in zip(pieces, windows, stored, needs, strict=True):
             piece.out[...] = where.values(window.read(*need), piece.inside, piece.dtype)
 
-    def _open(self, pieces: Sequence[_Piece]) -> list[Window]:
+    def _open(self, pieces: Sequence[Piece]) -> list[Window]:
         """Windows on the items, with the first bytes that each takes."""
         firsts = [_first_ranges(piece) for piece in pieces]
         contents = iter(self._reader.fetch([one for ranges in firsts for one in ranges]))
@@ -136,7 +87,7 @@ class Filler:
                 window.hold(one, next(contents))
             if piece.transforms:
                 try:
-                    plain = undo_transforms(window.read(0, piece.length), piece.transforms, _values_bytes(piece))
+                    plain = undo_transforms(window.read(0, piece.length), piece.transforms, piece.values_bytes)
                 except CorruptDataError as error:
                     raise window.corrupt(error.message) from error
                 window = Window(self._reader, piece.path, piece.start, len(plain))
@@ -144,7 +95,7 @@ class Filler:
             windows.append(window)
         return windows
 
-    def _stored(self, piece: _Piece, window: Window) -> StoredTensor:
+    def _stored(self, piece: Piece, window: Window) -> StoredTensor:
         """Where the values are, by what wrote the item."""
         if window.size < _SNIFFED_BYTES and not piece.transforms:
             # No archive is as short; DCP's safetensors items are as long as their values, whatever the file holds.
@@ -157,7 +108,7 @@ class Filler:
         torch_save.check_not_legacy(window, beginning)
         raise window.corrupt(f"{piece.fqn!a} is neither what torch.save writes nor a safetensors file")
 
-    def _in_safetensors(self, piece: _Piece, window: Window) -> StoredTensor:
+    def _in_safetensors(self, piece: Piece, window: Window) -> StoredTensor:
         """DCP says where the file begins, and how long the values are; the rest of the file is beyond the item."""
         window.size = self._left_in_file(piece)
         key = (piece.path, piece.start)
@@ -166,112 +117,43 @@ class Filler:
         entry = self._headers[key].get(piece.fqn)
         return safetensors_file.stored_tensor(window, entry, piece.fqn, piece.sizes, piece.dtype_name)
 
-    def _left_in_file(self, piece: _Piece) -> int:
+    def _left_in_file(self, piece: Piece) -> int:
         if piece.path not in self._sizes:
             self._sizes[piece.path] = self._reader.size(piece.path)
         return max(0, self._sizes[piece.path] - piece.start)
 
 
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """The chunks that hold wanted cells, K of them, D dimensions.
-
-    Attributes:
-        rows: (K,) chunks.
-        low: (K, D) first wanted cell of each, in the tensor's coordinates.
-        high: (K, D) first one past the wanted cells.
-    """
-
-    rows: Int64Array
-    low: Int64Array
-    high: Int64Array
-
-    @classmethod
-    def of(cls, wanted: WantedTensor) -> _Cut:
-        """Returns what is wanted of each chunk; raises CorruptDataError where chunks leave cells out."""
-        chunks, box = wanted.chunks, wanted.selection.box
-        rows = chunks.touching(box)
-        low = np.maximum(chunks.offsets[rows], np.array(box.offsets, np.int64))
-        high = np.minimum(chunks.offsets[rows] + chunks.sizes[rows], np.array(box.ends, np.int64))
-        missing = box.volume - _covered(low - np.array(box.offsets, np.int64), high - low, box)
-        if missing > 0:
-            raise CorruptDataError(f"the checkpoint's chunks leave out {missing} of {chunks.fqn!a}'s cells")
-        return cls(rows, low, high)
+def _is_read_whole(piece: Piece) -> bool:
+    """True when the item is read with one range."""
+    return bool(piece.transforms) or piece.length <= SMALL_BYTES or piece.inside.sizes == piece.sizes
 
 
-def _covered(offsets: Int64Array, sizes: Int64Array, box: Box) -> int:
-    """How many cells of a box are covered. Plain DCP proves nothing, and a chunk that is there twice is no harm."""
-    if len(offsets) < 2 or not box.ndim or not _may_overlap(offsets, sizes):
-        return sum(map(math.prod, sizes.tolist()))
-    mask = np.zeros(box.sizes, np.bool_)
-    for begin, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-        mask[tuple(slice(first, first + count) for first, count in zip(begin, size, strict=True))] = True
-    return int(np.count_nonzero(mask))
+def _cost_bytes(piece: Piece) -> int:
+    """Bytes that reading a piece takes, at a guess: chunks are row-major but for a few."""
+    if _is_read_whole(piece):
+        return piece.length
+    first, end = span(row_major(piece.sizes), piece.inside)
+    return (end - first) * piece.dtype.itemsize + torch_save.HEAD_BYTES + torch_save.TAIL_BYTES
 
 
-def _may_overlap(offsets: Int64Array, sizes: Int64Array) -> bool:
-    try:
-        return find_overlap(offsets, sizes) is not None
-    except BudgetExceededError:
-        return True
-
-
-def _empty(wanted: WantedTensor, dtype: np.dtype[Any]) -> Array:
-    """Memory for the result; raises ResourceExhaustedError when there is not so much."""
-    box = wanted.selection.box
-    try:
-        return np.empty(box.sizes, dtype)
-    except (MemoryError, ValueError) as error:
-        raise ResourceExhaustedError(
-            f"{wanted.chunks.fqn!a} takes {box.volume * dtype.itemsize} bytes of memory: read a part of it",
-            reason="OUT_OF_MEMORY",
-        ) from error
-
-
-def _pieces(wanted: WantedTensor, cut: _Cut, out: Array) -> Iterator[_Piece]:
-    """What is wanted of each chunk."""
-    chunks, box, dtype = wanted.chunks, wanted.selection.box, out.dtype
-    for row, first, end in zip(cut.rows.tolist(), cut.low.tolist(), cut.high.tolist(), strict=True):
-        at = tuple(slice(*pair) for pair in zip(_minus(first, box.offsets), _minus(end, box.offsets), strict=True))
-        number = int(chunks.transform_index[row])
-        transforms = chunks.transforms[number - 1] if number else ()
-        check_transforms(transforms, chunks.fqn)
-        yield _Piece(
-            fqn=chunks.fqn,
-            dtype_name=chunks.dtype,
-            dtype=dtype,
-            path=chunks.paths[int(chunks.file[row])],
-            start=int(chunks.start[row]),
-            length=int(chunks.length[row]),
-            transforms=transforms,
-            sizes=tuple(chunks.sizes[row].tolist()),
-            inside=Box(_minus(first, chunks.offsets[row].tolist()), _minus(end, first)),
-            out=out[at] if at else out,
-        )
-
-
-def _minus(one: Iterable[int], other: Iterable[int]) -> tuple[int, ...]:
-    return tuple(left - right for left, right in zip(one, other, strict=True))
-
-
-def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Pieces in groups that are read together, each within what may be in flight."""
-    batch: list[_Piece] = []
+    batch: list[Piece] = []
     held_bytes = 0
     for piece in pieces:
-        if batch and held_bytes + piece.cost_bytes > IN_FLIGHT_BYTES:
+        if batch and held_bytes + _cost_bytes(piece) > IN_FLIGHT_BYTES:
             yield batch
             batch, held_bytes = [], 0
         batch.append(piece)
-        held_bytes += piece.cost_bytes
+        held_bytes += _cost_bytes(piece)
     if batch:
         yield batch
 
 
-def _first_ranges(piece: _Piece) -> list[ByteRange]:
+def _first_ranges(piece: Piece) -> list[ByteRange]:
     if piece.start > INT64_MAX - piece.length:
         raise CorruptDataError(f"{piece.fqn!a} ends beyond 2**63 bytes in {piece.path!a}")
-    if piece.is_read_whole:
+    if _is_read_whole(piece):
         return [ByteRange(piece.path, piece.start, piece.length)]
     tail = piece.start + piece.length - torch_save.TAIL_BYTES
     return [
@@ -280,16 +162,12 @@ def _first_ranges(piece: _Piece) -> list[ByteRange]:
     ]
 
 
-def _needed(piece: _Piece, window: Window, stored: StoredTensor) -> tuple[int, int]:
+def _needed(piece: Piece, window: Window, stored: StoredTensor) -> tuple[int, int]:
     """First byte, in the item, and length of the values."""
     try:
         return stored.bytes_of(piece.inside, piece.dtype.itemsize)
     except ValueError as error:
         raise window.corrupt(str(error)) from error
-
-
-def _values_bytes(piece: _Piece) -> int:
-    return math.prod(piece.sizes) * piece.dtype.itemsize
 
 
 __all__ = ["IN_FLIGHT_BYTES", "SMALL_BYTES", "Filler"]

@@ -127,7 +127,12 @@ class _FsspecRanges:
         paths = [self._full(one.path) for one in ranges]
         starts, ends = [one.start for one in ranges], [one.end for one in ranges]
         with storage_errors("read", self._root), _missing():
-            found: list[Buffer] = self._fs.cat_ranges(paths, starts, ends, on_error="raise")
+            try:
+                found: list[Buffer] = self._fs.cat_ranges(paths, starts, ends, on_error="raise")
+            except OSError:
+                # Stores say in their own words that a range begins beyond the end.
+                self._check_ends(ranges)
+                raise
         for one, content in zip(ranges, found, strict=True):
             if len(content) != one.length:
                 raise _truncated(one)
@@ -136,6 +141,12 @@ class _FsspecRanges:
     def size(self, path: str) -> int:
         with storage_errors("look at", path), _missing():
             return int(self._fs.info(self._full(path))["size"])
+
+    def _check_ends(self, ranges: Sequence[ByteRange]) -> None:
+        sizes = {path: self.size(path) for path in {one.path for one in ranges}}
+        for one in ranges:
+            if one.end > sizes[one.path]:
+                raise _truncated(one)
 
     def _full(self, path: str) -> str:
         return f"{self._root.rstrip('/')}/{check_path(path)}"
