@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._extension import ZStandard
 
 from shardbook.core.box import Box
 from shardbook.errors import CorruptDataError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from shardbook.reading import filling, transforms
+from shardbook.reading import filling, torch_save, transforms
 from shardbook.reading.ranges import range_reader
 from tests.torch.reading.written import (
     DTYPES,
@@ -91,8 +91,8 @@ def test_any_region_of_any_cut_is_what_torch_has(
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling, "SMALL_BYTES", filling.SMALL_BYTES if is_small else 0)
         patch.setattr(filling, "IN_FLIGHT_BYTES", in_flight)
-        patch.setattr(filling.torch_save, "HEAD_BYTES", 700)
-        patch.setattr(filling.torch_save, "TAIL_BYTES", 400)
+        patch.setattr(torch_save, "HEAD_BYTES", 700)
+        patch.setattr(torch_save, "TAIL_BYTES", 400)
         folder = Path(name)
         array = filled(chunks_of_items(tensor, boxes, items, folder / "data"), folder, region)
     assert same_bits(tensor[region], array)

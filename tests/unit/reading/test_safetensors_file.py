@@ -25,7 +25,7 @@ _PLAIN = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"
 def arrays() -> dict[str, np.ndarray[Any, Any]]:
     """Arrays of many dtypes and shapes."""
     made = {name: np.arange(6).astype(name).reshape(2, 3) for name in (*_PLAIN, "float64", "complex64")}
-    return {**made, "scalar": np.float32(2.5).reshape(()), "empty": np.zeros((0, 3)), "ü\0 ": np.arange(3).T[::-1]}
+    return {**made, "scalar": np.array(2.5, np.float32), "empty": np.zeros((0, 3)), "ü\0 ": np.arange(3).T[::-1]}
 
 
 def header_of(path: Path) -> Any:
