@@ -1,13 +1,16 @@
 """Reads the cells that are wanted of tensors, chunk by chunk, in as few byte ranges as hold them.
 
-Chunks that are wanted as a whole, and small ones, take one range. Of others the two ends are read first, which say
-where the values are, and then the values: as far as the wanted part spans in memory, which for rows is exactly that.
+Small items take one range, and so do chunks that are wanted as a whole from a store where requests are dear. Of others
+the two ends are read first, which say where the values are, and then the values: as far as the wanted part spans in
+memory, which for rows is exactly that, and right into the result where they lie there as they do in the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Final
+
+import numpy as np
 
 from shardbook.core.limits import INT64_MAX
 from shardbook.errors import CorruptDataError
@@ -70,15 +73,18 @@ class Filler:
         stored = [self._stored(piece, window) for piece, window in zip(pieces, windows, strict=True)]
         needs = [_needed(*both) for both in zip(pieces, windows, stored, strict=True)]
         lacking = [at for at, window in enumerate(windows) if window.held(*needs[at]) is None]
-        ranges = [windows[at].range(*needs[at]) for at in lacking]
-        for at, wanted, content in zip(lacking, ranges, self._reader.fetch(ranges), strict=True):
+        direct = {at for at in lacking if pieces[at].out.flags.c_contiguous and stored[at].is_plain(pieces[at].inside)}
+        self._reader.fill([(windows[at].range(*needs[at]), _memory_of(pieces[at].out)) for at in sorted(direct)])
+        ranges = {at: windows[at].range(*needs[at]) for at in lacking if at not in direct}
+        for (at, wanted), content in zip(ranges.items(), self._reader.fetch(list(ranges.values())), strict=True):
             windows[at].hold(wanted, content)
-        for piece, window, where, need in zip(pieces, windows, stored, needs, strict=True):
-            piece.out[...] = where.values(window.read(*need), piece.inside, piece.dtype)
+        for at, piece in enumerate(pieces):
+            if at not in direct:
+                piece.out[...] = stored[at].values(windows[at].read(*needs[at]), piece.inside, piece.dtype)
 
     def _open(self, pieces: Sequence[Piece]) -> list[Window]:
         """Windows on the items, with the first bytes that each takes."""
-        firsts = [_first_ranges(piece) for piece in pieces]
+        firsts = [_first_ranges(piece, is_distant=self._reader.is_distant) for piece in pieces]
         contents = iter(self._reader.fetch([one for ranges in firsts for one in ranges]))
         windows = []
         for piece, ranges in zip(pieces, firsts, strict=True):
@@ -123,14 +129,20 @@ class Filler:
         return max(0, self._sizes[piece.path] - piece.start)
 
 
-def _is_read_whole(piece: Piece) -> bool:
-    """True when the item is read with one range."""
-    return bool(piece.transforms) or piece.length <= SMALL_BYTES or piece.inside.sizes == piece.sizes
+def _is_read_whole(piece: Piece, *, is_distant: bool) -> bool:
+    """True when the item is read with one range; values that are read by themselves go right where they belong."""
+    if piece.transforms or piece.length <= SMALL_BYTES:
+        return True
+    return is_distant and piece.inside.sizes == piece.sizes
+
+
+def _memory_of(out: Array) -> memoryview:
+    return memoryview(out.reshape(-1).view(np.uint8))
 
 
 def _cost_bytes(piece: Piece) -> int:
     """Bytes that reading a piece takes, at a guess: chunks are row-major but for a few."""
-    if _is_read_whole(piece):
+    if piece.transforms or piece.length <= SMALL_BYTES:
         return piece.length
     first, end = span(row_major(piece.sizes), piece.inside)
     return (end - first) * piece.dtype.itemsize + torch_save.HEAD_BYTES + torch_save.TAIL_BYTES
@@ -150,10 +162,10 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _first_ranges(piece: Piece) -> list[ByteRange]:
+def _first_ranges(piece: Piece, *, is_distant: bool) -> list[ByteRange]:
     if piece.start > INT64_MAX - piece.length:
         raise CorruptDataError(f"{piece.fqn!a} ends beyond 2**63 bytes in {piece.path!a}")
-    if _is_read_whole(piece):
+    if _is_read_whole(piece, is_distant=is_distant):
         return [ByteRange(piece.path, piece.start, piece.length)]
     tail = piece.start + piece.length - torch_save.TAIL_BYTES
     return [

@@ -13,8 +13,8 @@ from shardbook._trees import filesystem_of, storage_errors
 from shardbook.errors import CorruptDataError, NotFoundError
 from shardbook.stores import encodable, normalized
 
-#: Most bytes of one ``pread``; Linux reads no more than 2 GiB at once.
-_BLOCK_BYTES: Final = 1 << 30
+#: Bytes of one ``pread``: large ranges are read by several threads, which is mostly the kernel's making of pages.
+_BLOCK_BYTES: Final = 32 << 20
 
 Buffer = bytes | bytearray | memoryview
 
@@ -52,8 +52,17 @@ class RangeReader(Protocol):
         """
         ...
 
+    def fill(self, wanted: Sequence[tuple[ByteRange, memoryview]]) -> None:
+        """Reads each range into memory of its length; raises as ``fetch`` does."""
+        ...
+
     def size(self, path: str) -> int:
         """Returns a file's size, bytes."""
+        ...
+
+    @property
+    def is_distant(self) -> bool:
+        """True when a second request costs more than many bytes."""
         ...
 
 
@@ -86,28 +95,43 @@ class _LocalRanges:
 
     root: str
 
+    @property
+    def is_distant(self) -> bool:
+        return False
+
     def fetch(self, ranges: Sequence[ByteRange]) -> list[Buffer]:
         return side_by_side(self._read, ranges)
+
+    def fill(self, wanted: Sequence[tuple[ByteRange, memoryview]]) -> None:
+        blocks = [
+            (ByteRange(one.path, one.start + at, len(view[at : at + _BLOCK_BYTES])), view[at : at + _BLOCK_BYTES])
+            for one, view in wanted
+            for at in range(0, one.length, _BLOCK_BYTES)
+        ]
+        side_by_side(lambda block: self._read_into(*block), blocks)
 
     def size(self, path: str) -> int:
         with _missing():
             return os.stat(self._full(path)).st_size  # noqa: PTH116 - as bytes on disk, no Path wanted
 
     def _read(self, wanted: ByteRange) -> Buffer:
+        # Before memory is taken for them: the metadata may claim any length.
+        if self.size(wanted.path) < wanted.end:
+            raise _truncated(wanted)
+        out = bytearray(wanted.length)
+        self.fill([(wanted, memoryview(out))])
+        return out
+
+    def _read_into(self, wanted: ByteRange, view: memoryview) -> None:
         with _missing():
             descriptor = os.open(self._full(wanted.path), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # Before memory is taken for them: the metadata may claim any length.
-            if os.fstat(descriptor).st_size < wanted.end:
-                raise _truncated(wanted)
-            out = bytearray(wanted.length)
-            view, done = memoryview(out), 0
+            done = 0
             while done < wanted.length:
-                count = os.preadv(descriptor, [view[done : done + _BLOCK_BYTES]], wanted.start + done)
+                count = os.preadv(descriptor, [view[done:]], wanted.start + done)
                 if not count:
                     raise _truncated(wanted)
                 done += count
-            return out
         finally:
             os.close(descriptor)
 
@@ -120,6 +144,14 @@ class _FsspecRanges:
 
     def __init__(self, url: str) -> None:
         self._fs, self._root = filesystem_of(url)
+
+    @property
+    def is_distant(self) -> bool:
+        return True
+
+    def fill(self, wanted: Sequence[tuple[ByteRange, memoryview]]) -> None:
+        for (_, view), content in zip(wanted, self.fetch([one for one, _ in wanted]), strict=True):
+            view[:] = content
 
     def fetch(self, ranges: Sequence[ByteRange]) -> list[Buffer]:
         if not ranges:

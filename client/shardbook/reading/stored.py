@@ -60,6 +60,13 @@ class StoredTensor:
             raise ValueError(f"its memory of {self.size_bytes} bytes ends before its values do")
         return self.start + (self.offset + first) * itemsize, (end - first) * itemsize
 
+    def is_plain(self, box: Box) -> bool:
+        """Returns True when the memory of a box is, byte by byte, a row-major array of this machine."""
+        if self.is_conjugate or self.is_negative or self.is_big_endian != (sys.byteorder == "big"):
+            return False
+        both = zip(self.strides, row_major(box.sizes), box.sizes, strict=True)
+        return all(size == 1 or stride == plain for stride, plain, size in both)
+
     def values(self, content: Buffer, box: Box, dtype: np.dtype[Any]) -> Array:
         """Returns the cells of a box from the bytes that ``bytes_of`` names; a view of them where that is possible."""
         if self.is_big_endian != (sys.byteorder == "big"):

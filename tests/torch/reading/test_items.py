@@ -33,6 +33,7 @@ from tests.torch.reading.written import (
     one_item,
     same_bits,
     saved,
+    touched,
 )
 from tests.unit.test_pickled_metadata import Canary
 
@@ -79,9 +80,11 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Box], tuple[slice |
     return tensor, boxes, tuple(region)
 
 
-@given(case=cut_tensors(), is_small=st.booleans(), in_flight=st.sampled_from([1, 4000, 1 << 20]))
+@given(
+    case=cut_tensors(), is_small=st.booleans(), is_distant=st.booleans(), in_flight=st.sampled_from([1, 4000, 1 << 20])
+)
 def test_any_region_of_any_cut_is_what_torch_has(
-    case: tuple[torch.Tensor, list[Box], tuple[slice | int, ...]], is_small: bool, in_flight: int
+    case: tuple[torch.Tensor, list[Box], tuple[slice | int, ...]], is_small: bool, is_distant: bool, in_flight: int
 ) -> None:
     """Irregular chunks, memory that is not row-major, both ways to read an item, any number of batches."""
     tensor, boxes, region = case
@@ -94,7 +97,8 @@ def test_any_region_of_any_cut_is_what_torch_has(
         patch.setattr(torch_save, "HEAD_BYTES", 700)
         patch.setattr(torch_save, "TAIL_BYTES", 400)
         folder = Path(name)
-        array = filled(chunks_of_items(tensor, boxes, items, folder / "data"), folder, region)
+        reader = CountingReader(range_reader(name), is_distant=is_distant)
+        array = filled(chunks_of_items(tensor, boxes, items, folder / "data"), folder, region, reader)
     assert same_bits(tensor[region], array)
     assert array.flags.c_contiguous
     assert array.flags.writeable
@@ -160,7 +164,7 @@ class TestCost:
         reader = CountingReader(range_reader(str(folder)))
         array = filled(one_item(tensor, saved(tensor), folder / "a"), folder, slice(2000, 2010), reader)
         assert same_bits(tensor[2000:2010], array)
-        assert [2, 1] == [len(ranges) for ranges in reader.asked]
+        assert [2, 1] == touched(reader.asked)
         assert 10 * 4096 + 8192 == reader.read_bytes
 
     def test_rows_of_a_safetensors_file_cost_their_bytes(self, folder: Path, tensor: torch.Tensor) -> None:
@@ -170,12 +174,20 @@ class TestCost:
         assert same_bits(tensor[5, 7:9], filled(chunks, folder, (5, slice(7, 9)), reader))
         assert reader.read_bytes < 10_000
 
-    def test_a_whole_chunk_is_one_range(self, folder: Path, tensor: torch.Tensor) -> None:
-        """Of which nothing is copied but the values."""
-        reader = CountingReader(range_reader(str(folder)))
+    def test_a_whole_chunk_of_a_distant_store_is_one_range(self, folder: Path, tensor: torch.Tensor) -> None:
+        """A second request would cost more than it spares."""
+        reader = CountingReader(range_reader(str(folder)), is_distant=True)
         item = saved(tensor)
         assert same_bits(tensor, filled(one_item(tensor, item, folder / "a"), folder, None, reader))
         assert [[len(item)]] == [[one.length for one in ranges] for ranges in reader.asked if ranges]
+
+    def test_a_whole_chunk_of_this_machine_is_read_into_its_place(self, folder: Path, tensor: torch.Tensor) -> None:
+        """The ends, and the values with no copy between file and result; memory of another order takes one."""
+        for one in (tensor, tensor.t()):
+            reader = CountingReader(range_reader(str(folder)))
+            assert same_bits(one, filled(one_item(one, saved(one), folder / "a"), folder, None, reader))
+            assert [2, 1] == touched(reader.asked)
+            assert tensor.nbytes + 8192 == reader.read_bytes
 
     def test_nothing_is_read_of_nothing(self, folder: Path, tensor: torch.Tensor) -> None:
         """An empty region needs no file."""

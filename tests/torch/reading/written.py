@@ -101,14 +101,20 @@ def one_item(tensor: torch.Tensor, item: bytes, path: Path, **options: Any) -> T
 class CountingReader:
     """A reader that keeps what was asked of it."""
 
-    def __init__(self, reader: RangeReader) -> None:
+    def __init__(self, reader: RangeReader, *, is_distant: bool = False) -> None:
         self.asked: list[list[ByteRange]] = []
+        self.is_distant = is_distant
         self._reader = reader
 
     def fetch(self, ranges: Sequence[ByteRange]) -> list[Buffer]:
         """Reads and counts."""
         self.asked.append(list(ranges))
         return self._reader.fetch(ranges)
+
+    def fill(self, wanted: Sequence[tuple[ByteRange, memoryview]]) -> None:
+        """Reads and counts."""
+        self.asked.append([one for one, _ in wanted])
+        self._reader.fill(wanted)
 
     def size(self, path: str) -> int:
         """Returns a file's size."""
@@ -118,6 +124,11 @@ class CountingReader:
     def read_bytes(self) -> int:
         """Bytes that were read."""
         return sum(one.length for ranges in self.asked for one in ranges)
+
+
+def touched(asked: Sequence[Sequence[ByteRange]]) -> list[int]:
+    """How many ranges each request had that had any."""
+    return [len(ranges) for ranges in asked if ranges]
 
 
 def filled(chunks: TensorChunks, folder: Path, region: Region = None, reader: RangeReader | None = None) -> Array:
