@@ -137,7 +137,7 @@ def _is_read_whole(piece: Piece, *, is_distant: bool) -> bool:
 
 
 def _memory_of(out: Array) -> memoryview:
-    return memoryview(out.reshape(-1).view(np.uint8))
+    return out.reshape(-1).view(np.uint8).data
 
 
 def _cost_bytes(piece: Piece) -> int:
