@@ -37,6 +37,9 @@ from tests.torch.reading.written import (
 )
 from tests.unit.test_pickled_metadata import Canary
 
+# torch says it once a process, with the first complex32 tensor that it makes.
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -39,7 +39,11 @@ from tests.torch.layouts import truth
 from tests.torch.reading.written import DTYPES, NOT_IN_SAFETENSORS, noise, same_bits
 from tests.unit.test_pickled_metadata import Canary
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning"),
+    # torch says it once a process, with the first complex32 tensor that it makes.
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
+]
 
 ROOT = Path(__file__).resolve().parents[3]
 
