@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from shardbook.core.directory import ROOT, is_prefix
+from shardbook._side_by_side import side_by_side
+from shardbook.core.directory import DCP_METADATA, ROOT, is_prefix
 from shardbook.core.exported import FileFacts
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError, StorageError
 from shardbook.stores import encodable, normalized
+
+#: Files that one thread looks at before it takes more.
+_LOOK_FILES: Final = 64
 
 
 class Tree(Protocol):
     """Small files below a directory. Paths are absolute, or URLs; ``names`` and ``read`` treat absence as empty."""
 
-    def checkpoints(self) -> Iterator[str]:
-        """Yields the directories, this one included, in which Shardbook left files, in alphabetical order."""
+    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+        """Yields the directories, this one included, in which Shardbook left files, in alphabetical order.
+
+        With ``plain``, those with DCP's own ``.metadata`` too.
+        """
         ...
 
     def names(self, path: str) -> list[str]:
@@ -34,6 +43,14 @@ class Tree(Protocol):
 
     def facts(self, path: str) -> FileFacts | None:
         """Returns size and age of a file; None when it is not there."""
+        ...
+
+    def sizes(self, path: str, wanted: Collection[str], tell: Callable[[int], None]) -> dict[str, int]:
+        """Returns the bytes of the files called ``wanted`` in a directory; those that are not there are left out.
+
+        One listing, not a question a file, where the filesystem lists sizes. ``tell`` hears of how many files more is
+        known, from whichever thread.
+        """
         ...
 
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
@@ -119,15 +136,24 @@ def facts_of(info: Mapping[str, Any]) -> FileFacts:
     return FileFacts(int(info.get("size") or 0), float(found) if isinstance(found, int | float) else None)
 
 
+def _file_size(path: str) -> int | None:
+    """Bytes of a file; None where there is none, or something else."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a hundred thousand of them
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 class _LocalTree:
     """A directory of this machine, network mounts included. Links to directories are not followed."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def checkpoints(self) -> Iterator[str]:
-        for folder, below, _ in os.walk(self._root):
-            if ROOT in below:
+    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+        for folder, below, files in os.walk(self._root):
+            if ROOT in below or (plain and DCP_METADATA in files):
                 yield folder
             # Data directories hold a file or more a rank, and nothing to find.
             below[:] = sorted(name for name in below if name != ROOT and not is_prefix(name))
@@ -151,6 +177,18 @@ class _LocalTree:
         except (FileNotFoundError, NotADirectoryError):
             return None
         return FileFacts(found.st_size, found.st_mtime)
+
+    def sizes(self, path: str, wanted: Collection[str], tell: Callable[[int], None]) -> dict[str, int]:
+        there = sorted(set(self.names(path)) & set(wanted))
+        tell(len(wanted) - len(there))
+
+        def look(names: Sequence[str]) -> list[tuple[str, int]]:
+            found = [(name, _file_size(f"{path}/{name}")) for name in names]
+            tell(len(names))
+            return [(name, size) for name, size in found if size is not None]
+
+        looks = side_by_side(look, [there[at : at + _LOOK_FILES] for at in range(0, len(there), _LOOK_FILES)])
+        return dict(chain.from_iterable(looks))
 
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         with Path(path).open("rb") as file:
@@ -185,12 +223,11 @@ class _FsspecTree:
         # Other machines write here too: nothing may be answered from memory.
         self._fs.invalidate_cache()
 
-    def checkpoints(self) -> Iterator[str]:
-        marker = f"/{ROOT}"
+    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
         with storage_errors("walk", self._root):
-            for folder, _, _ in self._fs.walk(self._root):
-                if str(folder).endswith(marker):
-                    yield str(self._fs.unstrip_protocol(str(folder).removesuffix(marker)))
+            for folder, below, files in self._fs.walk(self._root):
+                if ROOT in below or (plain and DCP_METADATA in files):
+                    yield str(self._fs.unstrip_protocol(str(folder)))
 
     def names(self, path: str) -> list[str]:
         with storage_errors("list", path):
@@ -214,6 +251,32 @@ class _FsspecTree:
                 return facts_of(self._fs.info(self._inside(path)))
             except (FileNotFoundError, NotADirectoryError):
                 return None
+
+    def sizes(self, path: str, wanted: Collection[str], tell: Callable[[int], None]) -> dict[str, int]:
+        listed = self._listed_sizes(path)
+        asked = [name for name in wanted if listed.get(name, -1) is None]
+        absent = [name for name in wanted if name not in listed]
+        if absent and self.facts(f"{path}/{absent[0]}") is not None:  # a filesystem that cannot list
+            asked += absent
+        tell(len(wanted) - len(asked))
+
+        def look(name: str) -> int | None:
+            found = self.facts(f"{path}/{name}")
+            tell(1)
+            return None if found is None else found.size_bytes
+
+        told = dict(zip(asked, side_by_side(look, asked), strict=True))
+        known = {name: told.get(name, listed.get(name)) for name in wanted}
+        return {name: size for name, size in known.items() if size is not None}
+
+    def _listed_sizes(self, path: str) -> dict[str, int | None]:
+        """Sizes of the files in a directory as its listing has them; None where it does not say."""
+        with storage_errors("list", path):
+            try:
+                listed = self._fs.ls(self._inside(path), detail=True)
+            except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+                return {}
+        return {str(info["name"]).rpartition("/")[2]: info.get("size") for info in listed if info["type"] == "file"}
 
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         with storage_errors("read", path):

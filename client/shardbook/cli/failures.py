@@ -15,6 +15,7 @@ from shardbook.errors import (
     PermissionDeniedError,
     ResourceExhaustedError,
     ShardbookError,
+    StorageError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -31,6 +32,9 @@ INTERRUPTED: Final = 130
 #: What ``report`` knows how to report.
 HANDLED: Final = (ShardbookError, KeyboardInterrupt)
 
+#: Reasons of what was not found on storage; the catalogue is no place to look for it.
+_ABOUT_DIRECTORIES: Final = frozenset({"NO_DIRECTORY", "NO_CHECKPOINT", "INCOMPLETE"})
+
 _CODES: Final[tuple[tuple[type[ShardbookError], int], ...]] = (
     (InvalidArgumentError, USAGE),
     (NotFoundError, NOT_FOUND),
@@ -40,6 +44,7 @@ _CODES: Final[tuple[tuple[type[ShardbookError], int], ...]] = (
     (DeadlineExceededError, UNAVAILABLE),
     (ResourceExhaustedError, UNAVAILABLE),
     (InternalError, UNAVAILABLE),
+    (StorageError, UNAVAILABLE),
     (FailedPreconditionError, NEGATIVE),
 )
 
@@ -57,12 +62,12 @@ def exit_code(error: BaseException) -> int:
 
 def hint(error: BaseException) -> str | None:
     """Returns the next command for ``error``; None where the message already names it, or there is none."""
-    if isinstance(error, NotFoundError) and error.reason != "NO_DIRECTORY":
+    if isinstance(error, NotFoundError) and error.reason not in _ABOUT_DIRECTORIES:
         # The server's own advice is the better one: it knows what is there.
         if "`shardbook " in error.message:
             return None
         return "`shardbook runs` lists the runs, `shardbook ls project/run --all` every attempt of one"
-    if isinstance(error, UnauthenticatedError | PermissionDeniedError):
+    if isinstance(error, UnauthenticatedError | PermissionDeniedError) and error.reason != "STORAGE_DENIED":
         return "set SHARDBOOK_TOKEN to a token that is valid and allows this"
     if isinstance(error, InternalError):
         return "this is a bug of Shardbook: please report it with the server's log"
