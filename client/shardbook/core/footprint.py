@@ -25,7 +25,7 @@ NO_RANK: Final = -1
 NOT_THERE: Final = -1
 
 #: How DCP's writers call their files: `__{rank}_{n}.distcp`.
-_RANKED: Final = re.compile(r"(?:.*/)?__([0-9]{1,10})_[^/]*", re.DOTALL)
+_RANKED: Final = re.compile(r"(?:.*/)?__([0-9]{1,10})_[^/]+", re.DOTALL)
 
 
 def rank_of_file(path: str) -> int | None:

@@ -1,0 +1,350 @@
+"""``shardbook.verify`` of directories, without any service: what is gone, what is cut, and what it says of it."""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+import shardbook
+from shardbook import _trees
+from shardbook.config import ClientConfig
+from shardbook.core import directory as files
+from shardbook.core.limits import MAX_NAMED_FILES
+from shardbook.core.manifest import AttemptIdentity
+from shardbook.errors import (
+    CorruptManifestError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    StorageError,
+)
+from shardbook.verifying import FaultKind, VerifyReport
+from tests.behaviour.client.data_files import FILES, WORLD_SIZE, records, write_checkpoint
+from tests.behaviour.client.directories import CheckpointDirectory, identity
+
+WHO = identity(1500)
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    """A whole checkpoint with its data."""
+    write_checkpoint(tmp_path / "step-1500", WHO)
+    return tmp_path / "step-1500"
+
+
+def _told(report: VerifyReport) -> list[tuple[Any, ...]]:
+    """What the faults say, in short."""
+    return [
+        (
+            fault.kind.value,
+            fault.rank,
+            fault.file.removeprefix(f"{WHO.prefix}/"),
+            fault.expected_bytes,
+            fault.found_bytes,
+        )
+        for fault in report.faults
+    ]
+
+
+def test_a_whole_checkpoint_is_all_there(step: Path) -> None:
+    """Several files a rank, a rank without any, one with gaps and transforms; nothing is written, no server asked."""
+    before = {path: path.stat().st_mtime_ns for path in step.rglob("*")}
+    report = shardbook.verify(step, config=ClientConfig(server="127.0.0.1:1"))
+    assert (True, (), 0, ()) == (report.is_ok, report.faults, report.lost_bytes, report.faulty_ranks)
+    assert ("manifest", WORLD_SIZE, 6, 9) == (
+        report.source,
+        report.world_size,
+        report.file_count,
+        report.extent_count,
+    )
+    assert 34 + 16 + 35 + 16 + 12 + 8 + 9 == report.size_bytes
+    assert report.ref is not None
+    assert report.ref.startswith("llm/8b@1500.s0.a1.")
+    assert before == {path: path.stat().st_mtime_ns for path in step.rglob("*")}
+
+
+def test_a_longer_file_and_a_strange_one_lose_nothing(step: Path) -> None:
+    """Only what the checkpoint names counts."""
+    (step / WHO.prefix / "__0_1.distcp").write_bytes(bytes(400))
+    (step / WHO.prefix / "__9_0.distcp").write_bytes(b"")
+    assert shardbook.verify(step).is_ok
+
+
+@pytest.mark.parametrize("size", [0, 1, 23, 24, 33])
+def test_a_truncated_file_is_named_with_what_it_lost(step: Path, size: int) -> None:
+    """Rank, file, bytes expected and found, from which byte, how many bytes of how many extents, of which entries."""
+    (step / WHO.prefix / "__0_0.distcp").write_bytes(bytes(size))
+    report = shardbook.verify(step)
+    assert not report.is_ok
+    assert [("truncated", 0, "__0_0.distcp", 34, size)] == _told(report)
+    (fault,) = report.faults
+    hurt = ("model.w", "note.0") if size < 24 else ("note.0",)
+    assert (size, len(hurt), 34 - size, hurt) == (fault.offset, fault.extent_count, fault.lost_bytes, fault.fqns)
+    assert ({"missing": 0, "truncated": 1, "overlapping": 0}, (0,), 1, 34 - size) == (
+        report.to_json()["fault_counts"],
+        report.faulty_ranks,
+        report.faulty_rank_count,
+        report.lost_bytes,
+    )
+
+
+def test_what_lies_behind_a_gap_is_lost_from_where_it_begins(step: Path) -> None:
+    """Bytes that no extent has are no loss: the file of the compressing rank ends within its gap."""
+    (step / WHO.prefix / "__3_0.distcp").write_bytes(bytes(20))
+    (fault,) = shardbook.verify(step).faults
+    assert (32, 20, 24, 1, 8, ("note.3",)) == (
+        fault.expected_bytes,
+        fault.found_bytes,
+        fault.offset,
+        fault.extent_count,
+        fault.lost_bytes,
+        fault.fqns,
+    )
+
+
+def test_a_missing_file_is_lost_whole(step: Path) -> None:
+    """A directory or a dangling link under its name is no file."""
+    target = step / WHO.prefix / "__1_0.distcp"
+    target.unlink()
+    missing = [("missing", 1, "__1_0.distcp", 35, None)]
+    assert missing == _told(shardbook.verify(step))
+    target.symlink_to(step / "nothing")
+    assert missing == _told(shardbook.verify(step))
+    target.unlink()
+    target.mkdir()
+    assert missing == _told(shardbook.verify(step))
+
+
+def test_links_to_files_are_followed(step: Path, tmp_path: Path) -> None:
+    """Data may lie elsewhere."""
+    target = step / WHO.prefix / "__1_0.distcp"
+    target.rename(tmp_path / "elsewhere")
+    target.symlink_to(tmp_path / "elsewhere")
+    assert shardbook.verify(step).is_ok
+
+
+def test_a_missing_directory_loses_every_file_of_it(step: Path) -> None:
+    """By rank, and in full numbers."""
+    (step / WHO.prefix).rename(step / "moved")
+    report = shardbook.verify(step)
+    assert [(0, "__0_0.distcp"), (0, "__0_1.distcp"), (1, "__1_0.distcp")] == [told[1:3] for told in _told(report)[:3]]
+    assert (6, (0, 1, 3), report.size_bytes) == (report.fault_count, report.faulty_ranks, report.lost_bytes)
+
+
+def test_ranks_can_be_chosen(step: Path) -> None:
+    """Only their files are looked at; one that wrote nothing has nothing to lose; one that is none is an error."""
+    (step / WHO.prefix / "__1_0.distcp").unlink()
+    assert not shardbook.verify(step, ranks=[1]).is_ok
+    report = shardbook.verify(step, ranks=[3, 0, 3])
+    assert (True, 4, (0, 3)) == (report.is_ok, report.file_count, report.ranks)
+    nothing = shardbook.verify(step, ranks=[2])
+    assert (True, 0, 0) == (nothing.is_ok, nothing.file_count, nothing.size_bytes)
+    with pytest.raises(InvalidArgumentError) as caught:
+        shardbook.verify(step, ranks=[0, 4])
+    assert ("RANK_OUT_OF_RANGE", "ranks") == (caught.value.reason, caught.value.violations[0].field)
+
+
+def test_faults_are_counted_in_full_and_named_within_a_limit(tmp_path: Path) -> None:
+    """Many ranks lose their file: the first 50 are named, by rank."""
+    who = identity(7, world_size=120)
+    CheckpointDirectory(tmp_path).add_manifest(who)
+    report = shardbook.verify(tmp_path)
+    assert list(range(MAX_NAMED_FILES)) == [fault.rank for fault in report.faults]
+    assert (120, 120, 120 * 24, 50) == (
+        report.fault_counts[FaultKind.MISSING],
+        report.faulty_rank_count,
+        report.lost_bytes,
+        len(report.faulty_ranks),
+    )
+
+
+def test_records_that_nobody_folded_count_too(tmp_path: Path) -> None:
+    """What a load would find is what is looked for; the newest attempt counts."""
+    older, newer = identity(7, session=1), identity(7, session=2, incarnation=b"n" * 16)
+    directory = CheckpointDirectory(tmp_path).add_manifest(older).add_records(newer)
+    report = shardbook.verify(tmp_path)
+    assert ("llm/8b@7.s2.a1", newer.prefix) == (report.ref, report.faults[0].file.partition("/")[0])
+    directory.add_records(identity(7, session=3, incarnation=b"x" * 16), without=(1,))
+    assert "llm/8b@7.s2.a1" == shardbook.verify(tmp_path).ref
+
+
+def test_extents_that_claim_the_same_bytes_are_a_fault(tmp_path: Path) -> None:
+    """However the files are: a manifest that says so cannot be right."""
+    content = _overlapping(WHO)
+    path = tmp_path / files.manifest_path(WHO.prefix)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    (tmp_path / WHO.prefix).mkdir()
+    for name, size in FILES.items():
+        (tmp_path / WHO.prefix / name).write_bytes(bytes(size))
+    (fault,) = shardbook.verify(tmp_path).faults
+    assert ("overlapping", 3, 8, 1, 0, ("model.w", "note.3")) == (
+        fault.kind,
+        fault.rank,
+        fault.offset,
+        fault.extent_count,
+        fault.lost_bytes,
+        fault.fqns,
+    )
+
+
+def _overlapping(who: AttemptIdentity) -> bytes:
+    """A manifest in which the last rank's note begins within its matrix."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from shardbook.core.extents import Extents, encode_extents
+    from shardbook.core.fold import fold
+
+    ranks = records(replace(who, world_size=WORLD_SIZE))
+    extents = Extents(lengths=np.array([12, 8, 9]), starts=np.array([5, 8, 0]))
+    ranks[3] = replace(ranks[3], extents=encode_extents(extents))
+    return fold(ranks).manifest.to_bytes()
+
+
+class TestOtherFilesystems:
+    """What fsspec opens: sizes come with the listing."""
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> str:
+        """A whole checkpoint in memory."""
+        url = f"memory://{uuid.uuid4().hex}/step-1500"
+        filesystem = fsspec.filesystem("memory")
+        for name, content in write_checkpoint(tmp_path, WHO).items():
+            filesystem.pipe_file(f"{url}/{name}", content)
+        return url
+
+    def test_sizes_come_from_one_listing_a_directory(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No question a file, and no file is opened."""
+        filesystem = fsspec.filesystem("memory")
+        listed: list[str] = []
+        original = type(filesystem).ls
+
+        def ls(self: Any, path: str, **options: Any) -> Any:
+            if options.get("detail"):
+                listed.append(path)
+            return original(self, path, **options)
+
+        monkeypatch.setattr(type(filesystem), "ls", ls)
+        report = shardbook.verify(url)
+        assert (True, url, 6) == (report.is_ok, report.directory, report.file_count)
+        assert 1 == sum(path.endswith(WHO.prefix) for path in listed)
+
+    def test_losses_are_found(self, url: str) -> None:
+        """Gone and cut, as on a disk."""
+        filesystem = fsspec.filesystem("memory")
+        filesystem.rm(f"{url}/{WHO.prefix}/__1_1.distcp")
+        filesystem.pipe_file(f"{url}/{WHO.prefix}/__3_1.distcp", b"")
+        assert [("missing", 1, "__1_1.distcp", 16, None), ("truncated", 3, "__3_1.distcp", 9, 0)] == _told(
+            shardbook.verify(url)
+        )
+        filesystem.rm(f"{url}/{WHO.prefix}", recursive=True)
+        assert 6 == shardbook.verify(url).fault_counts[FaultKind.MISSING]
+
+    @pytest.mark.parametrize("answer", ["nothing", "error", "no sizes"])
+    def test_a_filesystem_that_does_not_list_is_asked_file_by_file(
+        self, url: str, answer: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Some web servers list nothing, others no sizes; that is not the same as losing everything."""
+        filesystem = fsspec.filesystem("memory")
+        filesystem.rm(f"{url}/{WHO.prefix}/__1_1.distcp")
+        original = type(filesystem).ls
+
+        def ls(self: Any, path: str, **options: Any) -> Any:
+            if not options.get("detail") or not path.endswith(WHO.prefix):
+                return original(self, path, **options)
+            if answer == "error":
+                raise FileNotFoundError(path)
+            if answer == "nothing":
+                return []
+            return [{**info, "size": None} for info in original(self, path, **options)]
+
+        monkeypatch.setattr(type(filesystem), "ls", ls)
+        assert [("missing", 1, "__1_1.distcp", 16, None)] == _told(shardbook.verify(url))
+
+    def test_a_url_without_anything_is_not_found(self) -> None:
+        """Object stores know no empty directories."""
+        with pytest.raises(NotFoundError) as caught:
+            shardbook.verify("memory://nobody/step-1")
+        assert "NO_CHECKPOINT" == caught.value.reason
+
+    def test_what_a_library_raises_is_a_storage_error(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its words are kept."""
+
+        def ls(self: Any, path: str, **options: Any) -> Any:
+            raise RuntimeError("throttled")
+
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "ls", ls)
+        with pytest.raises(StorageError, match="throttled"):
+            shardbook.verify(url)
+
+
+class TestRefusals:
+    """What is no verdict on the data."""
+
+    def test_there_is_no_such_directory(self, tmp_path: Path) -> None:
+        """A path that is not there, or is a file, or holds nothing."""
+        (tmp_path / "file").touch()
+        for path, reason in (("absent", "NO_DIRECTORY"), ("file", "NO_DIRECTORY"), ("", "NO_CHECKPOINT")):
+            with pytest.raises(NotFoundError) as caught:
+                shardbook.verify(tmp_path / path)
+            assert reason == caught.value.reason
+
+    def test_an_attempt_without_all_ranks_is_no_checkpoint(self, tmp_path: Path) -> None:
+        """The save did not finish; who is there is told."""
+        CheckpointDirectory(tmp_path).add_records(WHO, without=(2,))
+        with pytest.raises(NotFoundError, match=r"\(3 ranks\)") as caught:
+            shardbook.verify(tmp_path)
+        assert "INCOMPLETE" == caught.value.reason
+
+    def test_a_damaged_manifest_is_an_error(self, step: Path) -> None:
+        """Without it nobody knows what there should be."""
+        for path in step.rglob("manifest"):
+            path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(CorruptManifestError):
+            shardbook.verify(step)
+
+    def test_storage_that_refuses_is_told_apart(self, step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not being allowed to look is no loss, and neither is a disk that fails."""
+
+        def names(self: Any, path: str) -> list[str]:
+            if path.endswith(WHO.prefix) and ".shardbook" not in path:
+                raise PermissionError(13, "Permission denied", path)
+            return original(self, path)
+
+        original = _trees._LocalTree.names
+        monkeypatch.setattr(_trees._LocalTree, "names", names)
+        with pytest.raises(PermissionDeniedError) as caught:
+            shardbook.verify(step)
+        assert "STORAGE_DENIED" == caught.value.reason
+
+    def test_a_failing_disk_is_a_storage_error(self, step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And no loss either."""
+
+        def fail(path: str) -> int:
+            raise OSError(5, "Input/output error", path)
+
+        monkeypatch.setattr(_trees, "_file_size", fail)
+        with pytest.raises(StorageError, match="Input/output"):
+            shardbook.verify(step)
+
+
+def test_progress_is_told_up_to_the_end(step: Path) -> None:
+    """In files; it never goes back."""
+    told: list[tuple[int, int]] = []
+    (step / WHO.prefix / "__1_0.distcp").unlink()
+    shardbook.verify(step, progress=lambda done, total: told.append((done, total)))
+    assert (6, 6) == told[-1]
+    assert sorted(told) == told
+
+
+def test_reports_are_plain_values(step: Path) -> None:
+    """They travel between processes."""
+    report = shardbook.verify(step)
+    assert report == pickle.loads(pickle.dumps(report))
