@@ -7,11 +7,11 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 from shardbook._side_by_side import side_by_side
 from shardbook.core.directory import DCP_METADATA, ROOT, is_prefix
@@ -55,6 +55,10 @@ class Tree(Protocol):
 
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         """Returns the last ``count`` bytes of a file of ``size_bytes``."""
+        ...
+
+    def open(self, path: str) -> AbstractContextManager[IO[bytes]]:
+        """Opens a file for reading, until the block ends; raises FileNotFoundError when it is not there."""
         ...
 
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
@@ -195,6 +199,9 @@ class _LocalTree:
             file.seek(max(0, size_bytes - count))
             return file.read(count)
 
+    def open(self, path: str) -> AbstractContextManager[IO[bytes]]:
+        return Path(path).open("rb")
+
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -282,6 +289,11 @@ class _FsspecTree:
         with storage_errors("read", path):
             content: bytes = self._fs.cat_file(self._inside(path), start=max(0, size_bytes - count), end=size_bytes)
             return content
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        with storage_errors("read", path), self._fs.open(self._inside(path), "rb") as stream:
+            yield stream
 
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         with storage_errors("write", path):

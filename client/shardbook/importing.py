@@ -153,7 +153,7 @@ def import_directories(
     client: Client,
     directories: Iterable[str],
     into: ImportInto,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[ImportedCheckpoint]:
     """Records checkpoint directories, one by one. Idempotent: the same content again is ``PRESENT``.
 
@@ -161,7 +161,7 @@ def import_directories(
         client: The server.
         directories: As ``find_directories`` returns them.
         into: Where to.
-        progress: Hears how many of how many are done.
+        progress: Hears how many of how many are done, and of what: ``directories``.
 
     Yields:
         One result a directory, as it is done.
@@ -182,7 +182,7 @@ def import_directories(
     for done, directory in enumerate(wanted, 1):
         yield import_directory(client, directory, into)
         if progress is not None:
-            progress(done, len(wanted))
+            progress(done, len(wanted), "directories")
 
 
 def import_directory(client: Client, directory: str, into: ImportInto) -> ImportedCheckpoint:

@@ -39,13 +39,13 @@ class Extent:
 def footprint(extents: list[Extent]) -> Footprint:
     """The footprint of extents; each is an entry of its own."""
     file_count = 1 + max((one.file for one in extents), default=-1)
-    columns = (
-        np.array([getattr(one, name) for one in extents], dtype=np.int64) for name in ("file", "start", "length")
-    )
+    numbers = np.array([(one.file, one.start, one.length) for one in extents], dtype=np.int64).reshape(-1, 3)
     return Footprint.of(
         [f"f{number}" for number in range(file_count)],
         list(range(file_count)),
-        *columns,
+        numbers[:, 0],
+        numbers[:, 1],
+        numbers[:, 2],
         np.arange(len(extents), dtype=np.int64),
         tuple(f"e{number}" for number in range(len(extents))),
     )

@@ -16,19 +16,20 @@ _SOON_S: Final = 1.0
 
 
 @contextmanager
-def shown(what: str, *, is_wanted: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Yields what hears how many of how many are done, from any thread; shows it and takes it away at the end.
+def shown(what: str, *, is_wanted: bool = True) -> Iterator[Callable[[int, int, str], None]]:
+    """Yields what hears how many of how many are done, and of what, from any thread; takes it away at the end.
 
     Args:
         what: What is being done, for people.
         is_wanted: False shows nothing.
     """
     if not (is_wanted and sys.stderr.isatty()):
-        yield lambda _done, _total: None
+        yield lambda _done, _total, _unit: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    unit = TextColumn("{task.fields[unit]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), unit, TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(what, total=None)
+    task = bar.add_task(what, total=None, unit="")
     lock, has_ended = Lock(), False
 
     def start() -> None:
@@ -40,7 +41,7 @@ def shown(what: str, *, is_wanted: bool = True) -> Iterator[Callable[[int, int],
     timer.daemon = True
     timer.start()
     try:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, unit: bar.update(task, completed=done, total=total, unit=unit)
     finally:
         timer.cancel()
         with lock:

@@ -16,6 +16,7 @@ from shardbook.verifying import FaultKind, FileFault, VerifyReport, verify
 EXAMPLES = """\b
 Examples:
   shardbook verify llm/8b-v3@latest
+  shardbook verify llm/8b-v3@1500 --checksums
   shardbook verify /lustre/ckpt/8b-v3/step-1500 --rank 17 --rank 18
   shardbook verify s3://bucket/ckpt/step-1500 --json | jq .report.faults"""
 _COLUMNS = (
@@ -39,6 +40,10 @@ def verify_checkpoint(
     ranks: Annotated[
         list[int] | None, typer.Option("--rank", metavar="N", min=0, help="Only what this rank wrote; repeatable.")
     ] = None,
+    checksums: Annotated[
+        bool,
+        typer.Option("--checksums", help="Read the bytes too, and compare them with the checksums that were kept."),
+    ] = False,
     trusted: Annotated[
         bool,
         typer.Option(
@@ -52,12 +57,14 @@ def verify_checkpoint(
 ) -> None:
     """Check that every data file of a checkpoint is there, and long enough for all that lies in it.
 
-    Sizes are compared, bytes are not read. A directory needs no server; one that plain DCP wrote needs torch. Exits 1
-    when anything is lost, and names rank, file and what is missing of the first 50 files.
+    Sizes are compared; bytes are read with --checksums alone. A directory needs no server; one that plain DCP wrote
+    needs torch. Exits 1 when anything is lost, and names rank, file and what is missing of the first 50 files.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
-    with progress.shown("looking at files", is_wanted=not is_plain) as tell:
-        report = verify(target, ranks=ranks, trusted=trusted, config=config, client=client, progress=tell)
+    with progress.shown("verifying", is_wanted=not is_plain) as tell:
+        report = verify(
+            target, ranks=ranks, checksums=checksums, trusted=trusted, config=config, client=client, progress=tell
+        )
     if as_json:
         output.print_json({"report": report.to_json()})
     else:
@@ -83,6 +90,8 @@ def _summary(target: str, report: VerifyReport) -> list[str]:
         f"{_counted(report.file_count, 'file')} of {_counted(rank_count, 'rank')}, "
         f"{output.size(report.size_bytes)} in {_counted(report.extent_count, 'extent')}{where}"
     )
+    if report.checked_count is not None:
+        looked += f"; {output.count(report.checked_count)} of them compared with their checksums"
     if report.is_ok:
         return [f"{target}: all there: {looked}"]
     counts = report.fault_counts

@@ -16,6 +16,7 @@ import numpy as np
 from shardbook.core import limits
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import BoolArray, Int64Array
+from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.locate import Located
 from shardbook.errors import CorruptManifestError
 
@@ -62,6 +63,7 @@ class Footprint:
         start: (N,) first byte in it.
         length: (N,) bytes.
         entry: (N,) index into ``fqns``.
+        checksum: (N,) CRC32C of its bytes; NO_CHECKSUM where none was kept.
         fqns: Names of the checkpoint's entries.
 
     Raises:
@@ -74,6 +76,7 @@ class Footprint:
     start: Int64Array
     length: Int64Array
     entry: Int64Array
+    checksum: Int64Array
     fqns: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -96,6 +99,7 @@ class Footprint:
         length: Int64Array,
         entry: Int64Array,
         fqns: tuple[str, ...],
+        checksum: Int64Array | None = None,
     ) -> Footprint:
         """Returns the footprint of extents in files that may be named more than once, or have no extent at all.
 
@@ -107,6 +111,7 @@ class Footprint:
             length: (N,) bytes.
             entry: (N,) index into ``fqns``.
             fqns: Names of entries.
+            checksum: (N,) checksums; None when none was kept.
         """
         used = np.flatnonzero(np.bincount(number, minlength=len(names)) > 0).tolist()
         distinct: dict[str, int] = {}
@@ -117,7 +122,10 @@ class Footprint:
             if file == len(writers):
                 rank = ranks[at]
                 writers.append(NO_RANK if rank is None else rank)
-        return cls(tuple(distinct), np.array(writers, dtype=np.int64), index[number], start, length, entry, fqns)
+        if checksum is None:
+            checksum = np.full(len(number), NO_CHECKSUM, dtype=np.int64)
+        writer = np.array(writers, dtype=np.int64)
+        return cls(tuple(distinct), writer, index[number], start, length, entry, checksum, fqns)
 
     @classmethod
     def of_columns(
@@ -151,7 +159,8 @@ class Footprint:
         place = np.zeros(int(first[-1]), dtype=np.int64)
         place[used] = np.arange(len(used))
         entry = np.repeat(np.arange(structure.entry_count), structure.chunk_counts).astype(np.int64)
-        return cls.of(names, ranks, place[number], located.start, located.length, entry, structure.fqns)
+        start, length = located.start, located.length
+        return cls.of(names, ranks, place[number], start, length, entry, structure.fqns, located.checksum)
 
     @property
     def file_count(self) -> int:
@@ -207,6 +216,7 @@ class Footprint:
             start=self.start[rows],
             length=self.length[rows],
             entry=self.entry[rows],
+            checksum=self.checksum[rows],
         )
 
     def lost(self, sizes: Int64Array) -> Lost:

@@ -63,9 +63,9 @@ class TestPlainCheckpoints:
             step: (one.session, one.live, one.recovered, one.prefix) for step, one in found.items()
         }
         assert 20 == client.get_checkpoint(f"{run}@latest").step
-        state = {"w": torch.zeros(6, 10), "optim": {"lr": 0.0}, "v": torch.zeros(3, dtype=torch.bfloat16)}
+        state: dict[str, Any] = {"w": torch.zeros(6, 10), "optim": {"lr": 0.0}, "v": torch.zeros(3).bfloat16()}
         dcp.load(state, f"{run}@10")
-        assert (1770.0, 0.1, 3.0) == (float(state["w"].sum()), state["optim"]["lr"], float(state["v"].sum()))  # type: ignore[index,union-attr]
+        assert (1770.0, 0.1, 3.0) == (float(state["w"].sum()), state["optim"]["lr"], float(state["v"].sum()))
         assert 0 == shardbook("verify", f"{run}@10").code
 
     def test_metadata_comes_back_as_it_was(

@@ -84,6 +84,21 @@ class TestRefs:
         assert "files of 2 ranks: 1 missing, 1 truncated; 13 B lost" == ran.out.splitlines()[-1]
         assert (0, 1) == tuple(shardbook("verify", f"{run}@1500", "--rank", rank).code for rank in ("1", "3"))
 
+    def test_checksums_are_compared_when_asked_for(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """They come with the metadata from the catalogue, too."""
+        who = identity(1500, run=run)
+        write_checkpoint(tmp_path / "step-1500", who, has_sums=True)
+        assert 0 == shardbook("sync", str(tmp_path)).code
+        ran = shardbook("verify", f"{run}@1500", "--checksums")
+        assert (0, True) == (ran.code, ran.out.endswith("; 6 of them compared with their checksums\n"))
+        data = tmp_path / "step-1500" / who.prefix / "__1_0.distcp"
+        data.write_bytes(bytes(35))
+        assert 0 == shardbook("verify", f"{run}@1500").code
+        ran = shardbook("verify", f"{run}@1500", "--checksums")
+        assert (1, "files of 1 rank: 1 altered; 35 B lost") == (ran.code, ran.out.splitlines()[-1])
+
     def test_json_has_the_documented_keys(self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str) -> None:
         """What docs/cli.md lists from the code, no more and no less."""
         (recorded(shardbook, tmp_path, run) / "__0_0.distcp").unlink()
@@ -92,7 +107,7 @@ class TestRefs:
         assert (1, ["report"]) == (ran.code, list(ran.json))
         assert [field.name for field in dataclasses.fields(VerifyReport)] == list(report)
         assert [field.name for field in dataclasses.fields(FileFault)] == list(report["faults"][0])
-        assert ("catalogue", [0, 1], {"missing": 1, "truncated": 0, "overlapping": 0}, "missing") == (
+        assert ("catalogue", [0, 1], {"missing": 1, "truncated": 0, "overlapping": 0, "altered": 0}, "missing") == (
             report["source"],
             report["ranks"],
             report["fault_counts"],
@@ -254,13 +269,13 @@ class TestTerminal:
         monkeypatch.setattr(progress, "_SOON_S", 0.0)
         monkeypatch.setattr("sys.stderr.isatty", lambda: True)
         monkeypatch.setenv("TTY_COMPATIBLE", "1")
-        with progress.shown("looking at files") as tell:
-            tell(1, 2)
+        with progress.shown("verifying") as tell:
+            tell(1, 2, "files")
         write_checkpoint(tmp_path, identity(1500))
         shown = [shardbook("verify", str(tmp_path), *more) for more in ((), ("--plain",), ("--plain", "--json"))]
         assert [0, 0, 0] == [ran.code for ran in shown]
         assert ["", ""] == [ran.err for ran in shown[1:]]
-        assert all("looking" not in ran.out for ran in shown)
+        assert all("verifying" not in ran.out for ran in shown)
 
     def test_plain_tables_are_whole_on_narrow_terminals(
         self, shardbook: Shardbook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

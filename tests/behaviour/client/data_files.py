@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from shardbook.core import directory as files
-from shardbook.core.extents import Extents, encode_extents
+from shardbook.core.extents import NO_CHECKSUM, Extents, encode_extents
 from shardbook.core.fold import fold
 from shardbook.core.manifest import AttemptIdentity, RegistrationRecord, StoredBlob
 from shardbook.core.structure import BlobKind, FileName, RankStructure, encode_plan, encode_structure
@@ -29,7 +31,28 @@ FILES = {
 }
 
 
-def _record(who: AttemptIdentity, rank: int, items: Sequence[Item]) -> RegistrationRecord:
+#: First byte and length of each rank's items, file by file: two in the first, one in the second.
+_PLACES = {
+    0: ((0, 24), (24, 10), (0, 16)),
+    1: ((0, 24), (24, 11), (0, 16)),
+    3: ((5, 12), (24, 8), (0, 9)),
+}
+
+
+def content_of(name: str) -> bytes:
+    """Content of a data file; no two items are alike."""
+    return random.Random(name).randbytes(FILES[name])
+
+
+def _checksums(rank: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Checksums of a rank's items in file order; of the last one nobody kept any."""
+    first, second = content_of(f"__{rank}_0.distcp"), content_of(f"__{rank}_1.distcp")
+    places = zip((first, first, second), _PLACES[rank], strict=True)
+    sums = [google_crc32c.value(content[start : start + length]) for content, (start, length) in places]
+    return np.array([*sums[:2], NO_CHECKSUM], dtype=np.int64)
+
+
+def _record(who: AttemptIdentity, rank: int, items: Sequence[Item], *, has_sums: bool) -> RegistrationRecord:
     """A rank whose first and third item are in one file, and the second in another."""
     plan = plan_of(items)
     compresses = rank == 3
@@ -50,6 +73,8 @@ def _record(who: AttemptIdentity, rank: int, items: Sequence[Item]) -> Registrat
             transforms=(("zstd",),),
             transform_index=np.array([1, 0, 1]),
         )
+    if items and has_sums:
+        extents = replace(extents, checksums=_checksums(rank))
     table = encode_table(plan.table)
     encoded_plan = encode_plan(plan, table.digest)
     encoded = encode_structure(structure, encoded_plan.digest)
@@ -64,7 +89,7 @@ def _record(who: AttemptIdentity, rank: int, items: Sequence[Item]) -> Registrat
     )
 
 
-def records(who: AttemptIdentity) -> list[RegistrationRecord]:
+def records(who: AttemptIdentity, *, has_sums: bool = False) -> list[RegistrationRecord]:
     """What the four ranks left: rows of two matrices, and a note each."""
     items: dict[int, list[Item]] = {2: []}
     for at, rank in enumerate((0, 1, 3)):
@@ -73,18 +98,19 @@ def records(who: AttemptIdentity) -> list[RegistrationRecord]:
             shard("model.v", (6, 2), (2 * at, 0), (2, 2)),
             raw(f"note.{rank}"),
         ]
-    return [_record(who, rank, items[rank]) for rank in range(WORLD_SIZE)]
+    return [_record(who, rank, items[rank], has_sums=has_sums) for rank in range(WORLD_SIZE)]
 
 
-def write_checkpoint(path: Path, who: AttemptIdentity) -> dict[str, bytes]:
+def write_checkpoint(path: Path, who: AttemptIdentity, *, has_sums: bool = False) -> dict[str, bytes]:
     """Writes a whole checkpoint: data and manifest; returns what is in it by path, for other filesystems.
 
     Args:
         path: Its directory, which is made.
         who: The attempt, of four ranks.
+        has_sums: Whether two of three items have a checksum.
     """
-    content = fold(records(replace(who, world_size=WORLD_SIZE))).manifest.to_bytes()
-    made = {f"{who.prefix}/{name}": bytes(size) for name, size in FILES.items()}
+    content = fold(records(replace(who, world_size=WORLD_SIZE), has_sums=has_sums)).manifest.to_bytes()
+    made = {f"{who.prefix}/{name}": content_of(name) for name in FILES}
     made |= {files.manifest_path(who.prefix): content, files.MANIFEST: content}
     for name, data in made.items():
         target = path / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_a_truncated_file_is_named_with_what_it_lost(step: Path, size: int) -> N
     (fault,) = report.faults
     hurt = ("model.w", "note.0") if size < 24 else ("note.0",)
     assert (size, len(hurt), 34 - size, hurt) == (fault.offset, fault.extent_count, fault.lost_bytes, fault.fqns)
-    assert ({"missing": 0, "truncated": 1, "overlapping": 0}, (0,), 1, 34 - size) == (
+    assert ({"missing": 0, "truncated": 1, "overlapping": 0, "altered": 0}, (0,), 1, 34 - size) == (
         report.to_json()["fault_counts"],
         report.faulty_ranks,
         report.faulty_rank_count,
@@ -206,6 +207,94 @@ def _overlapping(who: AttemptIdentity) -> bytes:
     extents = Extents(lengths=np.array([12, 8, 9]), starts=np.array([5, 8, 0]))
     ranks[3] = replace(ranks[3], extents=encode_extents(extents))
     return fold(ranks).manifest.to_bytes()
+
+
+class TestChecksums:
+    """Bytes are compared where somebody kept a checksum of them, and only when asked."""
+
+    @pytest.fixture
+    def summed(self, tmp_path: Path) -> Path:
+        """A whole checkpoint of whose nine items six have a checksum."""
+        write_checkpoint(tmp_path / "summed", WHO, has_sums=True)
+        return tmp_path / "summed"
+
+    def test_a_sound_checkpoint(self, summed: Path, step: Path) -> None:
+        """How many were compared is told; nothing is compared of what nobody summed."""
+        report = shardbook.verify(summed, checksums=True)
+        assert (True, 6, 0) == (report.is_ok, report.checked_count, report.lost_bytes)
+        assert 2 == shardbook.verify(summed, checksums=True, ranks=[2, 3]).checked_count
+        assert (None, 0) == (
+            shardbook.verify(summed).checked_count,
+            shardbook.verify(step, checksums=True).checked_count,
+        )
+
+    @pytest.mark.parametrize("slice_bytes", [1, 7, 1 << 20])
+    def test_altered_bytes_are_named(self, summed: Path, slice_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One bit of one item: rank, file, where the item begins, how many bytes it has, whose they are."""
+        monkeypatch.setattr("shardbook.verifying.sums._SLICE_BYTES", slice_bytes)
+        path = summed / WHO.prefix / "__3_0.distcp"
+        content = bytearray(path.read_bytes())
+        content[31] ^= 1
+        path.write_bytes(content)
+        assert shardbook.verify(summed).is_ok
+        report = shardbook.verify(summed, checksums=True)
+        (fault,) = report.faults
+        assert (("altered", 3, 32, 32), (24, 1, 8, ("note.3",)), 8) == (
+            (fault.kind, fault.rank, fault.expected_bytes, fault.found_bytes),
+            (fault.offset, fault.extent_count, fault.lost_bytes, fault.fqns),
+            report.lost_bytes,
+        )
+        content[5] ^= 1  # and the item before it, in another place of the file
+        path.write_bytes(content)
+        (fault,) = shardbook.verify(summed, checksums=True).faults
+        assert (5, 2, 20) == (fault.offset, fault.extent_count, fault.lost_bytes)
+
+    def test_what_belongs_to_no_item_may_change(self, summed: Path) -> None:
+        """Gaps, and items that nobody summed."""
+        for name, at in (("__3_0.distcp", 0), ("__3_0.distcp", 20), ("__3_1.distcp", 0)):
+            path = summed / WHO.prefix / name
+            content = bytearray(path.read_bytes())
+            content[at] ^= 255
+            path.write_bytes(content)
+        assert shardbook.verify(summed, checksums=True).is_ok
+
+    def test_what_is_not_there_is_lost_once(self, summed: Path) -> None:
+        """Of a file that is cut, what is whole is compared, and the rest is no alteration."""
+        (summed / WHO.prefix / "__1_0.distcp").unlink()
+        path = summed / WHO.prefix / "__0_0.distcp"
+        path.write_bytes(b"x" + path.read_bytes()[1:30])
+        report = shardbook.verify(summed, checksums=True)
+        assert [("truncated", 0), ("altered", 0), ("missing", 1)] == [
+            (fault.kind.value, fault.rank) for fault in report.faults
+        ]
+        assert (3, 4 + 24 + 35) == (report.checked_count, report.lost_bytes)
+
+    def test_other_filesystems_are_read_too(self, summed: Path) -> None:
+        """Through fsspec."""
+        url, filesystem = f"memory://{uuid.uuid4().hex}/summed", fsspec.filesystem("memory")
+        for path in filter(Path.is_file, summed.rglob("*")):
+            filesystem.pipe_file(f"{url}/{path.relative_to(summed)}", path.read_bytes())
+        assert (True, 6) == (
+            shardbook.verify(url, checksums=True).is_ok,
+            shardbook.verify(url, checksums=True).checked_count,
+        )
+        filesystem.pipe_file(f"{url}/{WHO.prefix}/__1_0.distcp", bytes(35))
+        assert [("altered", 1, "__1_0.distcp", 35, 35)] == _told(shardbook.verify(url, checksums=True))
+
+    def test_the_package_that_sums_is_named(self, summed: Path, step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only where there is something to sum."""
+        monkeypatch.setitem(sys.modules, "google_crc32c", None)
+        with pytest.raises(InvalidArgumentError, match=r"shardbook\[checksum\]") as caught:
+            shardbook.verify(summed, checksums=True)
+        assert "MISSING_PACKAGE" == caught.value.reason
+        assert shardbook.verify(step, checksums=True).is_ok
+
+    def test_progress_is_told_in_bytes(self, summed: Path) -> None:
+        """After the files."""
+        told: list[tuple[int, int, str]] = []
+        shardbook.verify(summed, checksums=True, progress=lambda *heard: told.append(heard))
+        assert ["files"] * 6 != [what for _, _, what in told]
+        assert (1, 1, "MiB") == told[-1]
 
 
 class TestOtherFilesystems:
@@ -337,10 +426,10 @@ class TestRefusals:
 
 def test_progress_is_told_up_to_the_end(step: Path) -> None:
     """In files; it never goes back."""
-    told: list[tuple[int, int]] = []
+    told: list[tuple[int, int, str]] = []
     (step / WHO.prefix / "__1_0.distcp").unlink()
-    shardbook.verify(step, progress=lambda done, total: told.append((done, total)))
-    assert (6, 6) == told[-1]
+    shardbook.verify(step, progress=lambda *heard: told.append(heard))
+    assert (6, 6, "files") == told[-1]
     assert sorted(told) == told
 
 
