@@ -1,6 +1,6 @@
 """What a checkpoint of the catalogue, or a directory, says of its data files; and where those are. No torch.
 
-Only a directory that plain DCP wrote needs torch, to read its ``.metadata``, which is DCP's own pickle.
+Torch is needed by who trusts a ``.metadata`` and has it unpickled, and by nobody else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final
 
 from shardbook._attempts import TreeFiles
 from shardbook._newest import incomplete_attempts, read_attempt
+from shardbook._plain import footprint_of, world_size_of
 from shardbook._targets import checkpoint_named
 from shardbook._trees import Tree, open_tree
 from shardbook.client import Client
@@ -30,6 +31,7 @@ from shardbook.errors import (
     ShardbookError,
     StorageError,
 )
+from shardbook.reading.plain_metadata import read_stand_ins
 from shardbook.stores import encodable, normalized
 
 #: A checkpoint as people pass it.
@@ -112,10 +114,25 @@ def _of_directory(path: str, *, trusted: bool) -> Described:
         ).ref
         footprint = Footprint.of_columns(found.structure, found.located, identity.prefix)
         return Described(ref, directory, Source.MANIFEST, identity.world_size, footprint, tree)
-    with needs_torch(directory):
-        from shardbook.dcp.importing import footprint_of, read_metadata, world_size_of
-    metadata = read_metadata(directory, found, trusted=trusted)
-    return Described(None, directory, Source.DCP, world_size_of(metadata), footprint_of(metadata), tree)
+    footprint = _plain_footprint(directory, found, trusted=trusted)
+    return Described(None, directory, Source.DCP, world_size_of(footprint), footprint, tree)
+
+
+def _plain_footprint(directory: str, content: bytes, *, trusted: bool) -> Footprint:
+    """What a ``.metadata`` says; torch reads it only for who trusts it."""
+    if trusted:
+        with needs_torch(directory):
+            from shardbook.dcp.importing import read_metadata
+        return footprint_of(read_metadata(directory, content, trusted=True))
+    try:
+        return read_stand_ins(content, footprint_of)
+    except FailedPreconditionError as error:
+        if error.reason != "UNSAFE_METADATA":
+            raise
+        raise FailedPreconditionError(
+            f"{error.message}. If you trust whoever wrote it as you trust your own programs, pass --trusted",
+            reason=error.reason,
+        ) from error
 
 
 def read_directory(files: TreeFiles) -> FoldedAttempt | bytes:
@@ -158,7 +175,7 @@ def needs_torch(directory: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise InvalidArgumentError(
-            f"{encodable(directory)} was written by plain DCP, and reading its .metadata takes torch "
+            f"{encodable(directory)} was written by plain DCP, and this takes torch to read its .metadata "
             f"({error}): pip install 'shardbook[torch]'",
             reason="MISSING_PACKAGE",
             field="directory",

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from shardbook._attempts import TreeFiles
 from shardbook._described import needs_torch, read_directory, told_as_ours
+from shardbook._plain import footprint_of, world_size_of
 from shardbook._steps import step_of
 from shardbook._trees import open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
@@ -275,8 +276,9 @@ def _of_plain(content: bytes, path: str, location: str, into: ImportInto, write_
     """A checkpoint by plain DCP. Nothing in it says which save it was, so its place stands for that."""
     step = step_of(into.step, path)
     with needs_torch(path):
-        from shardbook.dcp.importing import content_of, footprint_of, read_metadata, world_size_of
+        from shardbook.dcp.importing import content_of, read_metadata
     metadata = read_metadata(path, content, trusted=into.trusted)
+    footprint = footprint_of(metadata)
     key = AttemptKey(
         run=str(into.run),
         part=DEFAULT_PART if into.part is None else into.part,
@@ -284,7 +286,7 @@ def _of_plain(content: bytes, path: str, location: str, into: ImportInto, write_
         session=0,
         incarnation=uuid.uuid5(_NAMESPACE, location).bytes,
         attempt=into.attempt,
-        world_size=world_size_of(metadata),
+        world_size=world_size_of(footprint),
     )
     return _Found(
         "dcp",
@@ -292,7 +294,7 @@ def _of_plain(content: bytes, path: str, location: str, into: ImportInto, write_
         AttemptLocation(location=location, prefix=""),
         content_of(metadata),
         len(metadata.state_dict_metadata),
-        footprint_of(metadata).size_bytes,
+        footprint.size_bytes,
         write_time_s,
     )
 

@@ -57,8 +57,8 @@ def verify_checkpoint(
 ) -> None:
     """Check that every data file of a checkpoint is there, and long enough for all that lies in it.
 
-    Sizes are compared; bytes are read with --checksums alone. A directory needs no server; one that plain DCP wrote
-    needs torch. Exits 1 when anything is lost, and names rank, file and what is missing of the first 50 files.
+    Sizes are compared; bytes are read with --checksums alone. A directory needs no server. Exits 1 when anything is
+    lost, and names rank, file and what is missing of the first 50 files.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
     with progress.shown("verifying", is_wanted=not is_plain) as tell:

@@ -1,8 +1,8 @@
 """Whether everything that a checkpoint's metadata names is still on storage, file by file: ``verify``.
 
 Sizes come from listings, a directory at a time, and are held against all extents at once. Data files are opened only to
-compare their bytes with the checksums that were kept of them. May import the client and core; never torch, which is
-needed, inside a function, for directories that plain DCP wrote.
+compare their bytes with the checksums that were kept of them. May import the client and core; never torch, which only
+``trusted`` needs, inside a function.
 """
 
 from __future__ import annotations

@@ -38,15 +38,15 @@ def verify(
     """Looks whether every data file of a checkpoint is there and long enough for every extent in it.
 
     Directories are listed, files not opened: without ``checksums`` what is altered at the same size stays unnoticed.
-    A directory is judged by itself, without any service; torch is needed for one that plain DCP wrote, and for nothing
-    else. Safe while jobs save; writes nothing. Can be called from several threads.
+    A directory is judged by itself, without any service. Safe while jobs save; writes nothing; needs no torch. Can be
+    called from several threads.
 
     Args:
         ref_or_path: ``project/run@1500``, ``@latest``, ...; or a directory or URL that Shardbook or plain DCP saved
             into, whose newest whole checkpoint counts.
         ranks: Look at what these ranks wrote; None for all.
         checksums: Read every extent that a checksum was kept of, and compare; needs the extra ``[checksum]``.
-        trusted: Unpickle a ``.metadata`` that holds more than DCP's metadata, which can run any code in it.
+        trusted: Have torch unpickle the ``.metadata`` of a directory by plain DCP, which can run any code in it.
         config: Settings; those of the environment when None.
         client: The server, for refs; by default the one that ``config`` names.
         progress: Hears how far it is.

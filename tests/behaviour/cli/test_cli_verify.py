@@ -241,22 +241,19 @@ class TestPlainDirectories:
         ran = shardbook("verify", str(tmp_path / "5"))
         assert (1, True) == (ran.code, "1 of 3 chunks" in ran.err)
 
-    def test_says_that_it_takes_torch(self, tmp_path: Path) -> None:
-        """Where torch is missing the extra is named; a directory by Shardbook needs none."""
+    def test_needs_no_torch(self, tmp_path: Path) -> None:
+        """But for who trusts the pickle, whom the extra is named to; for an import, too."""
         save_plainly(tmp_path / "5")
         write_checkpoint(tmp_path / "6", identity(6))
         code = "import sys; sys.modules['torch'] = None; from shardbook.cli import main; main()"
-        done = [
-            subprocess.run(
-                [sys.executable, "-c", code, "verify", str(tmp_path / name)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            for name in ("5", "6")
-        ]
-        assert (2, True) == (done[0].returncode, "pip install 'shardbook[torch]'" in done[0].stderr)
-        assert (0, "") == (done[1].returncode, done[1].stderr)
+
+        def run(*words: str) -> tuple[int, bool, str]:
+            command = [sys.executable, "-c", code, *words]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            return done.returncode, "pip install 'shardbook[torch]'" in done.stderr, done.stderr
+
+        assert [(0, False, "")] * 2 == [run("verify", str(tmp_path / name)) for name in ("5", "6")]
+        assert (2, True) == run("verify", str(tmp_path / "5"), "--trusted")[:2]
 
 
 class TestTerminal:

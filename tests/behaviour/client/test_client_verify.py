@@ -38,7 +38,7 @@ def step(tmp_path: Path) -> Path:
     return tmp_path / "step-1500"
 
 
-def _told(report: VerifyReport) -> list[tuple[Any, ...]]:
+def told(report: VerifyReport) -> list[tuple[Any, ...]]:
     """What the faults say, in short."""
     return [
         (
@@ -82,7 +82,7 @@ def test_a_truncated_file_is_named_with_what_it_lost(step: Path, size: int) -> N
     (step / WHO.prefix / "__0_0.distcp").write_bytes(bytes(size))
     report = shardbook.verify(step)
     assert not report.is_ok
-    assert [("truncated", 0, "__0_0.distcp", 34, size)] == _told(report)
+    assert [("truncated", 0, "__0_0.distcp", 34, size)] == told(report)
     (fault,) = report.faults
     hurt = ("model.w", "note.0") if size < 24 else ("note.0",)
     assert (size, len(hurt), 34 - size, hurt) == (fault.offset, fault.extent_count, fault.lost_bytes, fault.fqns)
@@ -113,12 +113,12 @@ def test_a_missing_file_is_lost_whole(step: Path) -> None:
     target = step / WHO.prefix / "__1_0.distcp"
     target.unlink()
     missing = [("missing", 1, "__1_0.distcp", 35, None)]
-    assert missing == _told(shardbook.verify(step))
+    assert missing == told(shardbook.verify(step))
     target.symlink_to(step / "nothing")
-    assert missing == _told(shardbook.verify(step))
+    assert missing == told(shardbook.verify(step))
     target.unlink()
     target.mkdir()
-    assert missing == _told(shardbook.verify(step))
+    assert missing == told(shardbook.verify(step))
 
 
 def test_links_to_files_are_followed(step: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_missing_directory_loses_every_file_of_it(step: Path) -> None:
     """By rank, and in full numbers."""
     (step / WHO.prefix).rename(step / "moved")
     report = shardbook.verify(step)
-    assert [(0, "__0_0.distcp"), (0, "__0_1.distcp"), (1, "__1_0.distcp")] == [told[1:3] for told in _told(report)[:3]]
+    assert [(0, "__0_0.distcp"), (0, "__0_1.distcp"), (1, "__1_0.distcp")] == [told[1:3] for told in told(report)[:3]]
     assert (6, (0, 1, 3), report.size_bytes) == (report.fault_count, report.faulty_ranks, report.lost_bytes)
 
 
@@ -279,7 +279,7 @@ class TestChecksums:
             shardbook.verify(url, checksums=True).checked_count,
         )
         filesystem.pipe_file(f"{url}/{WHO.prefix}/__1_0.distcp", bytes(35))
-        assert [("altered", 1, "__1_0.distcp", 35, 35)] == _told(shardbook.verify(url, checksums=True))
+        assert [("altered", 1, "__1_0.distcp", 35, 35)] == told(shardbook.verify(url, checksums=True))
 
     def test_the_package_that_sums_is_named(self, summed: Path, step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only where there is something to sum."""
@@ -295,83 +295,6 @@ class TestChecksums:
         shardbook.verify(summed, checksums=True, progress=lambda *heard: told.append(heard))
         assert ["files"] * 6 != [what for _, _, what in told]
         assert (1, 1, "MiB") == told[-1]
-
-
-class TestOtherFilesystems:
-    """What fsspec opens: sizes come with the listing."""
-
-    @pytest.fixture
-    def url(self, tmp_path: Path) -> str:
-        """A whole checkpoint in memory."""
-        url = f"memory://{uuid.uuid4().hex}/step-1500"
-        filesystem = fsspec.filesystem("memory")
-        for name, content in write_checkpoint(tmp_path, WHO).items():
-            filesystem.pipe_file(f"{url}/{name}", content)
-        return url
-
-    def test_sizes_come_from_one_listing_a_directory(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No question a file, and no file is opened."""
-        filesystem = fsspec.filesystem("memory")
-        listed: list[str] = []
-        original = type(filesystem).ls
-
-        def ls(self: Any, path: str, **options: Any) -> Any:
-            if options.get("detail"):
-                listed.append(path)
-            return original(self, path, **options)
-
-        monkeypatch.setattr(type(filesystem), "ls", ls)
-        report = shardbook.verify(url)
-        assert (True, url, 6) == (report.is_ok, report.directory, report.file_count)
-        assert 1 == sum(path.endswith(WHO.prefix) for path in listed)
-
-    def test_losses_are_found(self, url: str) -> None:
-        """Gone and cut, as on a disk."""
-        filesystem = fsspec.filesystem("memory")
-        filesystem.rm(f"{url}/{WHO.prefix}/__1_1.distcp")
-        filesystem.pipe_file(f"{url}/{WHO.prefix}/__3_1.distcp", b"")
-        assert [("missing", 1, "__1_1.distcp", 16, None), ("truncated", 3, "__3_1.distcp", 9, 0)] == _told(
-            shardbook.verify(url)
-        )
-        filesystem.rm(f"{url}/{WHO.prefix}", recursive=True)
-        assert 6 == shardbook.verify(url).fault_counts[FaultKind.MISSING]
-
-    @pytest.mark.parametrize("answer", ["nothing", "error", "no sizes"])
-    def test_a_filesystem_that_does_not_list_is_asked_file_by_file(
-        self, url: str, answer: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Some web servers list nothing, others no sizes; that is not the same as losing everything."""
-        filesystem = fsspec.filesystem("memory")
-        filesystem.rm(f"{url}/{WHO.prefix}/__1_1.distcp")
-        original = type(filesystem).ls
-
-        def ls(self: Any, path: str, **options: Any) -> Any:
-            if not options.get("detail") or not path.endswith(WHO.prefix):
-                return original(self, path, **options)
-            if answer == "error":
-                raise FileNotFoundError(path)
-            if answer == "nothing":
-                return []
-            return [{**info, "size": None} for info in original(self, path, **options)]
-
-        monkeypatch.setattr(type(filesystem), "ls", ls)
-        assert [("missing", 1, "__1_1.distcp", 16, None)] == _told(shardbook.verify(url))
-
-    def test_a_url_without_anything_is_not_found(self) -> None:
-        """Object stores know no empty directories."""
-        with pytest.raises(NotFoundError) as caught:
-            shardbook.verify("memory://nobody/step-1")
-        assert "NO_CHECKPOINT" == caught.value.reason
-
-    def test_what_a_library_raises_is_a_storage_error(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Its words are kept."""
-
-        def ls(self: Any, path: str, **options: Any) -> Any:
-            raise RuntimeError("throttled")
-
-        monkeypatch.setattr(type(fsspec.filesystem("memory")), "ls", ls)
-        with pytest.raises(StorageError, match="throttled"):
-            shardbook.verify(url)
 
 
 class TestRefusals:
