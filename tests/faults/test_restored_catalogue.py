@@ -133,6 +133,7 @@ def _save(
     return [server.client.get_checkpoint(name).session for name in names]
 
 
+@pytest.mark.soak_with("postgres")
 def test_what_a_restored_database_lacks_comes_back_from_the_directories(
     kept: Kept, pool: RankPool, run: str, tmp_path: Path
 ) -> None:
