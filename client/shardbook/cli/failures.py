@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from shardbook.cli.output import plain
@@ -44,7 +46,6 @@ _CODES: Final[tuple[tuple[type[ShardbookError], int], ...]] = (
     (DeadlineExceededError, UNAVAILABLE),
     (ResourceExhaustedError, UNAVAILABLE),
     (InternalError, UNAVAILABLE),
-    (StorageError, UNAVAILABLE),
     (FailedPreconditionError, NEGATIVE),
 )
 
@@ -58,6 +59,16 @@ def exit_code(error: BaseException) -> int:
             return code
     # A status without a class of its own, such as UNIMPLEMENTED: the server is not one this client can use.
     return UNAVAILABLE if type(error) is ShardbookError else NEGATIVE
+
+
+@contextmanager
+def asking_storage() -> Iterator[None]:
+    """Ends the command as for a server that does not answer when the storage that it asks does not."""
+    try:
+        yield
+    except StorageError as error:
+        report(error)
+        raise SystemExit(UNAVAILABLE) from error
 
 
 def hint(error: BaseException) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook.cli import names, output, progress
-from shardbook.cli.failures import NEGATIVE
+from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook.importing import (
@@ -80,10 +80,12 @@ def import_checkpoints(
         raise InvalidArgumentError(f"{run} and --part {part} name two parts", field="part")
     client, config = client_of(server, timeout_s)
     into = ImportInto(into_run, part or part_of_run, step, attempt, trusted, is_dry, config.stores)
+    with asking_storage():
+        found = find_directories(directories)
     results: list[ImportedCheckpoint] = []
     try:
         with progress.shown("importing", is_wanted=not is_plain) as tell:
-            results.extend(import_directories(client, find_directories(directories), into, tell))
+            results.extend(import_directories(client, found, into, tell))
     except ShardbookError:
         # What was recorded before the server went away is worth knowing.
         if results:

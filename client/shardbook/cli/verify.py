@@ -8,7 +8,7 @@ import typer
 
 from shardbook._targets import checkpoint_named
 from shardbook.cli import output, progress
-from shardbook.cli.failures import NEGATIVE
+from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.core.table import printable
 from shardbook.verifying import FaultKind, FileFault, VerifyReport, verify
@@ -61,7 +61,7 @@ def verify_checkpoint(
     lost, and names rank, file and what is missing of the first 50 files.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
-    with progress.shown("verifying", is_wanted=not is_plain) as tell:
+    with asking_storage(), progress.shown("verifying", is_wanted=not is_plain) as tell:
         report = verify(
             target, ranks=ranks, checksums=checksums, trusted=trusted, config=config, client=client, progress=tell
         )

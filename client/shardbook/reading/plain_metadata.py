@@ -159,7 +159,7 @@ def read_plain_metadata(content: bytes, fqns: Iterable[str]) -> dict[str, Tensor
 
 
 def read_stand_ins(content: bytes, read: Callable[[Any], _T]) -> _T:
-    """Returns what ``read`` makes of the metadata in a ``.metadata`` file: stand-ins with the attributes of DCP's objects.
+    """Returns what ``read`` makes of the metadata in a ``.metadata`` file: stand-ins with DCP's attributes.
 
     Raises:
         FailedPreconditionError: Reason ``UNSAFE_METADATA``: it holds something else than DCP's metadata, or ``read``

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,17 @@ class TestPlainCheckpoints:
         (tmp_path / "7" / ".metadata").write_bytes(pickle.dumps(metadata))
         (one,) = shardbook("import", str(tmp_path / "7"), "--run", run, "--json").json["checkpoints"]
         assert ("refused", "UNSUPPORTED_METADATA", True) == (one["outcome"], one["reason"], "list" in one["message"])
+
+    def test_says_that_it_takes_torch(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For plain DCP's directories, and only for those."""
+        save_plainly(tmp_path / "a-3")
+        write_checkpoint(tmp_path / "b", identity(5, run="elsewhere/run"))
+        monkeypatch.setitem(sys.modules, "shardbook.dcp.importing", None)
+        found = shardbook("import", str(tmp_path), "--run", run, "--json").json["checkpoints"]
+        assert [("refused", "MISSING_PACKAGE"), ("recorded", "")] == [(one["outcome"], one["reason"]) for one in found]
+        assert "pip install 'shardbook[torch]'" in found[0]["message"]
 
     def test_directories_of_other_filesystems(self, client: Client, tmp_path: Path, run: str) -> None:
         """Found below a URL, and recorded by it."""

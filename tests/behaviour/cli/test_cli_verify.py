@@ -173,6 +173,19 @@ class TestExitCodes:
         """The server is away."""
         assert 4 == shardbook("verify", f"{run}@1500", "--server", "127.0.0.1:1", "--timeout", "1").code
 
+    def test_storage_that_does_not_answer(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is no loss: nobody could look."""
+        recorded(shardbook, tmp_path, run)
+
+        def fail(*_: Any) -> Any:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("shardbook._trees._LocalTree.sizes", fail)
+        ran = shardbook("verify", f"{run}@1500")
+        assert (4, "", True) == (ran.code, ran.out, "Input/output error" in ran.err)
+
     def test_denied(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
