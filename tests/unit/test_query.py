@@ -237,7 +237,9 @@ def answer(structure: CheckpointStructure, world: World, wanted: Wanted, limit: 
         read.extend(ranks.tolist())
         return [world.registrations[rank] for rank in ranks.tolist()]
 
-    placed = [place(some, structure.rank_files, "p", registrations) for some in sliced(hits, limit)]
+    some = sliced(hits, limit)
+    halves = [half for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
+    placed = [place(half, structure.rank_files, "p", registrations) for half in halves]
     found = merge(wanted, [decode_part(encode_part(part)) for part in placed])
     owners = structure.owner[hits.row].tolist()
     assert set(owners) == set(read)

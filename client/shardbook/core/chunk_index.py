@@ -11,8 +11,9 @@ Columns are kept as narrow as their values allow, constant ones as a single valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class ChunkIndex:
         kept = (*offsets, *sizes, *columns.values(), cells.rows, slabs.rows, slabs.keys, slabs.starts)
         entry_bytes = sum(len(fqn) + 200 + 24 * structure.shapes.shape[1] for fqn in structure.fqns)
         nbytes = entry_bytes + sum(column.nbytes for column in kept if column.strides != (0,))
-        spec = _without_chunks(structure)
+        spec = without_chunks_of(np.ones(structure.entry_count, dtype=np.bool_), structure)
         return cls(spec, counts, structure.firsts, offsets, sizes, columns, cells, slabs, nbytes)
 
     def meet(self, entry: Int64Array, low: Int64Array, high: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -111,12 +112,45 @@ class ChunkIndex:
             meets &= (begin < high[:, dim]) & (begin + length > low[:, dim]) & (length > 0)
         return meets
 
-    def chunks(self, rows: Int64Array) -> dict[str, Int64Array]:
-        """Returns the columns of some chunks: CHUNK_COLUMNS, and (K, D) ``offsets`` and ``sizes``."""
-        out = {name: column[rows].astype(np.int64) for name, column in self.columns.items()}
-        for name, matrix in (("offsets", self.offsets), ("sizes", self.sizes)):
-            out[name] = np.stack([column[rows].astype(np.int64) for column in matrix], axis=1)
-        return out
+    def structure_of(self, entry: Int64Array, at: Int64Array, rows: Int64Array) -> CheckpointStructure:
+        """Returns some entries with some of their chunks, without names.
+
+        Args:
+            entry: (P,) entries.
+            at: (K,) which of them each chunk is of; climbs.
+            rows: (K,) chunks.
+        """
+        spec = self.spec
+
+        def column(name: str) -> Int64Array:
+            return self.columns[name][rows].astype(np.int64)
+
+        return CheckpointStructure(
+            fqns=("",) * len(entry),
+            kinds=spec.kinds[entry],
+            dtypes=spec.dtypes[entry],
+            layouts=spec.layouts[entry],
+            memory_formats=spec.memory_formats[entry],
+            ndims=spec.ndims[entry],
+            shapes=spec.shapes[entry],
+            winner_entry=spec.winner_entry[entry],
+            chunk_counts=np.bincount(at, minlength=len(entry)).astype(np.int64),
+            offsets=_matrix(self.offsets, rows),
+            sizes=_matrix(self.sizes, rows),
+            owner=column("owner"),
+            position=column("position"),
+            file=column("file"),
+            base=column("base"),
+            var_lo=column("var_lo"),
+            var_hi=column("var_hi"),
+            length=column("length"),
+            key_paths=None,
+            rank_files=spec.rank_files,
+        )
+
+
+def _matrix(columns: tuple[Column, ...], rows: Int64Array) -> Int64Array:
+    return np.stack([column[rows].astype(np.int64) for column in columns], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +272,8 @@ def _parting_dims(structure: CheckpointStructure) -> Int64Array:
     for dim in range(structure.shapes.shape[1]):
         total = group_reduce(np.add, structure.sizes[:, dim].astype(np.float64), counts)
         parting[:, dim] = structure.shapes[:, dim] * counts / np.maximum(total, 1.0)
-    return np.argmax(parting, axis=1).astype(np.int64)
+    dims: Int64Array = np.argmax(parting, axis=1).astype(np.int64)
+    return dims
 
 
 def narrow(column: Int64Array) -> Column:
@@ -257,24 +292,50 @@ def narrow(column: Int64Array) -> Column:
     return column.astype(next(iter(fits), np.dtype(np.int64)))
 
 
-def _without_chunks(structure: CheckpointStructure) -> CheckpointStructure:
-    none: Int64Array = np.zeros(0, dtype=np.int64)
-    empty = np.zeros((0, structure.shapes.shape[1]), dtype=np.int64)
-    return CheckpointStructure(
-        fqns=structure.fqns,
-        kinds=structure.kinds,
-        dtypes=structure.dtypes,
-        layouts=structure.layouts,
-        memory_formats=structure.memory_formats,
-        ndims=structure.ndims,
-        shapes=structure.shapes,
-        winner_entry=structure.winner_entry,
-        chunk_counts=np.zeros_like(structure.chunk_counts),
-        offsets=empty,
-        sizes=empty,
-        **dict.fromkeys(CHUNK_COLUMNS, none),
+def without_chunks_of(entries: BoolArray, structure: CheckpointStructure) -> CheckpointStructure:
+    """Returns the same structure without the chunks of the entries that are flagged, (T,)."""
+    kept = np.repeat(~entries, structure.chunk_counts)
+    return replace(
+        structure,
+        chunk_counts=np.where(entries, 0, structure.chunk_counts),
+        offsets=structure.offsets[kept],
+        sizes=structure.sizes[kept],
+        owner=structure.owner[kept],
+        position=structure.position[kept],
+        file=structure.file[kept],
+        base=structure.base[kept],
+        var_lo=structure.var_lo[kept],
+        var_hi=structure.var_hi[kept],
+        length=structure.length[kept],
         key_paths=None,
-        rank_files=structure.rank_files,
+    )
+
+
+def joined(structures: Sequence[CheckpointStructure]) -> CheckpointStructure:
+    """Returns the entries of several structures of one checkpoint, one after the other; there is at least one."""
+    if len(structures) == 1:
+        return structures[0]
+    width = max(one.shapes.shape[1] for one in structures)
+    return replace(
+        structures[0],
+        fqns=tuple(itertools.chain.from_iterable(one.fqns for one in structures)),
+        kinds=np.concatenate([one.kinds for one in structures]),
+        dtypes=np.concatenate([one.dtypes for one in structures]),
+        layouts=np.concatenate([one.layouts for one in structures]),
+        memory_formats=np.concatenate([one.memory_formats for one in structures]),
+        ndims=np.concatenate([one.ndims for one in structures]),
+        shapes=np.concatenate([widened(one.shapes, width, 1) for one in structures]),
+        winner_entry=np.concatenate([one.winner_entry for one in structures]),
+        chunk_counts=np.concatenate([one.chunk_counts for one in structures]),
+        offsets=np.concatenate([widened(one.offsets, width, 0) for one in structures]),
+        sizes=np.concatenate([widened(one.sizes, width, 1) for one in structures]),
+        owner=np.concatenate([one.owner for one in structures]),
+        position=np.concatenate([one.position for one in structures]),
+        file=np.concatenate([one.file for one in structures]),
+        base=np.concatenate([one.base for one in structures]),
+        var_lo=np.concatenate([one.var_lo for one in structures]),
+        var_hi=np.concatenate([one.var_hi for one in structures]),
+        length=np.concatenate([one.length for one in structures]),
     )
 
 

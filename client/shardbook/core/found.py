@@ -324,18 +324,29 @@ def decode_part(payload: bytes) -> FoundPart:
     reader.end()
     width = shapes.shape[1]
     return FoundPart(
-        tensor,
-        *codes,
+        tensor=tensor,
+        kinds=codes[0],
+        dtypes=codes[1],
+        layouts=codes[2],
+        memory_formats=codes[3],
         ndims=ndims,
         shapes=shapes,
         chunk_counts=chunk_counts,
         requires_grad=requires_grad,
         pin_memory=pin_memory,
+        at=columns["at"],
+        box=columns["box"],
+        index=columns["index"],
         offsets=widened(offsets, width, 0),
         sizes=widened(sizes, width, 1),
+        file=columns["file"],
+        start=columns["start"],
+        length=columns["length"],
+        transform_index=columns["transform_index"],
+        hints=columns["hints"],
+        attributes=columns["attributes"],
         paths=paths,
         transforms=transforms,
-        **columns,
     )
 
 

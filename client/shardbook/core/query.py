@@ -8,13 +8,13 @@ found: those of no other rank are needed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shardbook.core.checkpoint import CheckpointStructure, RankFiles
-from shardbook.core.chunk_index import ChunkIndex, bounds_of
+from shardbook.core.chunk_index import ChunkIndex, bounds_of, joined, without_chunks_of
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.found import FoundPart
 from shardbook.core.locate import locate
@@ -121,11 +121,11 @@ def sliced(hits: Hits, limit: int) -> list[Hits]:
     ]
 
 
-def place(hits: Hits, rank_files: RankFiles, prefix: str, read: ReadRegistrations) -> FoundPart:
+def place(parts: Sequence[Hits], rank_files: RankFiles, prefix: str, read: ReadRegistrations) -> FoundPart:
     """Joins what was found with the extents of the ranks that own it.
 
     Args:
-        hits: What was found.
+        parts: What was found, in one index or several.
         rank_files: File names by rank.
         prefix: Directory of the attempt; empty for the checkpoint's own.
         read: Fetches extents.
@@ -133,44 +133,30 @@ def place(hits: Hits, rank_files: RankFiles, prefix: str, read: ReadRegistration
     Raises:
         InvalidArgumentError: Extents are damaged, or do not fit the structure.
     """
-    spec, entry = hits.index.spec, hits.entry
-    chunks = hits.index.chunks(hits.row)
-    ranks, owner = np.unique(chunks["owner"], return_inverse=True)
-    registrations = read(ranks.astype(np.int64))
-    found = CheckpointStructure(
-        fqns=("",) * len(entry),
-        kinds=spec.kinds[entry],
-        dtypes=spec.dtypes[entry],
-        layouts=spec.layouts[entry],
-        memory_formats=spec.memory_formats[entry],
-        ndims=spec.ndims[entry],
-        shapes=spec.shapes[entry],
-        winner_entry=spec.winner_entry[entry],
-        chunk_counts=np.bincount(hits.at, minlength=len(entry)).astype(np.int64),
-        key_paths=None,
-        rank_files=rank_files,
-        **(chunks | {"owner": owner.astype(np.int64)}),
-    )
+    found = joined([hits.index.structure_of(hits.entry, hits.at, hits.row) for hits in parts])
+    ranks, owner = np.unique(found.owner, return_inverse=True)
+    owner = owner.astype(np.int64, copy=False)
+    registrations = read(ranks.astype(np.int64, copy=False))
     # Volatile properties are those of the rank that owns the entry's first chunk, which boxes may not meet.
-    located = locate(found, [(extents, b"") for extents, _ in registrations])
-    requires_grad, pin_memory = _properties(found, hits.whole, registrations)
-    paths, file = _paths(rank_files, prefix, chunks["owner"], chunks["file"])
+    located = locate(replace(found, owner=owner), [(extents, b"") for extents, _ in registrations])
+    requires_grad, pin_memory = _properties(parts, found, owner, registrations)
+    paths, file = _paths(rank_files, prefix, found.owner, found.file)
     return FoundPart(
-        tensor=hits.tensor,
+        tensor=_concatenated(hits.tensor for hits in parts),
         kinds=found.kinds,
         dtypes=found.dtypes,
         layouts=found.layouts,
         memory_formats=found.memory_formats,
         ndims=found.ndims,
         shapes=found.shapes,
-        chunk_counts=hits.index.counts[entry],
+        chunk_counts=_concatenated(hits.index.counts[hits.entry] for hits in parts),
         requires_grad=requires_grad,
         pin_memory=pin_memory,
-        at=hits.at,
-        box=hits.box,
-        index=hits.row - hits.index.firsts[entry[hits.at]],
-        offsets=chunks["offsets"],
-        sizes=chunks["sizes"],
+        at=np.repeat(np.arange(found.entry_count, dtype=np.int64), found.chunk_counts),
+        box=_concatenated(hits.box for hits in parts),
+        index=_concatenated(hits.row - hits.index.firsts[hits.entry[hits.at]] for hits in parts),
+        offsets=found.offsets,
+        sizes=found.sizes,
         file=file,
         start=located.start,
         length=located.length,
@@ -182,28 +168,22 @@ def place(hits: Hits, rank_files: RankFiles, prefix: str, read: ReadRegistration
     )
 
 
+def _concatenated(columns: Iterable[Int64Array]) -> Int64Array:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *columns])
+
+
 def _properties(
-    found: CheckpointStructure, whole: BoolArray, registrations: Sequence[tuple[bytes, bytes]]
+    parts: Sequence[Hits], found: CheckpointStructure, owner: Int64Array, registrations: Sequence[tuple[bytes, bytes]]
 ) -> tuple[BoolArray, BoolArray]:
     """requires_grad and pin_memory of the entries that are there with all of their chunks; False for others."""
-    flags = np.zeros((2, len(whole)), dtype=np.bool_)
+    requires_grad, pin_memory = np.zeros((2, found.entry_count), dtype=np.bool_)
+    whole = np.concatenate([np.zeros(0, dtype=np.bool_), *(hits.whole for hits in parts)])
     if whole.any() and any(volatile for _, volatile in registrations):
-        first = found.firsts[:-1][whole & (found.chunk_counts > 0)]
-        rows = np.flatnonzero(whole & (found.chunk_counts > 0))
-        chosen = {
-            name: getattr(found, name)[rows]
-            for name in ("kinds", "dtypes", "layouts", "memory_formats", "ndims", "shapes", "winner_entry")
-        }
-        columns = {
-            name: getattr(found, name)[first]
-            for name in ("offsets", "sizes", "owner", "position", "file", "base", "var_lo", "var_hi", "length")
-        }
-        firsts = replace(
-            found, fqns=("",) * len(rows), chunk_counts=np.ones(len(rows), dtype=np.int64), **chosen, **columns
-        )
-        located = locate(firsts, registrations)
-        flags[0, rows], flags[1, rows] = located.requires_grad, located.pin_memory
-    return flags[0], flags[1]
+        held = whole & (found.chunk_counts > 0)
+        # Entries that are not whole are taken for ones without chunks: their properties are nobody's.
+        located = locate(without_chunks_of(~held, replace(found, owner=owner)), registrations)
+        requires_grad, pin_memory = located.requires_grad, located.pin_memory
+    return requires_grad, pin_memory
 
 
 def _paths(
