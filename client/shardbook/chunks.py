@@ -22,12 +22,18 @@ class CheckpointChunks:
         found: The entries and chunks, as columns; ``found.paths`` are relative to the checkpoint's directory.
         location: The directory: ``store:relative/path``, a path or URL as the catalogue has it; the path or URL
             itself when it was asked of a directory.
+        prefix: Directory of the attempt's files below it, which ``found.paths`` begin with; empty for none.
+        metadata_header: Payload of ``shardbook.core.head``: storage meta and version; empty for the defaults.
+        head: Likewise: key paths of all entries; empty unless it was asked for.
         name: Resource name of the attempt, so that further questions are about the same one; empty when it was asked
             of a directory.
     """
 
     found: FoundChunks
     location: str
+    prefix: str = ""
+    metadata_header: bytes = b""
+    head: bytes = b""
     name: str = ""
 
 

@@ -31,6 +31,19 @@ class MetadataHandlers(MetadataServiceServicer):
         async for view in self._bridge.stream(read, request.name, request.fqn_prefix):
             yield convert.metadata_response(view)
 
+    async def QueryChunks(
+        self, request: pb.QueryChunksRequest, context: Context
+    ) -> AsyncIterator[pb.QueryChunksResponse]:
+        """Finds chunks; nearly every answer is one message, made in one go."""
+        wanted = convert.query_payload(request)
+        answer = await self._bridge.read(
+            self._services.queries.query_chunks, request.name, wanted, include_head=request.include_head
+        )
+        yield convert.query_response(answer.first)
+        if answer.others is not None:
+            async for view in self._bridge.stream(answer.others.__iter__):
+                yield convert.query_response(view)
+
     async def ListTensors(self, request: pb.ListTensorsRequest, context: Context) -> pb.ListTensorsResponse:
         """Lists the entries of a committed checkpoint, a page at a time."""
         page = await self._bridge.read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
@@ -242,6 +243,31 @@ class BlockView:
 
 
 MetadataView = HeaderView | SegmentView | BlockView
+
+
+@dataclass(frozen=True)
+class QueryView:
+    """A part of the answer to a query, as ``shardbook.v1.QueryChunksResponse``.
+
+    Attributes:
+        checkpoint: The checkpoint, in the first part.
+        found: Payload of ``shardbook.core.found``; empty where nothing was found.
+        metadata_header: Payload of ``shardbook.core.head``, in the first part.
+        head: Likewise; empty unless it was asked for.
+    """
+
+    checkpoint: CheckpointInfo | None
+    found: bytes
+    metadata_header: bytes = b""
+    head: bytes = b""
+
+
+@dataclass(frozen=True)
+class QueryAnswer:
+    """The answer to a query: its first part, and the others where it has any; each step of them reads and blocks."""
+
+    first: QueryView
+    others: Iterator[QueryView] | None
 
 
 @dataclass(frozen=True)
