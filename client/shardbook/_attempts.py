@@ -14,7 +14,7 @@ from shardbook.core import directory as names
 from shardbook.core.container import read_index, read_section
 from shardbook.core.exported import TAIL_BYTES, Exported, FileFacts, Fingerprint, is_saved_over
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks, unfold
-from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
+from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord, StoredManifest
 from shardbook.errors import CorruptManifestError
 from shardbook.stores import normalized
 
@@ -145,6 +145,14 @@ class FoundAttempt:
         """Returns the attempt as columns; None when it is not whole. Raises as ``read`` does."""
         found = self._read()
         return None if found is None else found[1] or unfold(found[0])
+
+    def stored(self) -> StoredManifest | None:
+        """Returns the attempt's manifest, or the one that its records make; None when it is not whole.
+
+        Of a manifest that is there its columns are not decoded. Raises as ``read`` does.
+        """
+        found = self._read()
+        return None if found is None else found[0]
 
     def _read(self) -> tuple[Manifest, FoldedAttempt | None] | None:
         is_listed = self.manifest_path is None and not self.missing_ranks

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -210,6 +210,20 @@ class Manifest:
             },
         )
 
+    def read_blocks(self, rows: Sequence[int]) -> list[bytes]:
+        """Returns the payloads of some entries."""
+        return [self.blocks[row] for row in rows]
+
+    def read_segments(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the extents of some groups of 256 ranks; raises CorruptManifestError where there are none."""
+        if numbers and max(numbers) >= len(self.segments):
+            raise CorruptManifestError("a manifest lacks the extents of a rank")
+        return [self.segments[number] for number in numbers]
+
+    def whole(self) -> Manifest:
+        """Returns it."""
+        return self
+
     @classmethod
     def from_bytes(cls, content: bytes) -> Manifest:
         """Returns the manifest in ``content``; raises CorruptManifestError when it is damaged."""
@@ -228,6 +242,42 @@ class Manifest:
             blobs=_unpack_blobs(sections["blobs"]),
             metadata_header=sections["metadata_header"],
         )
+
+
+class StoredManifest(Protocol):
+    """A manifest of which parts are read when they are needed: in memory, or in a file. Picklable."""
+
+    @property
+    def identity(self) -> AttemptIdentity:
+        """The attempt."""
+        ...
+
+    @property
+    def head(self) -> bytes:
+        """Payload of ``shardbook.core.head``."""
+        ...
+
+    @property
+    def metadata_header(self) -> bytes:
+        """Likewise; empty for saves by Shardbook."""
+        ...
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """Names of the entries, in state-dict order."""
+        ...
+
+    def read_blocks(self, rows: Sequence[int]) -> list[bytes]:
+        """Returns the payloads of some entries."""
+        ...
+
+    def read_segments(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the extents of some groups of 256 ranks."""
+        ...
+
+    def whole(self) -> Manifest:
+        """Returns all of it."""
+        ...
 
 
 def _guarded(read: Callable[[], _T], kind: str) -> _T:

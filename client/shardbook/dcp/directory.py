@@ -10,16 +10,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from shardbook import _attempts, _publishing
 from shardbook._attempts import FoundAttempt, find_attempts, list_attempts, newest_first, read_exported, read_identity
 from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.fold import FoldedAttempt
-from shardbook.core.manifest import RegistrationRecord
+from shardbook.core.manifest import RegistrationRecord, StoredManifest
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import CorruptManifestError, InvalidGeometryError
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -176,6 +178,11 @@ def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: MakeMetadat
 
 
 def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
+    """Returns the newest whole attempt of a directory as columns, see ``find_attempt``."""
+    return _look(files, FoundAttempt.whole)
+
+
+def find_attempt(files: CheckpointFiles) -> StoredManifest | None:
     """Returns the newest whole attempt of a directory; None when Shardbook left none here, or DCP a newer save.
 
     That may be one whose complete set of records nobody has folded yet, or whose coordinator was killed before it
@@ -186,9 +193,13 @@ def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
         CorruptManifestError: What is there is damaged.
         OSError: The storage failed, also when it was asked again.
     """
+    return _look(files, FoundAttempt.stored)
+
+
+def _look(files: CheckpointFiles, read: Callable[[FoundAttempt], T | None]) -> T | None:
     for look in range(1, _LOOKS + 1):
         try:
-            found, attempt_count = _newest_whole(files, is_last=look == _LOOKS)
+            found, attempt_count = _newest_whole(files, read, is_last=look == _LOOKS)
         except (CorruptManifestError, OSError) as error:
             if look == _LOOKS:
                 raise
@@ -201,8 +212,10 @@ def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
     return None
 
 
-def _newest_whole(files: CheckpointFiles, *, is_last: bool) -> tuple[FoldedAttempt | None, int]:
-    """Looks once; returns the newest whole attempt, and how many there are, whole or not."""
+def _newest_whole(
+    files: CheckpointFiles, read: Callable[[FoundAttempt], T | None], *, is_last: bool
+) -> tuple[T | None, int]:
+    """Looks once; returns what is read of the newest whole attempt, and how many there are, whole or not."""
     listed = list_attempts(files)
     foreign_s = read_exported(files, listed).foreign_s
     attempts = [one for one in find_attempts(files, listed) if foreign_s is None or not one.is_older_than(foreign_s)]
@@ -210,7 +223,7 @@ def _newest_whole(files: CheckpointFiles, *, is_last: bool) -> tuple[FoldedAttem
     failures: list[tuple[FoundAttempt, CorruptManifestError | OSError]] = []
     for one in newest_first(attempts):
         try:
-            whole = one.whole()
+            whole = read(one)
         except InvalidGeometryError as error:
             _LOG.warning("attempt %s is whole, but its chunks do not make whole tensors: %s", one.prefix, error)
         except (CorruptManifestError, OSError) as error:
