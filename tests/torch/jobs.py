@@ -102,6 +102,16 @@ def load(rank: Rank, layout: str, targets: list[str], plain_dcp: bool = False) -
     return wrong
 
 
+def load_some(rank: Rank, keys: list[list[str]], target: str) -> list[str]:
+    """Loads the keys that are the rank's; returns what is wrong with them, and what the rank said to others."""
+    whole = spoil(LAYOUTS["plain"](rank))
+    state = {key: whole[key] for key in keys[rank.rank]}
+    with detector() as noticed:
+        report = dcp.load(state, target)
+    assert report.is_exact
+    return wrong_pieces(state) + noticed
+
+
 class _ReadOnly(FileSystem):
     """A mount that takes nothing."""
 
