@@ -17,7 +17,7 @@ from shardbook.v1 import catalog_pb2, metadata_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
 
 GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
-QUERY_CHUNKS = StreamRpc("QueryChunks", lambda on: on.metadata.QueryChunks)
+QUERY_CHUNKS = Rpc("QueryChunks", lambda on: on.metadata.QueryChunks)
 LIST_TENSORS = Rpc("ListTensors", lambda on: on.metadata.ListTensors)
 GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
 LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
@@ -62,7 +62,7 @@ class ReadingCalls:
             name: The checkpoint.
             wanted: Tensors and boxes.
             include_head: Fetch the key paths of all entries, too.
-            deadline_s: Seconds for everything.
+            deadline_s: Seconds for each call; nearly always it is one.
 
         Raises:
             NotFoundError: There is no such checkpoint.
@@ -73,7 +73,12 @@ class ReadingCalls:
         request = metadata_pb2.QueryChunksRequest(
             name=_resource(name), wanted=encode_wanted(wanted), include_head=include_head
         )
-        return _found(wanted, self._transport.collect(QUERY_CHUNKS, request, deadline_s=deadline_s))
+        pages = [self._transport.call(QUERY_CHUNKS, request, deadline_s=deadline_s)]
+        while pages[-1].next_page_token:
+            # `latest` may mean another checkpoint by now.
+            request.name, request.page_token = pages[0].checkpoint.name, pages[-1].next_page_token
+            pages.append(self._transport.call(QUERY_CHUNKS, request, deadline_s=deadline_s))
+        return _found(wanted, pages)
 
     def list_tensors(
         self,
@@ -170,19 +175,15 @@ def _prefix(fqn_prefix: str | bytes) -> bytes:
     return fqn_prefix if isinstance(fqn_prefix, bytes) else encode_name(fqn_prefix)
 
 
-def _found(wanted: Wanted, messages: list[metadata_pb2.QueryChunksResponse]) -> CheckpointChunks:
-    """Puts the parts of an answer together; raises InternalError when there are none, or they are damaged."""
-    if not messages or not messages[0].HasField("checkpoint"):
-        raise InternalError("the server answered a query without its checkpoint", reason="MALFORMED_STREAM")
-    first = messages[0]
+def _found(wanted: Wanted, pages: list[metadata_pb2.QueryChunksResponse]) -> CheckpointChunks:
+    """Puts the pages of an answer together; raises InternalError when they are damaged."""
     try:
-        found = merge(wanted, [decode_part(message.found) for message in messages if message.found])
+        found = merge(wanted, [decode_part(page.found) for page in pages if page.found])
     except InvalidArgumentError as error:
-        raise InternalError(f"the server's answer cannot be read: {error}", reason="MALFORMED_STREAM") from error
-    place = first.checkpoint.location
-    return CheckpointChunks(
-        found, place.location, place.prefix, first.metadata_header, first.head, first.checkpoint.name
-    )
+        raise InternalError(f"the server's answer cannot be read: {error}", reason="MALFORMED_ANSWER") from error
+    first = pages[0]
+    place, name = first.checkpoint.location, first.checkpoint.name
+    return CheckpointChunks(found, place.location, place.prefix, first.metadata_header, first.head, name)
 
 
 def _stored(messages: list[metadata_pb2.GetMetadataResponse]) -> StoredMetadata:

@@ -164,7 +164,8 @@ class TestOldKeys:
             torch_save(self.state(), checkpoint_id=path)
         monkeypatch.setattr(_version, "_derived_version", None)
         assert "groups" in FileSystemReader(path).read_metadata().state_dict_metadata
-        for target in [path, f"{session.run}@1"][: 1 + by_shardbook]:
+        targets: list[Path | str] = [path, f"{session.run}@1"]
+        for target in targets[: 1 + by_shardbook]:
             state = self.blank()
             dcp.load(state, target)
             assert [1.0, 1.0] == state["model"]["w"].tolist()

@@ -16,6 +16,7 @@ from shardbook.core.table import printable
 from shardbook.dcp._torch import flattened_as_2_3, set_element
 from shardbook.dcp.lazy import LazyMetadata
 from shardbook.dcp.load_report import LoadReport, compare
+from shardbook.dcp.metadata import paused_gc
 from shardbook.dcp.plain_source import query_metadata
 from shardbook.dcp.read_items import places, read_items
 from shardbook.dcp.state_boxes import StateBoxes, state_boxes
@@ -75,6 +76,10 @@ class ShardbookLoadPlanner(DefaultLoadPlanner):
             CheckpointMismatchError: The checkpoint does not fit the state dict.
             ShardbookError: It cannot be asked.
         """
+        with paused_gc():
+            return self._planned()
+
+    def _planned(self) -> LoadPlan:
         boxes, found = self._asked()
         mismatches = compare(found, boxes) + self._unexpected(boxes)
         refused = [one for one in mismatches if self._refuses(one)]

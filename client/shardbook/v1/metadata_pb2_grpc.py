@@ -42,7 +42,7 @@ class MetadataServiceStub(object):
                 request_serializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataResponse.FromString,
                 _registered_method=True)
-        self.QueryChunks = channel.unary_stream(
+        self.QueryChunks = channel.unary_unary(
                 '/shardbook.v1.MetadataService/QueryChunks',
                 request_serializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksResponse.FromString,
@@ -70,9 +70,9 @@ class MetadataServiceServicer(object):
     def QueryChunks(self, request, context):
         """Finds the chunks of a committed checkpoint that meet the boxes a loader
         wants, of many tensors in one call, and where their bytes are. Costs what
-        was asked for, whatever the checkpoint holds: one message, or several where
-        much is found. An entry that the checkpoint lacks is no error; no message
-        is about it.
+        was asked for, whatever the checkpoint holds. Nearly every answer is one
+        page; where much is found, it is several. An entry that the checkpoint lacks
+        is no error; no page is about it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,7 +93,7 @@ def add_MetadataServiceServicer_to_server(servicer, server):
                     request_deserializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataResponse.SerializeToString,
             ),
-            'QueryChunks': grpc.unary_stream_rpc_method_handler(
+            'QueryChunks': grpc.unary_unary_rpc_method_handler(
                     servicer.QueryChunks,
                     request_deserializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksResponse.SerializeToString,
@@ -154,7 +154,7 @@ class MetadataService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
+        return grpc.experimental.unary_unary(
             request,
             target,
             '/shardbook.v1.MetadataService/QueryChunks',

@@ -294,10 +294,13 @@ def query_payload(request: metadata_pb2.QueryChunksRequest) -> bytes:
 
 
 def query_response(view: views.QueryView) -> metadata_pb2.QueryChunksResponse:
-    """Returns a part of the answer to QueryChunks."""
-    of = None if view.checkpoint is None else checkpoint(view.checkpoint)
+    """Returns a page of the answer to QueryChunks."""
     return metadata_pb2.QueryChunksResponse(
-        checkpoint=of, found=view.found, metadata_header=view.metadata_header, head=view.head
+        checkpoint=checkpoint(view.checkpoint),
+        found=view.found,
+        metadata_header=view.metadata_header,
+        head=view.head,
+        next_page_token=view.next_page_token,
     )
 
 

@@ -31,18 +31,16 @@ class MetadataHandlers(MetadataServiceServicer):
         async for view in self._bridge.stream(read, request.name, request.fqn_prefix):
             yield convert.metadata_response(view)
 
-    async def QueryChunks(
-        self, request: pb.QueryChunksRequest, context: Context
-    ) -> AsyncIterator[pb.QueryChunksResponse]:
-        """Finds chunks; nearly every answer is one message, made in one go."""
-        wanted = convert.query_payload(request)
-        answer = await self._bridge.read(
-            self._services.queries.query_chunks, request.name, wanted, include_head=request.include_head
+    async def QueryChunks(self, request: pb.QueryChunksRequest, context: Context) -> pb.QueryChunksResponse:
+        """Finds the chunks that meet wanted boxes."""
+        view = await self._bridge.read(
+            self._services.queries.query_chunks,
+            request.name,
+            convert.query_payload(request),
+            include_head=request.include_head,
+            page_token=request.page_token,
         )
-        yield convert.query_response(answer.first)
-        if answer.others is not None:
-            async for view in self._bridge.stream(answer.others.__iter__):
-                yield convert.query_response(view)
+        return convert.query_response(view)
 
     async def ListTensors(self, request: pb.ListTensorsRequest, context: Context) -> pb.ListTensorsResponse:
         """Lists the entries of a committed checkpoint, a page at a time."""

@@ -7,7 +7,7 @@ row that a database handed out anew after a failover can be taken for another on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,18 +24,18 @@ from shardbook.core.head import decode_head
 from shardbook.core.names import CheckpointName
 from shardbook.core.query import Hits, find, place, sliced
 from shardbook.core.wanted import Wanted, decode_wanted
-from shardbook.errors import InternalError, UnavailableError
+from shardbook.errors import InternalError, InvalidArgumentError, UnavailableError
 from shardbook_server.service import present
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.lru import BoundedCache
-from shardbook_server.service.views import CheckpointInfo, QueryAnswer, QueryView
+from shardbook_server.service.views import CheckpointInfo, QueryView
 from shardbook_server.storage import registrations as registration_rows
 from shardbook_server.storage import structures as structure_rows
 from shardbook_server.storage.database import Connection, Database
 
 #: Chunks of the entries that are decoded together, about.
 PAGE_CHUNKS: Final = 1 << 18
-#: Pairs of box and chunk in one part of an answer, about; and in one step between two looks at who is asking.
+#: Pairs of box and chunk on one page of an answer, about; one tensor stays together.
 PART_CHUNKS: Final = 1 << 17
 #: What decoding takes for each chunk, bytes, and in all at a time.
 _BYTES_PER_CHUNK: Final = 200
@@ -44,6 +44,7 @@ _DECODING_BYTES: Final = 256 << 20
 _SEGMENT_BYTES: Final = 32 << 20
 _PAIR_BYTES: Final = 16
 _NAME_BYTES: Final = 250
+_TOKEN_CHARS: Final = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,16 +96,16 @@ class QueryService:
         self._flight = SingleFlight()
         self._memory = MemoryBudget(_DECODING_BYTES)
 
-    def query_chunks(self, name: str, wanted: bytes, *, include_head: bool = False) -> QueryAnswer:
-        """Returns the chunks that meet the wanted boxes.
+    def query_chunks(self, name: str, wanted: bytes, *, include_head: bool = False, page_token: str = "") -> QueryView:
+        """Returns the chunks that meet the wanted boxes, as many as one page holds.
 
-        Every step reads in transactions of its own; none is open when it returns. An entry that the checkpoint lacks
-        is in no part of the answer.
+        An entry that the checkpoint lacks is on no page. Every step reads in transactions of its own.
 
         Args:
             name: The checkpoint.
             wanted: Payload of ``shardbook.core.wanted``.
-            include_head: Answer the head of the checkpoint, too.
+            include_head: Answer the head of the checkpoint, too, on the first page.
+            page_token: Where to go on; from the page before, with everything else as it was.
 
         Raises:
             NotFoundError: ``name`` means no checkpoint.
@@ -113,43 +114,35 @@ class QueryService:
                 its tensor, which the field then names.
         """
         parsed = CheckpointName.parse(name, "name")
+        at = _read_token(page_token)
         question = decode_wanted(wanted)
         with self._database.read() as connection:
-            row = present.resolve_committed(connection, parsed)
-            info = present.checkpoint_info(connection, row.id)
+            row, info = present.committed_info(connection, parsed)
             if row.structure_id is None:
                 raise InternalError("a committed checkpoint has no structure")
-            head = structure_rows.read_head(connection, row.structure_id) if include_head else b""
+            is_asked = include_head and not page_token
+            head = structure_rows.read_head(connection, row.structure_id) if is_asked else b""
         contents = self._contents_of(info, row.structure_id)
-        groups = self._groups(contents, question)
-        found, more = next(groups)
-        first = QueryView(info, self._encoded(info, contents, found), row.metadata_header, head)
-        # A complete answer must not cost its caller a step to find out that it is.
-        return QueryAnswer(first, self._others(info, contents, groups) if more else None)
+        found, end = self._find(contents, question, at)
+        header = b"" if page_token else row.metadata_header
+        return QueryView(info, self._encoded(info, contents, found), end, header, head)
 
-    def _others(
-        self, info: CheckpointInfo, contents: Contents, groups: Iterator[tuple[list[Hits], bool]]
-    ) -> Iterator[QueryView]:
-        for found, _ in groups:
-            yield QueryView(None, self._encoded(info, contents, found))
-
-    def _groups(self, contents: Contents, question: Wanted) -> Iterator[tuple[list[Hits], bool]]:
-        """Yields what is found, as much as one part of the answer holds, and whether there is more."""
+    def _find(self, contents: Contents, question: Wanted, start: tuple[int, int]) -> tuple[list[Hits], str]:
+        """Returns what is found from a place on, as much as one page of an answer holds, and the token of the next."""
         entry = np.fromiter((contents.entries.get(fqn, -1) for fqn in question.fqns), np.int64, len(question.fqns))
         page = np.where(entry < 0, -1, np.searchsorted(contents.bounds, entry, side="right") - 1)
         held: list[Hits] = []
         held_count = 0
-        for number in np.unique(page[page >= 0]).tolist():
+        for number in np.unique(page[page >= start[0]]).tolist():
             tensor = np.flatnonzero(page == number)
             index = self._page(contents, number)
-            hits = find(index, question, tensor, entry[tensor] - contents.bounds[number])
-            for some in sliced(hits, PART_CHUNKS):
-                if held and held_count + len(some.row) > PART_CHUNKS:
-                    yield held, True
-                    held, held_count = [], 0
-                held.append(some)
-                held_count += len(some.row)
-        yield held, False
+            slices = sliced(find(index, question, tensor, entry[tensor] - contents.bounds[number]), PART_CHUNKS)
+            for at in range(start[1] if number == start[0] else 0, len(slices)):
+                if held and held_count + len(slices[at].row) > PART_CHUNKS:
+                    return held, f"{number}.{at}"
+                held.append(slices[at])
+                held_count += len(slices[at].row)
+        return held, ""
 
     def _encoded(self, info: CheckpointInfo, contents: Contents, found: Sequence[Hits]) -> bytes:
         if not found:
@@ -239,6 +232,15 @@ class QueryService:
             self._contents.clear()
             raise _gone("the structure")
         return ChunkIndex.of(decode_blocks([payload for _, payload in stored], contents.rank_files))
+
+
+def _read_token(token: str) -> tuple[int, int]:
+    """Returns page of entries and slice of it at which a page of an answer begins."""
+    page, _, at = (token or "0.0").partition(".")
+    # Nothing is to be won by making one up, so it is not signed.
+    if not (page.isascii() and page.isdigit() and at.isascii() and at.isdigit() and len(token) < _TOKEN_CHARS):
+        raise InvalidArgumentError("this is no page token of QueryChunks", field="page_token")
+    return int(page), int(at)
 
 
 def _gone(what: str) -> UnavailableError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Generic, TypeVar
@@ -247,27 +246,21 @@ MetadataView = HeaderView | SegmentView | BlockView
 
 @dataclass(frozen=True)
 class QueryView:
-    """A part of the answer to a query, as ``shardbook.v1.QueryChunksResponse``.
+    """A page of the answer to a query, as ``shardbook.v1.QueryChunksResponse``.
 
     Attributes:
-        checkpoint: The checkpoint, in the first part.
+        checkpoint: The checkpoint.
         found: Payload of ``shardbook.core.found``; empty where nothing was found.
-        metadata_header: Payload of ``shardbook.core.head``, in the first part.
+        next_page_token: Empty on the last page.
+        metadata_header: Payload of ``shardbook.core.head``, on the first page.
         head: Likewise; empty unless it was asked for.
     """
 
-    checkpoint: CheckpointInfo | None
+    checkpoint: CheckpointInfo
     found: bytes
+    next_page_token: str = ""
     metadata_header: bytes = b""
     head: bytes = b""
-
-
-@dataclass(frozen=True)
-class QueryAnswer:
-    """The answer to a query: its first part, and the others where it has any; each step of them reads and blocks."""
-
-    first: QueryView
-    others: Iterator[QueryView] | None
 
 
 @dataclass(frozen=True)

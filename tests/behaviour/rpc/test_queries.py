@@ -38,7 +38,7 @@ def test_the_client_asks_for_boxes_of_many_tensors(api: Api, client: Client, run
     assert found.start.tolist() == again.found.start.tolist()
 
 
-def test_a_large_answer_comes_in_parts(api: Api, client: Client, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_answer_comes_in_pages(api: Api, client: Client, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put together, it is one."""
     from shardbook_server.service import query
 
@@ -46,8 +46,8 @@ def test_a_large_answer_comes_in_parts(api: Api, client: Client, run: str, monke
     job = Job.start(api, run)
     name = job.save(world=[payload([row("a", rank, 2), row("b", rank, 2)]) for rank in range(2)]).name
     wanted = Wanted.all_of(["b", "gone", "a"])
-    messages = list(api.metadata.QueryChunks(metadata_pb2.QueryChunksRequest(name=name, wanted=encode_wanted(wanted))))
-    assert [True, False] == [message.HasField("checkpoint") for message in messages]
+    first = api.metadata.QueryChunks(metadata_pb2.QueryChunksRequest(name=name, wanted=encode_wanted(wanted)))
+    assert first.next_page_token
     found = client.query_chunks(name, wanted).found
     assert ([0, 0, 2, 2], [0, 1, 0, 1]) == (found.tensor.tolist(), found.index.tolist())
     assert [64, 64, 0, 0] == found.start.tolist()
@@ -59,7 +59,7 @@ def test_refusals_name_the_field(api: Api, client: Client, run: str) -> None:
 
     def ask(wanted: bytes) -> list[str]:
         request = metadata_pb2.QueryChunksRequest(name=name, wanted=wanted)
-        error = refusal(lambda: list(api.metadata.QueryChunks(request)))
+        error = refusal(lambda: api.metadata.QueryChunks(request))
         assert "INVALID_ARGUMENT" == error.status
         return fields(error)
 
@@ -82,5 +82,5 @@ def test_counts_that_do_not_fit(api: Api, run: str) -> None:
         object.__setattr__(wanted, "box_counts", np.array([count]))
         object.__setattr__(wanted, "tensor_of_box", np.zeros(1, np.int64))
         request = metadata_pb2.QueryChunksRequest(name=name, wanted=encode_wanted(wanted))
-        error = refusal(lambda request=request: list(api.metadata.QueryChunks(request)))
+        error = refusal(lambda request=request: api.metadata.QueryChunks(request))
         assert ("INVALID_ARGUMENT", ["wanted.box_counts"]) == (error.status, fields(error))

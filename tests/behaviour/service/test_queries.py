@@ -25,9 +25,11 @@ from tests.behaviour.service.saves import Job, Model, blobs_of, fine, whole
 
 
 def parts(service: QueryService, name: str, wanted: Wanted) -> list[QueryView]:
-    """The whole answer as it comes."""
-    answer = service.query_chunks(name, encode_wanted(wanted))
-    return [answer.first, *(answer.others or ())]
+    """All pages of an answer."""
+    pages = [service.query_chunks(name, encode_wanted(wanted))]
+    while token := pages[-1].next_page_token:
+        pages.append(service.query_chunks(name, encode_wanted(wanted), page_token=token))
+    return pages
 
 
 def ask(service: QueryService, name: str, wanted: Wanted) -> FoundChunks:
@@ -149,14 +151,15 @@ def test_a_cache_that_is_too_small_costs_time_alone(database: Database, job: Job
         assert [0, 1532] == ask(service, "llm/8b@1", Wanted.all_of(["model.w0", "model.w1"])).start[::2].tolist()
 
 
-def test_no_transaction_is_open_between_parts(database: Database, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow reader holds no connection."""
+def test_a_page_token_that_is_none(job: Job) -> None:
+    """Refused by its field; one that was made up finds nothing that may not be found."""
     job.save(1)
-    monkeypatch.setattr(query, "PART_CHUNKS", 1)
-    answer = job.services.queries.query_chunks("llm/8b@1", encode_wanted(Wanted.all_of(["model.w0", "model.w1"])))
-    assert answer.others is not None
-    for _ in answer.others:
-        assert 0 == database.checked_out()
+    wanted = encode_wanted(Wanted.all_of(["model.w0"]))
+    for token in ("x", "1", "1.x", "-1.0", "1.2.3", "9" * 5000 + ".0", "\u00b2.0"):
+        with pytest.raises(InvalidArgumentError) as caught:
+            job.services.queries.query_chunks("llm/8b@1", wanted, page_token=token)
+        assert ["page_token"] == [violation.field for violation in caught.value.violations]
+    assert b"" == job.services.queries.query_chunks("llm/8b@1", wanted, page_token="7.7").found
 
 
 def test_rows_that_are_others_are_never_taken_for_what_they_were(database: Database, job: Job) -> None:
@@ -176,8 +179,8 @@ def test_the_head_is_answered_when_it_is_asked_for(job: Job) -> None:
     """Key paths of all entries, for planners that look at them."""
     job.save(1)
     wanted = encode_wanted(Wanted.all_of([]))
-    assert b"" == job.services.queries.query_chunks("llm/8b@1", wanted).first.head
-    head = job.services.queries.query_chunks("llm/8b@1", wanted, include_head=True).first.head
+    assert b"" == job.services.queries.query_chunks("llm/8b@1", wanted).head
+    head = job.services.queries.query_chunks("llm/8b@1", wanted, include_head=True).head
     assert 2 == len(decode_head(head).rank_files.index)
 
 
