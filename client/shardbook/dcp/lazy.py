@@ -7,7 +7,7 @@ changed: planners edit them in place. ``LoadPlanner`` asks for boxes instead, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, overload
 
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, Metadata, MetadataIndex, StorageMeta
@@ -44,9 +44,12 @@ class LazyDict(dict[K, V]):
         """Returns everything that the source has, in its order."""
         raise NotImplementedError
 
-    def _keep(self, fetched: Iterable[tuple[K, V]]) -> None:
+    def _keep(self, fetched: dict[K, V]) -> None:
         """Adds what was fetched; what is there stays, with whatever was done to it, and what was removed stays away."""
-        for key, value in fetched:
+        if not super().__len__() and not self._absent:
+            super().update(fetched)  # thousands at once, at the first question
+            return
+        for key, value in fetched.items():
             if not super().__contains__(key) and key not in self._absent:
                 super().__setitem__(key, value)
 
@@ -259,9 +262,9 @@ class LazyMetadata(Metadata):
         """Returns the chunks that meet the wanted boxes; one question."""
         return self.source.query(wanted)
 
-    def note_places(self, places: Mapping[MetadataIndex, StorageInfo]) -> None:
+    def note_places(self, places: dict[MetadataIndex, StorageInfo]) -> None:
         """Keeps where chunks lie that are about to be read, so that the reader need not ask again."""
-        self._places._keep(places.items())  # noqa: SLF001
+        self._places._keep(places)  # noqa: SLF001
 
     def prefetch(self, fqns: Iterable[str]) -> None:
         """Fetches the entries of some names, as far as they are there, and where their chunks lie; one question."""
@@ -270,8 +273,8 @@ class LazyMetadata(Metadata):
             return
         found, places = found_entries(self.source.query(Wanted.all_of(absent)))
         self._fetched.update(absent)
-        self._entries._keep(found.items())  # noqa: SLF001
-        self._places._keep(places.items())  # noqa: SLF001
+        self._entries._keep(found)  # noqa: SLF001
+        self._places._keep(places)  # noqa: SLF001
 
     @property
     def has_everything(self) -> bool:
