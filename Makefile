@@ -6,9 +6,9 @@
 
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Pytest's worker processes: the tests with real ranks start up to eight processes each.
-WORKERS ?= 2
-EXTRAS ?= torch,cli,server,postgres,otel,dev
+# Pytest's worker processes: the tests with real ranks start up to eight processes each, and wait half of their time.
+WORKERS ?= 3
+EXTRAS ?= torch,checksum,cli,read,server,postgres,otel,dev
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.shardbook-installed
 SOURCES := client server migrations tests benchmarks examples proto docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types imports proto proto-check docs docs-check bench fix clean
+.PHONY: help install demo test soak check lint types imports proto proto-check docs docs-check bench fix clean
 
 help: ## list these commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,9 +34,14 @@ install: $(INSTALLED) ## make the environment and install everything into it
 demo: $(INSTALLED) ## the whole story on this machine: 4 ranks train, save, lose the server, load elsewhere
 	$(RUN) examples/demo.py $(ARGS)
 
-test: $(INSTALLED) ## every test; installs pgbouncer where it is missing and apt-get may
+test: $(INSTALLED) ## the tests; installs pgbouncer where it is missing and apt-get may
 	@tests/tools.sh
-	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder -m "not soak" $(ARGS)
+
+soak: $(INSTALLED) ## the slow tests that `make test` leaves out, and every property with many more examples
+	@tests/tools.sh
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder -m soak $(ARGS)
+	$(RUN) -m pytest --numprocesses=$(WORKERS) --hypothesis-profile=soak --timeout=3600 tests/unit $(ARGS)
 
 check: lint types imports proto-check docs-check ## what CI runs beside the tests: lint, types, import rules, drift
 

@@ -10,11 +10,9 @@ have tensors only: pickled objects, whose lengths change from save to save, woul
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import statistics
 import sys
 import time
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +20,7 @@ from typing import Any, Final
 from benchmarks.common import Goal, Report, parse_arguments, rss_bytes
 from benchmarks.places import places
 from benchmarks.postgres import free_port
-from benchmarks.simulated import Ranks, Server, connected, rank_payloads, running_server
+from benchmarks.simulated import Ranks, Server, connected, held_bytes, rank_payloads, running_server
 from benchmarks.workload import Workload
 from shardbook.v1 import catalog_pb2, catalog_pb2_grpc
 
@@ -124,15 +122,11 @@ async def _held(server: Server, database: Path, catalog: Any) -> Held:
         times.append(time.perf_counter() - begin)
         if not page.checkpoints:
             raise RuntimeError("the catalogue lists nothing")
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-        pages, free, page_bytes = (
-            int(connection.execute(f"PRAGMA {name}").fetchone()[0])
-            for name in ("page_count", "freelist_count", "page_size")
-        )
+    used_bytes, free_bytes = held_bytes(database)
     log = database.with_name(database.name + "-wal")
     return Held(
-        (pages - free) * page_bytes,
-        free * page_bytes,
+        used_bytes,
+        free_bytes,
         log.stat().st_size if log.exists() else 0,
         resident_bytes,
         statistics.median(times),

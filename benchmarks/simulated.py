@@ -167,9 +167,18 @@ def _environment(database: Path | str, port: int) -> dict[str, str]:
 def stored_bytes(database: Path) -> int:
     """Returns the bytes of a database's pages that hold something; no server may be running on it."""
     with closing(sqlite3.connect(database)) as connection:
-        counts = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _PAGE_COUNTS]
-    pages, free, page_bytes = map(int, counts)
-    return (pages - free) * page_bytes
+        return _page_bytes(connection)[0]
+
+
+def held_bytes(database: Path) -> tuple[int, int]:
+    """Returns the bytes of a database's pages that hold something, and of free ones, beside a server that runs."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return _page_bytes(connection)
+
+
+def _page_bytes(connection: sqlite3.Connection) -> tuple[int, int]:
+    pages, free, page_bytes = (int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in _PAGE_COUNTS)
+    return (pages - free) * page_bytes, free * page_bytes
 
 
 @contextmanager

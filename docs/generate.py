@@ -14,6 +14,7 @@ import typer
 
 from shardbook.catalog import Checkpoint, Run, RunPart, TensorInfo
 from shardbook.cli.app import app as client_app
+from shardbook.cli.cat import PrintedTensor
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
 from shardbook.sync import SyncedAttempt
 from shardbook_server import settings as server
@@ -37,6 +38,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
 | `shardbook show` | `{"checkpoint": checkpoint}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
+| `shardbook cat` | `{"tensors": [printed tensor], "output": path of the file, or null}` |
 | `shardbook sync` | `{"attempts": [attempt], "counts": {outcome: number}}` |
 """
 _OBJECTS = (
@@ -44,6 +46,7 @@ _OBJECTS = (
     ("part of a run", RunPart),
     ("checkpoint", Checkpoint),
     ("tensor", TensorInfo),
+    ("printed tensor", PrintedTensor),
     ("attempt", SyncedAttempt),
 )
 

@@ -1,8 +1,8 @@
 """Shardbook: metadata of distributed PyTorch checkpoints, without collectives.
 
-Saving and loading are in ``shardbook.dcp``, errors in ``shardbook.errors``, what the catalogue returns in
-``shardbook.catalog``. Importing this package is light: neither torch nor SQLAlchemy nor the command line, and gRPC
-only with the first use of a name that needs it.
+Saving and loading are in ``shardbook.dcp``; ``read`` gives tensors to whoever has no torch. Errors are in
+``shardbook.errors``, what the catalogue returns in ``shardbook.catalog``. Importing this package is light: neither
+torch nor SQLAlchemy nor the command line, and gRPC only with the first use of a name that needs it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from shardbook.errors import (
     AlreadyExistsError,
     CheckpointClosedError,
     CheckpointMismatchError,
+    CorruptDataError,
     CorruptManifestError,
     DeadlineExceededError,
     FailedPreconditionError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from shardbook.client import Client
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
+    from shardbook.reading import read, read_many
 
 _HOME = {
     "Client": "shardbook.client",
@@ -60,6 +62,8 @@ _HOME = {
     "RunPart": "shardbook.catalog",
     "StoredMetadata": "shardbook.catalog",
     "TensorInfo": "shardbook.catalog",
+    "read": "shardbook.reading",
+    "read_many": "shardbook.reading",
 }
 
 __all__ = [
@@ -74,9 +78,12 @@ __all__ = [
     "RunPart",
     "StoredMetadata",
     "TensorInfo",
+    "read",
+    "read_many",
     "AlreadyExistsError",
     "CheckpointClosedError",
     "CheckpointMismatchError",
+    "CorruptDataError",
     "CorruptManifestError",
     "DeadlineExceededError",
     "FailedPreconditionError",

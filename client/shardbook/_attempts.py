@@ -158,6 +158,14 @@ class FoundAttempt:
         # A coordinator takes records away only when its manifest is there.
         return self._stored(_open) if folded is None else folded.manifest
 
+    def manifest(self) -> Manifest | None:
+        """Returns the manifest as it is stored, else the one that the records make; None when it is not whole.
+
+        Raises as ``read`` does.
+        """
+        found = self._read()
+        return None if found is None else found[0]
+
     def _read(self) -> tuple[Manifest, FoldedAttempt | None] | None:
         folded = self._folded()
         if folded is not None:

@@ -76,6 +76,29 @@ def open_tree(path: str | os.PathLike[str]) -> Tree:
     return _LocalTree(root)
 
 
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """Returns the fsspec filesystem that a URL names, and its path there.
+
+    Raises:
+        InvalidArgumentError: fsspec, or the package behind the URL's scheme, is not installed.
+    """
+    try:
+        import fsspec
+    except ImportError as error:
+        raise InvalidArgumentError(
+            f"{normalized(url)} needs fsspec: pip install fsspec, and the package of its scheme",
+            reason="MISSING_PACKAGE",
+            field="directory",
+        ) from error
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"{normalized(url)} cannot be opened: {error}", reason="MISSING_PACKAGE", field="directory"
+        ) from error
+    return filesystem, str(root)
+
+
 def in_blocks(content: bytes | Iterable[bytes]) -> Iterable[bytes]:
     """Returns content as blocks, whichever of both it is."""
     return (content,) if isinstance(content, bytes) else content
@@ -158,21 +181,7 @@ class _FsspecTree:
     """A directory behind a URL. A file is one PUT, so that it is never seen half-written."""
 
     def __init__(self, url: str) -> None:
-        try:
-            import fsspec
-        except ImportError as error:
-            raise InvalidArgumentError(
-                f"{normalized(url)} needs fsspec: pip install fsspec, and the package of its scheme",
-                reason="MISSING_PACKAGE",
-                field="directory",
-            ) from error
-        self._strip = fsspec.core.strip_protocol
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise InvalidArgumentError(
-                f"{normalized(url)} cannot be opened: {error}", reason="MISSING_PACKAGE", field="directory"
-            ) from error
+        self._fs, self._root = filesystem_of(url)
         # Other machines write here too: nothing may be answered from memory.
         self._fs.invalidate_cache()
 
@@ -223,4 +232,6 @@ class _FsspecTree:
                 self._fs.put_file(file.name, self._inside(path))
 
     def _inside(self, path: str) -> str:
-        return str(self._strip(path))
+        import fsspec
+
+        return str(fsspec.core.strip_protocol(path))

@@ -47,6 +47,15 @@ class Mode(StrEnum):
     DISABLED = "disabled"
 
 
+class Checksum(StrEnum):
+    """What saves keep to prove later that a data file is as it was written."""
+
+    #: Nothing.
+    NONE = "none"
+    #: CRC32C of every item, 4 bytes each.
+    CRC32C = "crc32c"
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting and where it comes from.
@@ -81,6 +90,13 @@ def _mode(text: str) -> Mode:
         return Mode(text.lower())
     except ValueError:
         raise ValueError(f"{text!r} is not one of {', '.join(Mode)}") from None
+
+
+def _checksum(text: str) -> Checksum:
+    try:
+        return Checksum(text.lower())
+    except ValueError:
+        raise ValueError(f"{text!r} is not one of {', '.join(Checksum)}") from None
 
 
 def _stores(text: str) -> dict[str, str]:
@@ -131,6 +147,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         _seconds,
     ),
     Setting(
+        "checksum",
+        "SHARDBOOK_CHECKSUM",
+        "none",
+        "`crc32c`: saves keep a checksum of every item, 4 bytes each and save, computed while it is written; `none`.",
+        _checksum,
+    ),
+    Setting(
         "stores",
         "SHARDBOOK_STORES",
         "",
@@ -152,6 +175,7 @@ class ClientConfig:
         plan_wait_s: How long a rank waits for the others' plans, seconds.
         outage_first_s: What an outage may cost the first save, seconds.
         outage_later_s: What it may cost every later save, seconds.
+        checksum: What saves keep of every item's bytes, unless they say.
         stores: Named storage roots.
 
     Raises:
@@ -165,6 +189,7 @@ class ClientConfig:
     plan_wait_s: float = 120.0
     outage_first_s: float = FIRST_S
     outage_later_s: float = LATER_S
+    checksum: Checksum = Checksum.NONE
     stores: Stores = field(default_factory=Stores)
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@
     ├── InternalError                   INTERNAL             a bug, always
     ├── UnregisteredError               (client only)        strict=True and the service did not record the save
     ├── CorruptManifestError            (client only)        a file of a checkpoint directory does not parse
+    ├── CorruptDataError                (client only)        a data file is not what the metadata says
     ├── StorageError                    (client only)        a filesystem failed in words of its own; an OSError too
     ├── SaveProcessError                (client only)        the process of saves in the background is gone
     └── ForkedClientError               (client only)        a client used in a forked child
@@ -327,6 +328,14 @@ class CorruptManifestError(ShardbookError):
     """A manifest or registration record does not parse; nothing in it is ever executed."""
 
     default_reason = "CORRUPT_MANIFEST"
+
+
+class CorruptDataError(ShardbookError):
+    """A data file is damaged, ends early or holds something else than the metadata says; ``metadata`` may have the
+    ``file``, relative to the checkpoint's directory, and the ``offset`` of the item in it, bytes.
+    """
+
+    default_reason = "CORRUPT_DATA"
 
 
 class StorageError(ShardbookError, OSError):

@@ -24,6 +24,7 @@ from shardbook.v1.catalog_pb2_grpc import add_CatalogServiceServicer_to_server
 from shardbook.v1.metadata_pb2_grpc import add_MetadataServiceServicer_to_server
 from shardbook.v1.registration_pb2_grpc import add_RegistrationServiceServicer_to_server
 from shardbook.v1.relay_pb2_grpc import add_RelayServiceServicer_to_server
+from shardbook_server import loops
 from shardbook_server.failpoints import Failpoints
 from shardbook_server.listening import cannot_listen, reason_of, server_options
 from shardbook_server.observer import SILENT, Observer
@@ -362,7 +363,7 @@ def running_server(
             await ended.wait()
 
     with ThreadPoolExecutor(1, thread_name_prefix="shardbook-server") as pool:
-        done = pool.submit(lambda: asyncio.run(run()))
+        done = pool.submit(lambda: loops.run(run()))
         either: list[Future[Any]] = [started, done]
         wait(either, return_when=FIRST_COMPLETED)
         if done.done():

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 refused or failed with a message, 2 a command line that do
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ from typing import Annotated
 import typer
 
 from shardbook.errors import FailedPreconditionError, ShardbookError
+from shardbook_server import loops
 from shardbook_server.print_config import as_toml
 from shardbook_server.settings import Settings, load_settings, load_with_sources
 from shardbook_server.storage.urls import shown_url
@@ -99,7 +99,7 @@ def serve(
         configure_logging(settings)
         schema = server.prepare_database(settings)
         announce = partial(_announce, settings)
-        asyncio.run(server.serve(settings, lambda one: announce(one.address, one.http_address), schema=schema))
+        loops.run(server.serve(settings, lambda one: announce(one.address, one.http_address), schema=schema))
 
 
 def _announce(settings: Settings, address: str, http_address: str) -> None:

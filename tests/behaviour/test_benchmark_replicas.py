@@ -21,6 +21,7 @@ SMALL = Sizes(
 )
 
 
+@pytest.mark.soak
 def test_the_benchmark_of_replicas_measures_all_it_names(capsys: pytest.CaptureFixture[str]) -> None:
     """Rule: every contender has its calls, its empty calls and its raw inserts; each rank of the crowd a connection."""
     report = measure(SMALL)

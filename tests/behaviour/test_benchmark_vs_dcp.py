@@ -24,6 +24,7 @@ def _result(report: Report, capsys: pytest.CaptureFixture[str]) -> tuple[dict[st
     return result, rows
 
 
+@pytest.mark.soak
 def test_coordinators_are_measured_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     """Rule: DCP with and without cached plans, gc on and off; Shardbook on both databases; what is durable is told."""
     report = new_report(SMALL)
@@ -42,6 +43,7 @@ def test_coordinators_are_measured_side_by_side(capsys: pytest.CaptureFixture[st
             assert result["ratios"][f"tiny, {place}, with planning: {peer}"] > 0
 
 
+@pytest.mark.soak
 def test_validation_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """Rule: DCP compares every pair of chunks of a tensor cut along its shorter side; Shardbook does not."""
     report = new_report(SMALL)

@@ -29,7 +29,7 @@ from tests.deploy.image import Machine
 from tests.postgres import Postgres, as_user, unprivileged_user
 
 # Packages come over the network where pip has none of them yet.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 FINAL = read_stages(DOCKERFILE)[-1]
 #: A server is up, or down, within this, seconds.

@@ -119,6 +119,7 @@ def test_crashes_at_commit(server: ServerProcess, api: Api, run: str) -> None:
     assert answer.name == client.get_checkpoint(f"{run}@latest").name
 
 
+@pytest.mark.soak_with("postgres")
 def test_crashes_during_sync(server: ServerProcess, run: str, tmp_path: Path) -> None:
     """The next ``sync`` goes on where it was; the step is recorded once."""
     CheckpointDirectory(tmp_path / "step-2").add_records(identity(2, run=run))
@@ -142,6 +143,7 @@ def test_crashes_during_sync(server: ServerProcess, run: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("point", ["register.after_db", "commit.after_db"])
+@pytest.mark.soak_with("postgres")
 def test_a_crash_in_the_middle_of_a_save(
     pool: RankPool, server: ServerProcess, run: str, tmp_path: Path, point: str
 ) -> None:

@@ -18,6 +18,9 @@ from tests.faults.validators import files_of, p2_no_torn_checkpoint, p3_fenced, 
 from tests.torch import jobs as torch_jobs
 from tests.torch.harness import RankPool
 
+#: What an orphan does has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres", "another world size")
+
 
 def _orphans(
     pool: RankPool, start: dict[str, str], path: Path, notes: Path, stopped_rank: int | None

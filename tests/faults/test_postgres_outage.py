@@ -130,6 +130,7 @@ def _outage(cluster: Cluster, kind: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["stopped", "crashed"])
+@pytest.mark.soak_with("crashed")
 def test_only_who_is_dead_is_taken_for_dead(
     replicas: Replicas, cluster: Cluster, run: str, tmp_path: Path, kind: str
 ) -> None:

@@ -153,7 +153,7 @@ def test_readers_never_see_half_a_commit_nor_go_back(replicas: Replicas, run: st
     p2_no_torn_checkpoint(replicas.client_of(0), run, has_files=False)
 
 
-@pytest.mark.slow
+@pytest.mark.soak_with("2")
 def test_a_killed_replica_costs_no_call(replicas: Replicas, run: str, tmp_path: Path) -> None:
     """Row 13: killed in the middle of saves, each in turn; every call succeeds within its deadline."""
     with SavingJob(replicas.clients, run, tmp_path) as job:
@@ -166,7 +166,7 @@ def test_a_killed_replica_costs_no_call(replicas: Replicas, run: str, tmp_path: 
     _all_there(replicas, run, job)
 
 
-@pytest.mark.slow
+@pytest.mark.soak_with("2")
 def test_a_rolling_restart_costs_no_call(replicas: Replicas, run: str, tmp_path: Path) -> None:
     """Row 15: each drains, ends, and starts again under load."""
     with SavingJob(replicas.clients, run, tmp_path) as job:

@@ -73,6 +73,7 @@ def test_the_coordinator_is_cut_off_for_longer_than_its_lease(pool: RankPool, ru
         assert [CheckpointState.COMMITTED] == [one.state for one in p2_no_torn_checkpoint(server.client, run)]
 
 
+@pytest.mark.soak
 def test_a_coordinator_without_route_is_slow(pool: RankPool, run: str, tmp_path: Path) -> None:
     """The lease ends while it writes; what it leaves on storage at last is what the others return with."""
     path = str(tmp_path / "step-1")
@@ -96,6 +97,7 @@ def _states(server: ServerProcess, run: str) -> list[CheckpointState]:
 
 
 @pytest.mark.parametrize("is_cut_off", [False, True], ids=["online", "without route"])
+@pytest.mark.soak_with("without route")
 def test_storage_that_cannot_be_listed(
     pool: RankPool, shared_server: ServerProcess, run: str, tmp_path: Path, is_cut_off: bool
 ) -> None:

@@ -35,6 +35,7 @@ def test_the_server_restarts_within_a_save(
     assert [3, 2, 1] == [one.step for one in p2_no_torn_checkpoint(shared_server.client, run)]
 
 
+@pytest.mark.soak
 def test_waiting_for_a_slow_rank_costs_nothing_of_the_share(
     pool: RankPool, shared_server: ServerProcess, run: str, tmp_path: Path
 ) -> None:

@@ -12,7 +12,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+    SerializationFormat,
+)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from torch.distributed.device_mesh import DeviceMesh
@@ -296,3 +302,15 @@ def compare_plans(rank: Rank, layout: str, path: str, ref: str, server: str) -> 
         wrong += [(type(source).__name__, one) for one in expected if one not in actual]
         wrong += [(type(source).__name__, one) for one in actual if one not in expected]
     return wrong
+
+
+def save_by_dcp(rank: Rank, layout: str, path: str, is_safetensors: bool) -> None:
+    """Saves a layout with plain DCP, in either of its formats."""
+    serialization = SerializationFormat.SAFETENSORS if is_safetensors else SerializationFormat.TORCH_SAVE
+    torch_save(fill(LAYOUTS[layout](rank)), storage_writer=FileSystemWriter(path, serialization_format=serialization))
+
+
+def save_by_hugging_face(rank: Rank, layout: str, path: str) -> None:
+    """Saves a layout's tensors with torch's Hugging Face writer, each rank its shards."""
+    state = {key: value for key, value in fill(LAYOUTS[layout](rank)).items() if isinstance(value, torch.Tensor)}
+    torch_save(state, storage_writer=HuggingFaceStorageWriter(path, save_distributed=True))

@@ -23,6 +23,9 @@ from tests.torch import jobs, process_jobs
 from tests.torch.harness import RankPool
 from tests.torch.inside import NOTHING
 
+#: What a process does has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres")
+
 _LAYOUTS = ["fsdp", "hsdp", "plain", "sharded_tensor", "uneven", "objects"]
 
 

@@ -104,6 +104,7 @@ def extents_of(draw: st.DrawFn, item_count: int, variable_count: int) -> Extents
         return np.array(draw(st.lists(values, min_size=count, max_size=count)), dtype=np.int64)
 
     explicit = draw(st.booleans())
+    checksums = column(st.integers(-1, 2**32 - 1), item_count) if draw(st.booleans()) else np.zeros(0, np.int64)
     transforms = tuple(draw(st.lists(st.lists(fqns, max_size=2).map(tuple), max_size=2, unique=True)))
     return Extents(
         variable_lengths=column(length, 0 if explicit else variable_count),
@@ -113,4 +114,5 @@ def extents_of(draw: st.DrawFn, item_count: int, variable_count: int) -> Extents
         transform_index=column(st.integers(0, len(transforms)), item_count) if transforms else None,
         hints=column(st.integers(0, 9), item_count) if draw(st.booleans()) else None,
         attributes=column(st.integers(0, 1), item_count) if draw(st.booleans()) else None,
+        checksums=checksums if (checksums >= 0).any() else None,
     )

@@ -9,6 +9,7 @@ from benchmarks.export import FLOOR, GC_OFF, GC_ON, OURS, check_equal, graph_of,
 from benchmarks.workload import Workload
 
 
+@pytest.mark.soak
 def test_a_small_workload_is_measured() -> None:
     """Rule: peer, floor and Shardbook in one run, with time, memory and bytes, and the goals by name."""
     report = Report("export")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardbook.config import SETTINGS, ClientConfig, Mode, Setting
+from shardbook.config import SETTINGS, Checksum, ClientConfig, Mode, Setting
 from shardbook.errors import InvalidArgumentError
 from shardbook.stores import Stores
 
@@ -19,6 +19,7 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "token": ("t0ken", "t0ken"),
     "timeout_s": ("4.5", 4.5),
     "plan_wait_s": ("60", 60.0),
+    "checksum": ("crc32c", Checksum.CRC32C),
     "outage_first_s": ("3", 3.0),
     "outage_later_s": ("0.5", 0.5),
     "stores": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -24,11 +24,12 @@ Place = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class World:
-    """Ranks that together hold whole tensors, and where each (fqn, first row) lies by a plain walk of the files."""
+    """Ranks that together hold whole tensors: place, by a plain walk of the files, and checksum of each (fqn, row)."""
 
     structures: list[RankStructure]
     registrations: list[tuple[bytes, bytes]]
     places: dict[tuple[str, int], Place]
+    checksums: dict[tuple[str, int], int]
     requires_grad: dict[str, bool]
 
 
@@ -53,6 +54,7 @@ def worlds(draw: st.DrawFn) -> World:
     structures: list[RankStructure] = []
     registrations: list[tuple[bytes, bytes]] = []
     places: dict[tuple[str, int], Place] = {}
+    checksums: dict[tuple[str, int], int] = {}
     grads: dict[str, bool] = {}
     first = 0
     for rank, own in enumerate(rows):
@@ -69,15 +71,19 @@ def worlds(draw: st.DrawFn) -> World:
             st.lists(st.integers(0, 99), min_size=len(bytes_entries), max_size=len(bytes_entries))
         )
         extents, walked = lay_out(structure, length, explicit, rank)
+        sums = np.array(draw(st.lists(st.integers(-1, 2**32 - 1), min_size=count, max_size=count)), dtype=np.int64)
+        if (sums >= 0).any():
+            extents = replace(extents, checksums=sums[structure.order])
         flags = np.array(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=np.bool_)
         registrations.append((encode_extents(extents), encode_volatile(flags, flags)))
         for item, place in enumerate(walked):
             fqn = table.fqns[plan.entry[item]]
             places[fqn, int(plan.offsets[item, 0])] = place
+            checksums[fqn, int(plan.offsets[item, 0])] = int(sums[item])
             grads.setdefault(fqn, bool(flags[item]))
         structures.append(structure)
         first += own
-    return World(structures, registrations, places, grads)
+    return World(structures, registrations, places, checksums, grads)
 
 
 @st.composite
@@ -135,6 +141,15 @@ def test_every_chunk_is_found_where_a_walk_of_the_files_finds_it(world: World) -
             place = (path, int(located.start[chunk]), int(located.length[chunk]))
             found[fqn, int(structure.offsets[chunk, 0])] = place
     assert world.places == found
+
+
+@given(worlds())
+def test_every_chunk_has_the_checksum_of_its_owners_item(world: World) -> None:
+    """Ranks with, without and with some checksums, in one checkpoint; -1 where there is none."""
+    structure, located = stored(world)
+    fqns = np.repeat(np.array(structure.fqns, dtype=object), structure.chunk_counts)
+    keys = zip(fqns.tolist(), structure.offsets[:, 0].tolist(), strict=True)
+    assert world.checksums == dict(zip(keys, located.checksum.tolist(), strict=True))
 
 
 @given(worlds())

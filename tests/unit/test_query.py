@@ -209,6 +209,7 @@ class TestPlaces:
             assert f"p/{structure.rank_files.path(owner, file)}" == found.paths[int(found.file[row])]
             assert (everything.start[at], everything.length[at]) == (found.start[row], found.length[row])
             assert structure.offsets[at].tolist() == found.offsets[row].tolist()
+            assert everything.checksum[at] == found.checksum[row]
         if wanted.whole.all():
             order = [structure.fqns.index(fqn) for fqn in fqns if fqn != "absent"]
             assert everything.requires_grad[order].tolist() == found.requires_grad[found.found].tolist()

@@ -48,7 +48,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
         metadata = email.message_from_string(archive.read(f"{info}/METADATA").decode())
         commands = archive.read(f"{info}/entry_points.txt").decode()
         assert "Apache License" in archive.read(f"{info}/licenses/LICENSE").decode()
-    extras = {"torch", "cli", "server", "postgres", "web", "otel", "dev", "all"}
+    extras = {"torch", "checksum", "cli", "read", "server", "postgres", "web", "otel", "dev", "all"}
     assert extras == set(metadata.get_all("Provides-Extra", []))
     base = {Requirement(line).name for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert {"grpcio", "grpcio-status", "numpy", "protobuf", "zstandard"} == base

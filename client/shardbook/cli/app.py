@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from shardbook._version import __version__
-from shardbook.cli import checkpoints, failures, relay, runs, sync, tensors
+from shardbook.cli import cat, checkpoints, failures, relay, runs, sync, tensors
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
 A REF is project/run@1500, @1500.s3 (of session 3), @latest, or project/run:part@...
+`shardbook cat` and `shardbook sync` take directories and URLs.
 SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
 app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
 app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
+app.command("cat", epilog=cat.EXAMPLES)(cat.cat)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 

@@ -240,15 +240,13 @@ class ByteReader:
         """Returns the next column, (count,) int64, writable."""
         if count == 0:
             return np.zeros(0, dtype=np.int64)
-        first = self.signed() if delta else 0
-        rest = count - 1 if delta else count
+        if not delta:
+            return self._packed(count).view(np.int64)
         out = np.empty(count, dtype=np.uint64)
-        if delta:
-            out[0] = first & _MASK64
-        if rest:
-            out[count - rest :] = self._packed(rest)
-        if delta:
-            np.cumsum(out, out=out)
+        out[0] = self.signed() & _MASK64
+        if count > 1:
+            out[1:] = self._packed(count - 1)
+        np.cumsum(out, out=out)
         return out.view(np.int64)
 
     def _packed(self, count: int) -> npt.NDArray[np.uint64]:

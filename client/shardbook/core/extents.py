@@ -2,7 +2,8 @@
 
 A rank's files are filled from the front, so a start follows from the lengths before it, and the lengths of tensors
 are known from the structure. What is left are the lengths of bytes entries: some bytes a rank and save. Writers that
-transform their streams or leave gaps send lengths and starts explicitly; they pay for what they send.
+transform their streams or leave gaps send lengths and starts explicitly; they pay for what they send. So do those that
+keep checksums: no two saves have the same ones.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from shardbook.errors import InvalidArgumentError
 
 _VERSION = 1
 _SEGMENT, _SEGMENT_VERSION = b"SG", 1
-_EXPLICIT, _TRANSFORMS, _HINTS, _ATTRIBUTES = 1, 2, 4, 8
+_EXPLICIT, _TRANSFORMS, _HINTS, _ATTRIBUTES, _CHECKSUMS, _UNCHECKED = 1, 2, 4, 8, 16, 32
+_ALL_FLAGS = 63
 
 #: Value of ``hints`` for "the chunk's own position in its tensor's list", which is what DCP writes.
 HINT_POSITION = 0
@@ -40,6 +42,8 @@ HINT_POSITION = 0
 HINT_NONE = 1
 #: Bit of ``attributes``: ``transform_descriptors`` is None in the object's ``__dict__``, rather than absent from it.
 ATTRIBUTE_NULL_TRANSFORMS = 1
+#: Value of ``checksums`` for an item of which nobody computed one.
+NO_CHECKSUM = -1
 
 
 def _no_items() -> Int64Array:
@@ -75,6 +79,8 @@ class Extents:
         transform_index: (K,) 0 for no transforms, else 1 + index into ``transforms``; None when all are 0.
         hints: (K,) index hints of the storage data, see HINT_POSITION; None when all are HINT_POSITION.
         attributes: (K,) bits, see ATTRIBUTE_NULL_TRANSFORMS; None when all are 0.
+        checksums: (K,) CRC32C of every item's bytes as they lie in the file, below 2**32; NO_CHECKSUM where there is
+            none; None when there is none at all.
 
     Raises:
         InvalidArgumentError: A value is out of range, or columns differ in length.
@@ -87,18 +93,20 @@ class Extents:
     transform_index: Int64Array | None = None
     hints: Int64Array | None = None
     attributes: Int64Array | None = None
+    checksums: Int64Array | None = None
 
     def __post_init__(self) -> None:
         if (self.lengths is None) != (self.starts is None):
             raise InvalidArgumentError("explicit lengths and starts come together", field="extents")
         if self.lengths is not None and len(self.variable_lengths):
             raise InvalidArgumentError("lengths are given twice", field="extents")
-        counts = {len(column) for column in self._item_columns() if column is not None}
+        counts = {len(column) for column in (*self._item_columns(), self.checksums) if column is not None}
         if len(counts) > 1:
             raise InvalidArgumentError("columns of extents differ in length", field="extents")
         for column in (self.variable_lengths, *self._item_columns()):
             if column is not None and len(column) and int(column.min()) < 0:
                 raise InvalidArgumentError("a length, start or code is negative", field="extents")
+        _check_checksums(self.checksums)
         if self.starts is not None and (self.starts > limits.INT64_MAX - self._explicit_lengths).any():
             raise InvalidArgumentError("an extent ends beyond 2**63", field="extents")
         if self.transform_index is not None and int(self.transform_index.max(initial=0)) > len(self.transforms):
@@ -125,7 +133,17 @@ class Extents:
     @property
     def item_count(self) -> int | None:
         """K when a column says so; None when only variable lengths are given."""
-        return next((len(column) for column in self._item_columns() if column is not None), None)
+        columns = (*self._item_columns(), self.checksums)
+        return next((len(column) for column in columns if column is not None), None)
+
+
+def _check_checksums(checksums: Int64Array | None) -> None:
+    if checksums is None:
+        return
+    if int(checksums.max(initial=NO_CHECKSUM)) == NO_CHECKSUM:
+        raise InvalidArgumentError("a column of checksums holds none", field="extents")
+    if int(checksums.min()) < NO_CHECKSUM or int(checksums.max()) >= 1 << 32:
+        raise InvalidArgumentError("a checksum is not of 32 bits", field="extents")
 
 
 @dataclass(frozen=True)
@@ -164,6 +182,7 @@ def encode_extents(extents: Extents) -> bytes:
         | (_TRANSFORMS if extents.transform_index is not None else 0)
         | (_HINTS if extents.hints is not None else 0)
         | (_ATTRIBUTES if extents.attributes is not None else 0)
+        | _checksum_flags(extents.checksums)
     )
     writer.byte(_VERSION)
     writer.byte(flags)
@@ -184,7 +203,34 @@ def encode_extents(extents: Extents) -> bytes:
     for column in (extents.hints, extents.attributes):
         if column is not None:
             writer.column(column, delta=False)
+    if extents.checksums is not None:
+        _write_checksums(writer, extents.checksums)
     return frame(writer.finish())
+
+
+def _checksum_flags(checksums: Int64Array | None) -> int:
+    if checksums is None:
+        return 0
+    return _CHECKSUMS | (_UNCHECKED if int(checksums.min()) == NO_CHECKSUM else 0)
+
+
+def _write_checksums(writer: ByteWriter, checksums: Int64Array) -> None:
+    """Appends four raw bytes an item; which items have any, a bit an item, only where some have none."""
+    held = checksums != NO_CHECKSUM
+    if not held.all():
+        writer.bits(held)
+    writer.raw(checksums[held].astype("<u4").tobytes())
+
+
+def _read_checksums(reader: ByteReader, count: int, flags: int) -> Int64Array:
+    held = np.ones(count, dtype=np.bool_)
+    if flags & _UNCHECKED:
+        held = reader.bits(count)
+        if held.all():
+            raise not_canonical("every item has a checksum", field="extents")
+    checksums = np.full(count, NO_CHECKSUM, dtype=np.int64)
+    checksums[held] = np.frombuffer(reader.raw(4 * int(held.sum())), dtype="<u4")
+    return checksums
 
 
 def decode_extents(payload: bytes) -> Extents:
@@ -197,7 +243,7 @@ def decode_extents(payload: bytes) -> Extents:
     if reader.byte() != _VERSION:
         raise malformed("unknown version of extents", field="extents")
     flags = reader.byte()
-    if flags > 15:
+    if flags > _ALL_FLAGS or flags & (_CHECKSUMS | _UNCHECKED) == _UNCHECKED:
         raise malformed("unknown flags of extents", field="extents")
     count = reader.varint(limits.MAX_ITEMS, "the number of items") if flags else 0
     lengths = starts = transform_index = None
@@ -215,8 +261,9 @@ def decode_extents(payload: bytes) -> Extents:
         transform_index = reader.column(count, delta=False)
     hints = reader.column(count, delta=False) if flags & _HINTS else None
     attributes = reader.column(count, delta=False) if flags & _ATTRIBUTES else None
+    checksums = _read_checksums(reader, count, flags) if flags & _CHECKSUMS else None
     reader.end()
-    return Extents(variable_lengths, lengths, starts, transforms, transform_index, hints, attributes)
+    return Extents(variable_lengths, lengths, starts, transforms, transform_index, hints, attributes, checksums)
 
 
 def _read_transforms(reader: ByteReader) -> tuple[tuple[str, ...], ...]:

@@ -46,6 +46,7 @@ _CHUNK_COLUMNS = (
     ("transform_index", False),
     ("hints", False),
     ("attributes", False),
+    ("checksum", False),
 )
 
 
@@ -75,6 +76,7 @@ class FoundPart:
         transform_index: (K,) 0 for no transforms, else 1 + index into ``transforms``.
         hints: (K,) see ``shardbook.core.extents.HINT_POSITION``.
         attributes: (K,) bits, see ``shardbook.core.extents``.
+        checksum: (K,) CRC32C of the chunk's bytes in the file; -1 where none was kept.
         paths: Files, relative to the checkpoint's directory.
         transforms: Distinct lists of transform descriptors.
     """
@@ -100,6 +102,7 @@ class FoundPart:
     transform_index: Int64Array
     hints: Int64Array
     attributes: Int64Array
+    checksum: Int64Array
     paths: tuple[str, ...]
     transforms: tuple[tuple[str, ...], ...]
 
@@ -133,6 +136,7 @@ class FoundChunks:
         transform_index: (N,) 0 for no transforms, else 1 + index into ``transforms``.
         hints: (N,) see ``shardbook.core.extents.HINT_POSITION``.
         attributes: (N,) bits, see ``shardbook.core.extents``.
+        checksum: (N,) CRC32C of the chunk's bytes in the file; -1 where none was kept.
         paths: Files, relative to the checkpoint's directory.
         transforms: Distinct lists of transform descriptors, outermost last as DCP has them.
     """
@@ -159,6 +163,7 @@ class FoundChunks:
     transform_index: Int64Array
     hints: Int64Array
     attributes: Int64Array
+    checksum: Int64Array
     paths: tuple[str, ...]
     transforms: tuple[tuple[str, ...], ...]
 
@@ -234,6 +239,7 @@ def merge(wanted: Wanted, parts: Sequence[FoundPart]) -> FoundChunks:
         transform_index=transform_index[order],
         hints=_joined([part.hints for part in parts])[order],
         attributes=_joined([part.attributes for part in parts])[order],
+        checksum=_joined([part.checksum for part in parts])[order],
         paths=paths,
         transforms=transforms[1:],
     )
@@ -345,6 +351,7 @@ def decode_part(payload: bytes) -> FoundPart:
         transform_index=columns["transform_index"],
         hints=columns["hints"],
         attributes=columns["attributes"],
+        checksum=columns["checksum"],
         paths=paths,
         transforms=transforms,
     )

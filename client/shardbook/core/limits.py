@@ -30,6 +30,9 @@ MAX_BLOB_BYTES = 7 << 20
 SMALL_BLOB_BYTES = 1024
 #: Most bytes of one registration's extents as sent.
 MAX_EXTENTS_BYTES = 4 << 20
+#: Most bytes of one registration's extents with checksums, which no two ranks have in common: those of all ranks of a
+#: segment stay far below ``MAX_INFLATED_BYTES``. Some 130,000 items of a rank; above that it keeps none.
+MAX_CHECKED_EXTENTS_BYTES = 512 << 10
 #: Most bytes of a file name below an attempt's prefix, in UTF-8.
 MAX_FILE_NAME_BYTES = 4096
 #: Longest transform descriptor, and most distinct descriptor lists of one rank.

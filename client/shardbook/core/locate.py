@@ -10,7 +10,14 @@ import numpy as np
 
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import BoolArray, Int64Array
-from shardbook.core.extents import HINT_POSITION, Extents, decode_extents, decode_volatile, volatile_entry_count
+from shardbook.core.extents import (
+    HINT_POSITION,
+    NO_CHECKSUM,
+    Extents,
+    decode_extents,
+    decode_volatile,
+    volatile_entry_count,
+)
 from shardbook.core.table import EntryKind
 from shardbook.errors import InvalidArgumentError
 
@@ -26,6 +33,7 @@ class Located:
         transform_index: (N,) 0 for no transforms, else 1 + index into ``transforms``.
         hints: (N,) see ``shardbook.core.extents.HINT_POSITION``.
         attributes: (N,) bits, see ``shardbook.core.extents``.
+        checksum: (N,) CRC32C of the chunk's bytes in the file; -1 where none was kept.
         requires_grad: (T,) of the rank that owns the entry's first chunk.
         pin_memory: (T,) likewise.
     """
@@ -36,6 +44,7 @@ class Located:
     transform_index: Int64Array
     hints: Int64Array
     attributes: Int64Array
+    checksum: Int64Array
     requires_grad: BoolArray
     pin_memory: BoolArray
 
@@ -59,8 +68,9 @@ def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, 
     transforms, transform_index = _transforms(structure, distinct, which)
     hints = _gather(structure, [extents.hints for extents in distinct], which, HINT_POSITION)
     attributes = _gather(structure, [extents.attributes for extents in distinct], which, 0)
+    checksum = _gather(structure, [extents.checksums for extents in distinct], which, NO_CHECKSUM)
     requires_grad, pin_memory = _volatile(structure, [volatile for _, volatile in registrations])
-    return Located(start, length, transforms, transform_index, hints, attributes, requires_grad, pin_memory)
+    return Located(start, length, transforms, transform_index, hints, attributes, checksum, requires_grad, pin_memory)
 
 
 @dataclass(frozen=True, eq=False)

@@ -163,6 +163,7 @@ def place(parts: Sequence[Hits], rank_files: RankFiles, prefix: str, read: ReadR
         transform_index=located.transform_index,
         hints=located.hints,
         attributes=located.attributes,
+        checksum=located.checksum,
         paths=paths,
         transforms=located.transforms,
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
@@ -86,8 +87,9 @@ class RankPlan:
             raise InvalidArgumentError("an offset or size is negative", field="sizes")
         if (self.offsets > limits.INT64_MAX - self.sizes).any():
             raise InvalidArgumentError("a box ends beyond 2**63", field="offsets")
-        padded = np.arange(width) >= self.table.ndims[self.entry][:, None]
-        if (self.offsets[padded] != 0).any() or (self.sizes[padded] != 1).any():
+        ndims = self.table.ndims[self.entry]
+        padded = np.arange(width) >= ndims[:, None] if int(ndims.min()) < width else np.zeros(0, dtype=np.bool_)
+        if padded.size and ((self.offsets[padded] != 0).any() or (self.sizes[padded] != 1).any()):
             raise InvalidArgumentError("a padded dimension is not offset 0 and size 1", field="offsets")
 
     @property
@@ -192,6 +194,10 @@ class RankStructure:
         return flags
 
 
+#: Far enough below 2**63 for a sum of rounded numbers.
+_SURELY_SMALL: Final = 2.0**62
+
+
 def encode_plan(plan: RankPlan, table_digest: bytes) -> Encoded:
     """Returns the canonical encoding of ``plan``, which refers to its table by digest."""
     writer = ByteWriter()
@@ -260,7 +266,10 @@ def _read_boxes(reader: ByteReader, shape: Int64Array) -> tuple[Int64Array, Int6
     size = _even(shape, parts) + extra
     if int(size.min()) < 0:
         raise malformed("a size is negative or 2**63 and more")
-    if ((size > 0) & (index > (limits.INT64_MAX - rest) // np.maximum(size, 1))).any():
+    # A look at the largest spares a division for each, but where numbers are absurd.
+    if float(index.max()) * float(size.max()) + float(rest.max()) >= _SURELY_SMALL and (
+        ((size > 0) & (index > (limits.INT64_MAX - rest) // np.maximum(size, 1))).any()
+    ):
         raise malformed("an offset is 2**63 or more")
     if (_parts(shape, size) != parts).any() or ((size > 0) & (rest >= size)).any() or index[size == 0].any():
         raise not_canonical("a box has another quotient")
@@ -297,8 +306,9 @@ def encode_structure(structure: RankStructure, plan_digest: bytes) -> Encoded:
 
 def _raw_bytes(plan: RankPlan, kept: Int64Array) -> Int64Array:
     """(K,) bytes of the kept boxes without any header, modulo 2**64 where a box is absurd."""
-    volumes = plan.sizes[kept].prod(axis=1, dtype=np.int64)
-    raw: Int64Array = volumes * ITEMSIZES[plan.table.dtypes[plan.entry[kept]]]
+    raw: Int64Array = ITEMSIZES[plan.table.dtypes[plan.entry[kept]]].astype(np.int64)
+    for column in plan.sizes.T:  # a dimension at a time: numpy reduces a short axis slowly
+        raw *= column[kept]
     return raw
 
 

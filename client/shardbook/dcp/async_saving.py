@@ -74,6 +74,7 @@ def async_save(
     wait: str = "committed",
     export_metadata: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    checksum: str | None = None,
 ) -> AsyncSaveResponse:
     """Copies a state dict and saves the copy in the background, without collectives.
 
@@ -114,7 +115,7 @@ def async_save(
             no_dist=no_dist,
         )
         return AsyncSaveResponse(*futures)
-    options = SaveOptions(strict, wait, export_metadata, timeout_s)
+    options = SaveOptions(strict, wait, export_metadata, timeout_s, checksum)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     begin = _begin_in_process if async_checkpointer_type is AsyncCheckpointerType.PROCESS else _begin
     try:

@@ -10,18 +10,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 from shardbook import _attempts, _publishing
-from shardbook._attempts import FoundAttempt, find_attempts, list_attempts, newest_first, read_exported, read_identity
+from shardbook._newest import incomplete_attempts, read_attempt
 from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.fold import FoldedAttempt
-from shardbook.core.manifest import RegistrationRecord, StoredManifest
+from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp.writer import CheckpointFiles
-from shardbook.errors import CorruptManifestError, InvalidGeometryError
-
-T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,8 +28,6 @@ MakeMetadata = Callable[[FoldedAttempt], Iterable[bytes]]
 #: Pauses between two looks at the directory while records are awaited, seconds.
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 2.0
-#: How often a reader looks again when a coordinator folds records under its eyes, or the storage fails.
-_LOOKS: Final = 3
 
 
 def write_record(files: CheckpointFiles, record: RegistrationRecord) -> None:
@@ -177,74 +172,18 @@ def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: MakeMetadat
     return problems
 
 
-def read_attempt(files: CheckpointFiles) -> FoldedAttempt | None:
-    """Returns the newest whole attempt of a directory as columns, see ``find_attempt``."""
-    return _look(files, FoundAttempt.whole)
-
-
-def find_attempt(files: CheckpointFiles) -> StoredManifest | None:
-    """Returns the newest whole attempt of a directory; None when Shardbook left none here, or DCP a newer save.
-
-    That may be one whose complete set of records nobody has folded yet, or whose coordinator was killed before it
-    made its manifest the directory's. Where another attempt can be loaded, one that is damaged does not stand in its
-    way, unless it is the one that the directory says it means.
-
-    Raises:
-        CorruptManifestError: What is there is damaged.
-        OSError: The storage failed, also when it was asked again.
-    """
-    return _look(files, FoundAttempt.stored)
-
-
-def _look(files: CheckpointFiles, read: Callable[[FoundAttempt], T | None]) -> T | None:
-    for look in range(1, _LOOKS + 1):
-        try:
-            found, attempt_count = _newest_whole(files, read, is_last=look == _LOOKS)
-        except (CorruptManifestError, OSError) as error:
-            if look == _LOOKS:
-                raise
-            _LOG.info("cannot read what is in %s, and look again: %s", files.root, error)
-            time.sleep(_FIRST_PAUSE_S)
-            continue
-        if found is not None or not attempt_count:
-            return found
-        # A coordinator may have folded the records between two looks: then its manifest is there by now.
-    return None
-
-
-def _newest_whole(
-    files: CheckpointFiles, read: Callable[[FoundAttempt], T | None], *, is_last: bool
-) -> tuple[T | None, int]:
-    """Looks once; returns what is read of the newest whole attempt, and how many there are, whole or not."""
-    listed = list_attempts(files)
-    foreign_s = read_exported(files, listed).foreign_s
-    attempts = [one for one in find_attempts(files, listed) if foreign_s is None or not one.is_older_than(foreign_s)]
-    top = read_identity(files, names.MANIFEST)
-    failures: list[tuple[FoundAttempt, CorruptManifestError | OSError]] = []
-    for one in newest_first(attempts):
-        try:
-            whole = read(one)
-        except InvalidGeometryError as error:
-            _LOG.warning("attempt %s is whole, but its chunks do not make whole tensors: %s", one.prefix, error)
-        except (CorruptManifestError, OSError) as error:
-            is_top = top is not None and top.prefix == one.prefix
-            if is_top or (isinstance(error, OSError) and not is_last):
-                raise
-            failures.append((one, error))
-        else:
-            if whole is not None:
-                for failed, why in failures:
-                    _LOG.warning("attempt %s is damaged and passed over: %s", failed.prefix, why)
-                return whole, len(attempts)
-    if failures:
-        raise failures[0][1]
-    return None, len(attempts)
-
-
-def incomplete_attempts(files: CheckpointFiles) -> Mapping[str, int]:
-    """Returns how many records each attempt without a manifest has left, for messages to people."""
-    return {
-        prefix: sum(names.rank_of_record(name) is not None for name in listed)
-        for prefix, listed in list_attempts(files).items()
-        if names.MANIFEST_NAME not in listed
-    }
+__all__ = [
+    "Absence",
+    "MakeMetadata",
+    "await_records",
+    "go_alone",
+    "has_records",
+    "incomplete_attempts",
+    "is_alone",
+    "publish",
+    "read_attempt",
+    "read_record",
+    "read_records",
+    "write_failure",
+    "write_record",
+]

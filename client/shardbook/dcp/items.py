@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.storage import WriteResult
 
 from shardbook.core.columns import BoolArray, Int64Array
-from shardbook.core.extents import Extents
+from shardbook.core.extents import NO_CHECKSUM, Extents
 from shardbook.core.structure import FileName, RankPlan, RankStructure
 from shardbook.core.table import EntryKind, KeyPath, KeyPaths, TensorTable, printable
 from shardbook.dcp._names import dtype_code, layout_code, memory_format_code, unsupported
@@ -195,6 +195,7 @@ def structure_columns(
     *,
     rank: int,
     prefix: str,
+    checksums: Int64Array | None = None,
 ) -> tuple[RankStructure, Extents]:
     """Returns what a rank wrote and where.
 
@@ -205,6 +206,7 @@ def structure_columns(
         results: What the storage writer reported, in any order.
         rank: Rank of the caller.
         prefix: Directory of the attempt, below which every file must lie.
+        checksums: Of the results, in the same order; NO_CHECKSUM where there is none.
 
     Raises:
         UnsupportedWriterError: A result cannot be located, or lies outside the attempt's directory.
@@ -224,12 +226,19 @@ def structure_columns(
     transformed = transform_index is not None
     expected = np.where(variable | transformed, 0, lengths).astype(np.int64)
     structure = RankStructure(plan, kept, files, file_items, order, expected)
+    if checksums is not None:
+        in_file_order = checksums[at][order]
+        checksums = in_file_order if (in_file_order != NO_CHECKSUM).any() else None
     if transformed or not follows(file[order], starts[order], lengths[order]):
         index = None if transform_index is None else transform_index[order]
         return structure, Extents(
-            lengths=lengths[order], starts=starts[order], transforms=transforms, transform_index=index
+            lengths=lengths[order],
+            starts=starts[order],
+            transforms=transforms,
+            transform_index=index,
+            checksums=checksums,
         )
-    return structure, Extents(variable_lengths=lengths[order][variable[order]])
+    return structure, Extents(variable_lengths=lengths[order][variable[order]], checksums=checksums)
 
 
 def _match(items: Sequence[WriteItem], results: Sequence[WriteResult]) -> Int64Array:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
@@ -19,15 +18,17 @@ from torch.distributed.checkpoint.planner import LoadPlanner as TorchLoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 
-from shardbook._attempts import list_attempts
+from shardbook._attempts import FoundAttempt, list_attempts
+from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
+from shardbook._targets import checkpoint_named
 from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA, MANIFEST
-from shardbook.core.names import CheckpointName, RunName, is_ref
+from shardbook.core.names import CheckpointName
 from shardbook.dcp._torch import flat_names, storage_reader_for
-from shardbook.dcp.directory import find_attempt, incomplete_attempts
+from shardbook.dcp.directory import incomplete_attempts
 from shardbook.dcp.lazy import LazyMetadata
 from shardbook.dcp.load_planner import ShardbookLoadPlanner
 from shardbook.dcp.load_report import LoadReport
@@ -95,7 +96,7 @@ def load(
     target = checkpoint_id if ref_or_path is None else ref_or_path
     if target is None and storage_reader is None:
         raise InvalidArgumentError("pass a ref, a path or a storage_reader", field="checkpoint_id")
-    name = _name_of(target)
+    name = checkpoint_named(target)
     metadata: Metadata
     if name is not None:
         metadata, reader = LazyMetadata(_source_of(name, current_config())), storage_reader
@@ -110,31 +111,6 @@ def load(
         repair_directory(reader)
     report = planner.report if isinstance(planner, ShardbookLoadPlanner) else None
     return report or LoadReport()
-
-
-def _name_of(target: str | os.PathLike[str] | CheckpointName | None) -> CheckpointName | None:
-    """The checkpoint of the catalogue that ``target`` names; None for a path. What exists as a path is a path."""
-    if isinstance(target, CheckpointName):
-        return target
-    if not isinstance(target, str) or target.startswith("/") or "://" in target:
-        return None
-    if is_ref(target) and not Path(target).exists():
-        return CheckpointName.parse(target)
-    if target.startswith("projects/") and "/checkpoints/" in target:
-        return CheckpointName.parse(target)
-    if not Path(target).exists() and _is_run(target):
-        raise NotFoundError(
-            f"{target} is no directory here; if it is a run, say which of its checkpoints: {target}@latest",
-            field="checkpoint_id",
-        )
-    return None
-
-
-def _is_run(text: str) -> bool:
-    try:
-        return RunName.parse(text).ref == text
-    except InvalidArgumentError:
-        return False
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
@@ -183,7 +159,7 @@ def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
 
 def _directory_metadata(reader: Any, *, trusted: bool) -> Metadata:
     files = CheckpointFiles.of(reader) if hasattr(reader, "fs") and hasattr(reader, "path") else None
-    stored = None if files is None else find_attempt(files)
+    stored = None if files is None else read_newest(files, FoundAttempt.stored)
     if files is not None and stored is not None:
         return LazyMetadata(ManifestSource(stored, os.fspath(files.root)))
     try:

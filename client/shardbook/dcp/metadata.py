@@ -125,6 +125,7 @@ def _as_columns(found: FoundChunks) -> tuple[CheckpointStructure, Located]:
         transform_index=found.transform_index,
         hints=found.hints,
         attributes=found.attributes,
+        checksum=found.checksum,
         requires_grad=found.requires_grad[held],
         pin_memory=found.pin_memory[held],
     )

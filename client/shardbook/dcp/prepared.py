@@ -15,10 +15,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from shardbook.config import Checksum
 from shardbook.core.names import PartName
 from shardbook.dcp._torch import storage_writer_for
 from shardbook.dcp.attempt import Attempt, step_of
 from shardbook.dcp.best_effort import best_effort
+from shardbook.dcp.checksums import check_available
 from shardbook.dcp.failing import give_up
 from shardbook.dcp.planner import check_planner
 from shardbook.dcp.runtime import Member, Runtime, current
@@ -39,16 +41,22 @@ class SaveOptions:
         wait: ``committed``, or ``registered`` for ranks that need not know of the commit.
         export_metadata: Write DCP's own ``.metadata`` too.
         timeout_s: How long ranks wait for each other's data, seconds.
+        checksum: ``crc32c`` or ``none``; None for what the client's settings say.
     """
 
     strict: bool = False
     wait: str = "committed"
     export_metadata: bool = True
     timeout_s: float = DEFAULT_TIMEOUT_S
+    checksum: str | None = None
 
     def __post_init__(self) -> None:
         if self.wait not in _WAITS:
             raise InvalidArgumentError(f"wait is {self.wait!r}, not one of {', '.join(_WAITS)}", field="wait")
+        if self.checksum is not None and self.checksum not in set(Checksum):
+            raise InvalidArgumentError(
+                f"checksum is {self.checksum!r}, not one of {', '.join(Checksum)}", field="checksum"
+            )
         if not self.timeout_s > 0:
             raise InvalidArgumentError(f"timeout_s is {self.timeout_s}, not above 0", field="timeout_s")
         if not self.export_metadata:
@@ -88,6 +96,11 @@ class PreparedSave:
     files: CheckpointFiles | None
     claim: Claim
     on_registered: Callable[[], None] = _nothing
+
+    @property
+    def checksum(self) -> Checksum:
+        """What is kept of every item's bytes."""
+        return self.runtime.config.checksum if self.options.checksum is None else Checksum(self.options.checksum)
 
     def give_up(self, error: BaseException) -> None:
         """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""
@@ -198,7 +211,13 @@ def _prepared(
     writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
     claim = Claim(storage_writer=writer, planner=checked)
     files = files_of(writer, attempt.path)
-    return PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files, claim)
+    prepared = PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files, claim)
+    try:
+        check_available(prepared.checksum)
+    except BaseException:
+        claim.release()
+        raise
+    return prepared
 
 
 def files_of(writer: StorageWriter | None, path: str | os.PathLike[str]) -> CheckpointFiles | None:

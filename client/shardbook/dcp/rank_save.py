@@ -17,13 +17,17 @@ from typing import Any
 import numpy as np
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from shardbook.config import Checksum
 from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.columns import BoolArray, Int64Array
+from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
 from shardbook.dcp.best_effort import best_effort
+from shardbook.dcp.checksums import WrittenChecksums
 from shardbook.dcp.directory import write_record
 from shardbook.dcp.failing import raise_failure_of_others, tell_failure
 from shardbook.dcp.finishing import Finisher, Outcome
@@ -58,6 +62,12 @@ class _Written:
     kept: Int64Array
     final: SavePlan
     results: list[WriteResult]
+    checksums: Int64Array | None
+
+
+def _reported(future: Future[list[WriteResult]]) -> list[WriteResult]:
+    future.wait()
+    return list(future.value())
 
 
 class RankSave:
@@ -251,14 +261,34 @@ class RankSave:
             final = dataclasses.replace(final, items=[local.items[row] for row in found.tolist()])
         self._refuse_another_ones_files()
         results: list[WriteResult] = []
+        checksums = None
         if final.items:  # a rank without items writes no file
             self._files.make_directory(prefix)
             warn_of_unsafe_entries(self._planner, final.items, self._runtime.checked_entries)
-            future = self._writer.write_data(final, self._planner)
-            future.wait()
-            results = list(future.value())
+            results, checksums = self._write_data(final)
             self._files.sync_directory(prefix)
-        return _Written(items, encoded, found.astype(np.int64), final, results)
+        return _Written(items, encoded, found.astype(np.int64), final, results, checksums)
+
+    def _write_data(self, plan: SavePlan) -> tuple[list[WriteResult], Int64Array | None]:
+        """Returns what the writer reports, and checksums of it in the same order where some are to be kept."""
+        if self._prepared.checksum is Checksum.NONE:
+            return _reported(self._writer.write_data(plan, self._planner)), None
+        written = WrittenChecksums(self._writer)
+        with written.watching():
+            results = _reported(self._writer.write_data(plan, self._planner))
+        checksums = written.of(results)
+        unchecked_count = int((checksums == NO_CHECKSUM).sum())
+        if unchecked_count and not self._runtime.unchecked_told:
+            self._runtime.unchecked_told = True
+            _LOG.warning(
+                "step %d: %d of %d items have no checksum: %s does not write them one by one into streams of its "
+                "filesystem. Said once",
+                self._attempt.step,
+                unchecked_count,
+                len(results),
+                type(self._writer).__qualname__,
+            )
+        return results, checksums
 
     def _refuse_another_ones_files(self) -> None:
         """A session that was carried over a restart would count its attempts anew and overwrite its own files."""
@@ -279,6 +309,7 @@ class RankSave:
             written.results,
             rank=self._attempt.member.rank,
             prefix=self._attempt.prefix,
+            checksums=written.checksums,
         )
         return make_record(
             self._attempt,

@@ -90,6 +90,8 @@ class Runtime:
         self.catching_up = CatchingUp()
         #: The server did not answer the last save, and that was said.
         self.outage_told = False
+        #: Items could not be given checksums, and that was said.
+        self.unchecked_told = False
         #: Names of entries that were looked at for what `load` will refuse.
         self.checked_entries: set[str] = set()
         #: Blobs that the server has from this process, so that later saves send digests alone.

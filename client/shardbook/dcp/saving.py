@@ -39,6 +39,7 @@ def save(
     wait: str = "committed",
     export_metadata: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    checksum: str | None = None,
 ) -> SaveResult:
     """Saves a state dict from every rank, as ``torch.distributed.checkpoint.save`` does, without collectives.
 
@@ -55,6 +56,8 @@ def save(
         wait: ``committed``; or ``registered``, with which all ranks but the coordinator return earlier.
         export_metadata: Write DCP's own ``.metadata`` too, so that plain DCP can load the checkpoint.
         timeout_s: How long ranks wait for each other's data, seconds.
+        checksum: ``crc32c`` keeps a checksum of every item, computed while it is written; ``none`` keeps none. By
+            default what ``SHARDBOOK_CHECKSUM`` says.
 
     Returns:
         How far the save has come. With the service away it is UNREGISTERED: the data and what describes it are on
@@ -79,7 +82,7 @@ def save(
             process_group=process_group,
             no_dist=no_dist,
         )
-    options = SaveOptions(strict, wait, export_metadata, timeout_s)
+    options = SaveOptions(strict, wait, export_metadata, timeout_s, checksum)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     try:
         return perform(prepared, state_of(prepared, state_dict))

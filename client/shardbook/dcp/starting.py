@@ -17,6 +17,7 @@ from shardbook.config import ClientConfig, Mode
 from shardbook.core.names import DEFAULT_PART
 from shardbook.dcp._torch import group_timeout_s
 from shardbook.dcp.agreement import agreed, from_rank
+from shardbook.dcp.checksums import check_available
 from shardbook.dcp.runtime import Member, Runtime, is_distributed, replace_current
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, ShardbookError
@@ -78,6 +79,7 @@ def init(
 
     def begin() -> _Beginning:
         config = _config(server, mode, session)
+        check_available(config.checksum)
         close()  # a second init is a new incarnation; its own old lease must not stand in its way
         alone, is_shared = _place(process_group, session, rank, world_size)
         if session is not None:

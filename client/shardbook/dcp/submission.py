@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +26,8 @@ from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef, RankFailure
+
+_LOG = logging.getLogger(__name__)
 
 #: What telling the service about a failure may take, seconds.
 REPORT_S: Final = 5.0
@@ -71,11 +75,20 @@ def make_record(
         identity=attempt.identity(session),
         rank=attempt.member.rank,
         structure_digest=encoded.digest,
-        extents=encode_extents(extents),
+        extents=_within_limit(extents),
         volatile=encode_volatile(*volatile),
         blobs=(plan.table, plan.plan, StoredBlob(BlobKind.STRUCTURE, encoded.digest, encoded.payload)),
         host=host_name(),
     )
+
+
+def _within_limit(extents: Extents) -> bytes:
+    """Extents as sent; without their checksums where those might keep a save out of the catalogue."""
+    payload = encode_extents(extents)
+    if extents.checksums is None or len(payload) <= limits.MAX_CHECKED_EXTENTS_BYTES:
+        return payload
+    _LOG.warning("checksums of %d items are more than one registration may hold: none are kept", extents.item_count)
+    return encode_extents(dataclasses.replace(extents, checksums=None))
 
 
 class Submitter:

@@ -94,6 +94,7 @@ def test_serve_prints_where_http_is_and_ends_with_it(tmp_path: Path) -> None:
             assert f'schema="{migrate.HEAD}"'.encode() in page.read()
 
 
+@pytest.mark.soak
 def test_more_clients_get_in_than_the_shell_lets_a_process_open_files(tmp_path: Path) -> None:
     """Rule: the soft limit of open files is raised to the hard one: clients beyond it would hang without a word."""
     with ExitStack() as open_sockets, _serving(within=FEW_FILES, XDG_DATA_HOME=str(tmp_path)) as lines:

@@ -1,0 +1,41 @@
+"""What people pass as a checkpoint: the name of one in the catalogue, or a directory or URL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shardbook.core.names import CheckpointName, RunName, is_ref
+from shardbook.errors import InvalidArgumentError, NotFoundError
+
+
+def checkpoint_named(target: str | os.PathLike[str] | CheckpointName | None) -> CheckpointName | None:
+    """Returns the checkpoint of the catalogue that ``target`` names; None for a path. What exists as a path is a path.
+
+    Raises:
+        NotFoundError: It names a run, and there is no such directory.
+    """
+    if isinstance(target, CheckpointName):
+        return target
+    if not isinstance(target, str) or target.startswith("/") or "://" in target:
+        return None
+    if is_ref(target) and not Path(target).exists():
+        return CheckpointName.parse(target)
+    if target.startswith("projects/") and "/checkpoints/" in target:
+        return CheckpointName.parse(target)
+    if not Path(target).exists() and _is_run(target):
+        raise NotFoundError(
+            f"{target} is no directory here; if it is a run, say which of its checkpoints: {target}@latest",
+            field="checkpoint_id",
+        )
+    return None
+
+
+def _is_run(text: str) -> bool:
+    try:
+        return RunName.parse(text).ref == text
+    except InvalidArgumentError:
+        return False
+
+
+__all__ = ["checkpoint_named"]

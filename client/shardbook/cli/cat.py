@@ -1,0 +1,169 @@
+"""``shardbook cat``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import typer
+
+from shardbook._targets import checkpoint_named
+from shardbook.cli import output
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, client_of
+from shardbook.config import ClientConfig
+from shardbook.core.dtype import ITEMSIZES, dtype_code
+from shardbook.errors import InvalidArgumentError
+from shardbook.reading.api import read_found
+from shardbook.reading.files import check_output, write_arrays
+from shardbook.reading.finding import Found, WantedTensor, chunks_of
+from shardbook.reading.region import parse_tensor
+from shardbook.reading.stored import Array
+
+EXAMPLES = """\b
+Examples:
+  shardbook cat llm/8b-v3@latest 'model.embed.weight[0:10]'
+  shardbook cat llm/8b-v3@1500 'model.embed.weight[0:10]' model.norm.weight -o x.safetensors
+  shardbook cat /ckpt/step-1500 'model.embed.weight[-1, :4]' --json"""
+#: Most bytes that are read for a terminal.
+_PRINTED_BYTES: Final = 64 << 20
+#: Most elements whose values are printed, one by one.
+_PRINTED_CELLS: Final = 1000
+
+
+@dataclass(frozen=True)
+class PrintedTensor:
+    """What was read of one tensor.
+
+    Attributes:
+        fqn: Its name.
+        dtype: Name such as ``bfloat16``.
+        tensor_shape: Sizes of the whole tensor, elements.
+        offsets: First element read in each of its dimensions.
+        shape: Sizes of what was read, elements; without the dimensions that an index took away.
+        size_bytes: Bytes of what was read.
+        values: Nested lists; numbers that JSON lacks are text, complex ones pairs. null with `--output`, and for more
+            than 1,000 elements.
+    """
+
+    fqn: str
+    dtype: str
+    tensor_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    size_bytes: int
+    values: Any
+
+    @classmethod
+    def of(cls, wanted: WantedTensor, array: Array, *, with_values: bool) -> PrintedTensor:
+        """Returns what is said of an array."""
+        shown = with_values and array.size <= _PRINTED_CELLS
+        return cls(
+            fqn=wanted.chunks.fqn,
+            dtype=wanted.chunks.dtype,
+            tensor_shape=wanted.chunks.shape,
+            offsets=wanted.selection.box.offsets,
+            shape=array.shape,
+            size_bytes=array.nbytes,
+            values=_plain(array) if shown else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every attribute under its own name."""
+        sizes = {name: list(getattr(self, name)) for name in ("tensor_shape", "offsets", "shape")}
+        return {**vars(self), **sizes}
+
+
+def cat(
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest; or a directory or URL.")
+    ],
+    tensors: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TENSOR...",
+            help="Names, with the part that is wanted: 'embed.weight[0:10]', 'w[-1, :4]'. "
+            "A name that ends in a bracket itself takes [...] behind it.",
+        ),
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write to this .safetensors or .npy file instead."),
+    ] = None,
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Print tensors of a checkpoint, or write them to a file. Needs neither torch nor more bytes than are asked for.
+
+    A directory or URL is read without any server.
+    """
+    parsed = [parse_tensor(text) for text in tensors]
+    regions = dict(parsed)
+    if len(regions) < len(parsed):
+        raise InvalidArgumentError("one tensor is named twice", field="tensors")
+    if target is not None:
+        check_output(target, len(regions))
+    if checkpoint_named(ref) is None:
+        found = chunks_of(ref, regions, ClientConfig.from_env())
+    else:
+        client, config = client_of(server, timeout_s)
+        found = chunks_of(ref, regions, config, client)
+    if target is None:
+        _check_size(found)
+    arrays = read_found(found)
+    if target is not None:
+        write_arrays(target, arrays, {"format": "pt", "shardbook_ref": ref})
+    _print(found, arrays, target, as_json=as_json)
+
+
+def _check_size(found: Found) -> None:
+    """Raises InvalidArgumentError for more than a terminal is good for, before it is read."""
+    size_bytes = sum(
+        math.prod(one.selection.box.sizes) * int(ITEMSIZES[dtype_code(one.chunks.dtype)]) for one in found.tensors
+    )
+    if size_bytes > _PRINTED_BYTES:
+        raise InvalidArgumentError(
+            f"that is {output.size(size_bytes)} for a terminal: ask for a part, as in 'embed.weight[0:10]', "
+            "or write all of it with -o FILE.safetensors",
+            reason="TOO_LARGE",
+            field="tensors",
+        )
+
+
+def _print(found: Found, arrays: dict[str, Array], target: Path | None, *, as_json: bool) -> None:
+    both = zip(found.tensors, arrays.values(), strict=True)
+    if as_json:
+        rows = [PrintedTensor.of(*pair, with_values=target is None).to_json() for pair in both]
+        output.print_json({"tensors": rows, "output": None if target is None else str(target)})
+        return
+    if target is not None:
+        size_bytes = sum(array.nbytes for array in arrays.values())
+        noun = "tensor" if len(arrays) == 1 else "tensors"
+        output.print_line(f"{target}: {len(arrays)} {noun}, {output.size(size_bytes)}")
+        return
+    for wanted, array in both:
+        shape = ", ".join(map(str, array.shape))
+        output.print_line(f"{wanted.chunks.fqn}: {wanted.chunks.dtype} [{shape}]")
+        for line in np.array2string(array, threshold=_PRINTED_CELLS // 10).splitlines():
+            output.print_line(line)
+
+
+def _plain(array: Array) -> Any:
+    """Nested lists of what JSON has."""
+    if array.ndim:
+        return [_plain(row) for row in array]
+    if array.dtype.kind in "biu":
+        return array.item()
+    value = complex(array)
+    is_complex = array.dtype.name.startswith("complex")
+    return [_number(value.real), _number(value.imag)] if is_complex else _number(value.real)
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+__all__ = ["EXAMPLES", "PrintedTensor", "cat"]

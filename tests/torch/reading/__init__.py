@@ -1,0 +1,1 @@
+"""Reading without torch what torch wrote."""

@@ -1,0 +1,1 @@
+"""Reading without torch: what needs neither files of torch nor a server."""
