@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from shardbook._side_by_side import side_by_side
 from shardbook._trees import Tree
@@ -14,9 +14,12 @@ from shardbook.core import directory as names
 from shardbook.core.container import read_index, read_section
 from shardbook.core.exported import TAIL_BYTES, Exported, FileFacts, Fingerprint, is_saved_over
 from shardbook.core.fold import FoldedAttempt, fold, missing_ranks, unfold
-from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord
+from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord, StoredManifest
+from shardbook.core.ranged import RangedManifest
 from shardbook.errors import CorruptManifestError
 from shardbook.stores import normalized
+
+M = TypeVar("M", bound=StoredManifest)
 
 _LOG = logging.getLogger(__name__)
 
@@ -146,6 +149,15 @@ class FoundAttempt:
         found = self._read()
         return None if found is None else found[1] or unfold(found[0])
 
+    def stored(self) -> StoredManifest | None:
+        """Returns the attempt's manifest, or the one that its records make; None when it is not whole.
+
+        Of a manifest that is there its columns are not decoded. Raises as ``read`` does.
+        """
+        folded = self._folded()
+        # A coordinator takes records away only when its manifest is there.
+        return self._stored(_open) if folded is None else folded.manifest
+
     def manifest(self) -> Manifest | None:
         """Returns the manifest as it is stored, else the one that the records make; None when it is not whole.
 
@@ -155,26 +167,31 @@ class FoundAttempt:
         return None if found is None else found[0]
 
     def _read(self) -> tuple[Manifest, FoldedAttempt | None] | None:
+        folded = self._folded()
+        if folded is not None:
+            return folded.manifest, folded
+        stored = self._stored(_load)
+        return None if stored is None else (stored, None)
+
+    def _folded(self) -> FoldedAttempt | None:
+        """Returns what a complete set of records makes; None where there is none, or a manifest."""
         is_listed = self.manifest_path is None and not self.missing_ranks
         records = read_records(self.files, self.prefix, sorted(self.ranks)) if is_listed else []
         if not records or len(records) < len(self.ranks) or missing_ranks(records):
-            # A coordinator takes records away only when its manifest is there.
-            stored = self._stored()
-            return None if stored is None else (stored, None)
+            return None
         folded = fold(records)
         if folded.manifest.identity.prefix != self.prefix:
             raise CorruptManifestError(f"the records in {self.prefix} are of {folded.manifest.identity.prefix}")
-        return folded.manifest, folded
+        return folded
 
-    def _stored(self) -> Manifest | None:
-        """Returns the manifest that is there; of two copies the one that is whole."""
+    def _stored(self, load: Callable[[DirectoryFiles, str], M | None]) -> M | None:
+        """Returns the manifest that is there; of two copies the one that is whole, as far as it is read."""
         failure: CorruptManifestError | None = None
         for path in (names.manifest_path(self.prefix), names.MANIFEST):
             if path == names.MANIFEST and path != self.manifest_path and failure is None:
                 continue
-            content = self.files.read(path)
             try:
-                manifest = None if content is None else Manifest.from_bytes(content)
+                manifest = load(self.files, path)
             except CorruptManifestError as error:
                 failure = failure or error
                 continue
@@ -194,6 +211,20 @@ class FoundAttempt:
         if not self.listed and self.manifest_path is not None:  # a copy of the newest manifest alone
             paths.append(self.manifest_path)
         return any(is_saved_over(foreign_s, self.files.facts(path)) for path in paths)
+
+
+def _load(files: DirectoryFiles, path: str) -> Manifest | None:
+    content = files.read(path)
+    return None if content is None else Manifest.from_bytes(content)
+
+
+def _open(files: DirectoryFiles, path: str) -> StoredManifest | None:
+    """Returns a manifest to be read by range, where the filesystem can."""
+    read_range = getattr(files, "read_range", None)
+    facts = None if read_range is None else files.facts(path)
+    if read_range is None or facts is None:
+        return _load(files, path)
+    return RangedManifest.open(lambda first, count: read_range(path, first, count), facts.size_bytes)
 
 
 def list_attempts(files: DirectoryFiles) -> dict[str, frozenset[str]]:

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
+from shardbook.chunks import CheckpointChunks
 from shardbook.core.columns import encode_name
+from shardbook.core.found import decode_part, merge
 from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
-from shardbook.errors import InternalError
+from shardbook.core.wanted import Wanted, encode_wanted
+from shardbook.errors import InternalError, InvalidArgumentError
 from shardbook.v1 import catalog_pb2, metadata_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
 
 GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
+QUERY_CHUNKS = Rpc("QueryChunks", lambda on: on.metadata.QueryChunks)
 LIST_TENSORS = Rpc("ListTensors", lambda on: on.metadata.ListTensors)
 GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
 LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
@@ -41,6 +45,40 @@ class ReadingCalls:
         """
         request = metadata_pb2.GetMetadataRequest(name=_resource(name), fqn_prefix=_prefix(fqn_prefix))
         return _stored(self._transport.collect(GET_METADATA, request, deadline_s=deadline_s))
+
+    def query_chunks(
+        self,
+        name: CheckpointName | str,
+        wanted: Wanted,
+        *,
+        include_head: bool = False,
+        deadline_s: float | None = None,
+    ) -> CheckpointChunks:
+        """Returns the chunks of a committed checkpoint that meet the wanted boxes, and where their bytes are.
+
+        Names that the checkpoint lacks are no error: ``found.found`` says which ones it has.
+
+        Args:
+            name: The checkpoint.
+            wanted: Tensors and boxes.
+            include_head: Fetch the key paths of all entries, too.
+            deadline_s: Seconds for each call; nearly always it is one.
+
+        Raises:
+            NotFoundError: There is no such checkpoint.
+            FailedPreconditionError: It is not committed.
+            InvalidArgumentError: A box does not fit its tensor, and the tensor's shape was not stated; or the question
+                is larger than the 4 MiB of one call.
+        """
+        request = metadata_pb2.QueryChunksRequest(
+            name=_resource(name), wanted=encode_wanted(wanted), include_head=include_head
+        )
+        pages = [self._transport.call(QUERY_CHUNKS, request, deadline_s=deadline_s)]
+        while pages[-1].next_page_token:
+            # `latest` may mean another checkpoint by now.
+            request.name, request.page_token = pages[0].checkpoint.name, pages[-1].next_page_token
+            pages.append(self._transport.call(QUERY_CHUNKS, request, deadline_s=deadline_s))
+        return _found(wanted, pages)
 
     def list_tensors(
         self,
@@ -135,6 +173,17 @@ def _resource(name: CheckpointName | str) -> str:
 
 def _prefix(fqn_prefix: str | bytes) -> bytes:
     return fqn_prefix if isinstance(fqn_prefix, bytes) else encode_name(fqn_prefix)
+
+
+def _found(wanted: Wanted, pages: list[metadata_pb2.QueryChunksResponse]) -> CheckpointChunks:
+    """Puts the pages of an answer together; raises InternalError when they are damaged."""
+    try:
+        found = merge(wanted, [decode_part(page.found) for page in pages if page.found])
+    except InvalidArgumentError as error:
+        raise InternalError(f"the server's answer cannot be read: {error}", reason="MALFORMED_ANSWER") from error
+    first = pages[0]
+    place, name = first.checkpoint.location, first.checkpoint.name
+    return CheckpointChunks(found, place.location, place.prefix, first.metadata_header, first.head, name)
 
 
 def _stored(messages: list[metadata_pb2.GetMetadataResponse]) -> StoredMetadata:

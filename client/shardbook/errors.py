@@ -16,6 +16,7 @@
     │   ├── CheckpointClosedError       CHECKPOINT_CLOSED
     │   ├── RanksMissingError           RANKS_MISSING
     │   ├── RankFailedError             RANK_FAILED
+    │   ├── CheckpointMismatchError     (client only)        a checkpoint that does not fit the state dict
     │   └── InvalidGeometryError        GEOMETRY_*           overlap, hole, out of bounds, disagreement
     ├── ResourceExhaustedError          RESOURCE_EXHAUSTED   a limit, named
     ├── UnavailableError                UNAVAILABLE          retry later
@@ -36,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar
 
 #: Domain of every google.rpc.ErrorInfo that Shardbook sends.
@@ -201,6 +203,77 @@ class InvalidGeometryError(FailedPreconditionError):
     """
 
     default_reason = "GEOMETRY_INVALID"
+
+
+class MismatchKind(StrEnum):
+    """How an entry of a state dict and one of a checkpoint differ."""
+
+    #: The checkpoint has no entry of this name.
+    MISSING = "missing"
+    #: The state dict has none.
+    UNEXPECTED = "unexpected"
+    #: One of them is a tensor and the other is not.
+    KIND = "kind"
+    SHAPE = "shape"
+    DTYPE = "dtype"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One entry that does not fit.
+
+    Attributes:
+        fqn: Its name; any ``str``, also with NUL and lone surrogates.
+        kind: How it differs.
+        expected: What the state dict has, such as ``float32 (8, 4)``; empty when it has none.
+        found: What the checkpoint has; empty when it has none.
+    """
+
+    fqn: str
+    kind: MismatchKind
+    expected: str = ""
+    found: str = ""
+
+    def __str__(self) -> str:
+        if not self.found:
+            return f"{self.fqn!a:.200} is not in the checkpoint"
+        if not self.expected:
+            return f"{self.fqn!a:.200} is in the checkpoint ({self.found}), not in the state dict"
+        return f"{self.fqn!a:.200} is {self.expected} in the state dict, {self.found} in the checkpoint"
+
+
+#: Mismatches that a message names; the error has all of them.
+_TOLD = 10
+
+
+class CheckpointMismatchError(FailedPreconditionError, RuntimeError, ValueError):
+    """A checkpoint that does not fit the state dict, with everything that does not; nothing was read.
+
+    A RuntimeError and a ValueError too, which is what DCP raises of one missing key and of one that has another size.
+
+    Attributes:
+        mismatches: Every entry that does not fit, in the order of the state dict.
+    """
+
+    default_reason = "CHECKPOINT_MISMATCH"
+
+    def __init__(self, mismatches: Sequence[Mismatch], hint: str = "") -> None:
+        self.mismatches = tuple(mismatches)
+        self.hint = hint
+        told = [str(mismatch) for mismatch in self.mismatches[:_TOLD]]
+        if len(self.mismatches) > _TOLD:
+            told.append(f"and {len(self.mismatches) - _TOLD} more, see .mismatches")
+        super().__init__(
+            f"the checkpoint does not fit the state dict: {'; '.join(told)}{'. ' if hint else ''}{hint}",
+            metadata={"mismatch_count": str(len(self.mismatches))},
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.mismatches, self.hint)
+
+    def of(self, kind: MismatchKind) -> tuple[str, ...]:
+        """Returns the names that differ in one way."""
+        return tuple(mismatch.fqn for mismatch in self.mismatches if mismatch.kind is kind)
 
 
 class ResourceExhaustedError(ShardbookError):

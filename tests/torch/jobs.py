@@ -108,6 +108,16 @@ def load(rank: Rank, layout: str, targets: list[str], plain_dcp: bool = False) -
     return wrong
 
 
+def load_some(rank: Rank, keys: list[list[str]], target: str) -> list[str]:
+    """Loads the keys that are the rank's; returns what is wrong with them, and what the rank said to others."""
+    whole = spoil(LAYOUTS["plain"](rank))
+    state = {key: whole[key] for key in keys[rank.rank]}
+    with detector() as noticed:
+        report = dcp.load(state, target)
+    assert report.is_exact
+    return wrong_pieces(state) + noticed
+
+
 class _ReadOnly(FileSystem):
     """A mount that takes nothing."""
 
@@ -267,6 +277,31 @@ def save_in_fork(rank: Rank, start: dict[str, Any], path: str) -> tuple[str, str
     told = os.read(reading, 100).decode()
     after = dcp.save(state, checkpoint_id=f"{path}/step-3")
     return before.state, told, after.state
+
+
+def compare_plans(rank: Rank, layout: str, path: str, ref: str, server: str) -> list[Any]:
+    """Plans a load with DCP's planner and with ours from three sources; returns the items that differ."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    from shardbook import Client
+    from shardbook.core.names import CheckpointName
+    from shardbook.dcp.lazy import LazyMetadata
+    from shardbook.dcp.loading import _directory_metadata
+    from shardbook.sources import ServiceSource
+    from shardbook.stores import Stores
+    from tests.torch.test_load_planner import planned
+
+    metadata = FileSystemReader(path).read_metadata()
+    own = LazyMetadata(ServiceSource(Client(server), CheckpointName.parse(ref), Stores(), 30.0))
+    lazy = _directory_metadata(FileSystemReader(path), trusted=False)
+    assert isinstance(lazy, LazyMetadata)
+    expected = planned(DefaultLoadPlanner(), LAYOUTS[layout](rank), metadata)
+    wrong = []
+    for source in (own, lazy, metadata):
+        actual = planned(dcp.ShardbookLoadPlanner(), LAYOUTS[layout](rank), source)
+        wrong += [(type(source).__name__, one) for one in expected if one not in actual]
+        wrong += [(type(source).__name__, one) for one in actual if one not in expected]
+    return wrong
 
 
 def save_by_dcp(rank: Rank, layout: str, path: str, is_safetensors: bool) -> None:

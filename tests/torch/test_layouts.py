@@ -16,9 +16,9 @@ from tests.torch.layouts import wrong_pieces
 
 #: (layout saved, its world size, [(layout loaded, its world size), ...]); world size 0 is a process without a group.
 _CASES = {
-    "FSDP2": ("fsdp", 4, [("fsdp", 2), ("fsdp", 3), ("plain", 0)]),
-    "HSDP 2x2": ("hsdp", 4, [("hsdp", 4), ("fsdp", 3), ("plain", 0)]),
-    "TP x FSDP": ("tensor_parallel", 4, [("tensor_parallel", 2), ("fsdp", 3), ("plain", 0)]),
+    "FSDP2": ("fsdp", 4, [("fsdp", 2), ("fsdp", 3), ("tensor_parallel", 4), ("plain", 0)]),
+    "HSDP 2x2": ("hsdp", 4, [("hsdp", 4), ("fsdp", 3), ("tensor_parallel", 2), ("plain", 0)]),
+    "TP x FSDP": ("tensor_parallel", 4, [("tensor_parallel", 2), ("fsdp", 3), ("hsdp", 4), ("plain", 2)]),
     "no parallelism": ("plain", 2, [("tensor_parallel", 4), ("hsdp", 4), ("plain", 0)]),
     "one process": ("plain", 0, [("fsdp", 4)]),
     "pipeline of 2 stages": ("pipeline", 4, [("pipeline", 2), ("pipeline_whole", 0)]),
@@ -56,6 +56,16 @@ def test_what_one_world_saves_another_loads(pool: RankPool, server: str, run: st
         assert [{target: [] for target in [*refs, *paths]}] * max(size, 1) == loaded
         by_dcp = pool.run(jobs.load, other, paths[:1], True, world_size=max(size, 1), process_group=size > 0)
         assert [{paths[0]: []}] * max(size, 1) == by_dcp
+
+
+def test_ranks_load_different_keys(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
+    """Nobody waits for anybody, so no two ranks need to load the same; one of them loads nothing."""
+    path = str(tmp_path / "step-1")
+    pool.run(jobs.save, "fsdp", [path], {"run": run, "server": server}, {}, world_size=4)
+    keys = [["model"], ["optim", "note"], []]
+    for target in (path, f"{run}@1"):
+        loaded = pool.run(jobs.load_some, keys, target, world_size=3, environment={"SHARDBOOK_SERVER": server})
+        assert [[], [], []] == loaded
 
 
 def test_a_submesh_saves_alone(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:

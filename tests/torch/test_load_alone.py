@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from shardbook import Client, dcp
-from shardbook.errors import NotFoundError, UnavailableError
+from shardbook.errors import CheckpointMismatchError, Mismatch, MismatchKind, NotFoundError, UnavailableError
 from tests.torch.alone import blank_state, loads, some_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
@@ -102,13 +103,71 @@ class TestLoad:
         with pytest.raises(NotFoundError):
             dcp.load(blank_state(), f"{session.run}@77")
 
-    def test_keys_that_do_not_fit(self, session: dcp.Session, tmp_path: Path) -> None:
-        """torch's own errors, not wrapped into anything that is no Exception."""
+    @pytest.mark.parametrize("by_path", [False, True])
+    def test_keys_that_do_not_fit(self, session: dcp.Session, tmp_path: Path, by_path: bool) -> None:
+        """All of them at once, and nothing is read; an error that handlers of DCP's own know."""
         result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
-        with pytest.raises(RuntimeError, match="Missing key"):
-            dcp.load({**blank_state(), "more": 1}, result.ref)
-        with pytest.raises(ValueError, match="Size mismatch"):
-            dcp.load({**blank_state(), "w": torch.zeros(4, 4)}, result.ref)
+        target = tmp_path / "1" if by_path else result.ref
+        state: dict[str, Any] = {
+            **blank_state(),
+            "w": torch.zeros(4, 4),
+            "b": torch.zeros((), dtype=torch.int32),
+            "more": 1,
+        }
+        with pytest.raises(CheckpointMismatchError) as caught:
+            dcp.load(state, target)
+        assert isinstance(caught.value, RuntimeError)
+        assert isinstance(caught.value, ValueError)
+        assert [
+            Mismatch("b", MismatchKind.DTYPE, "int32 ()", "float32 ()"),
+            Mismatch("more", MismatchKind.MISSING, "no tensor"),
+            Mismatch("w", MismatchKind.SHAPE, "float32 (4, 4)", "float32 (3, 4)"),
+        ] == list(caught.value.mismatches)
+        assert (0.0, 0, 1) == (state["lr"], int(state["b"]), state["more"])
+        assert caught.value.mismatches == pickle.loads(pickle.dumps(caught.value)).mismatches
+
+    def test_what_fits_when_not_strict(self, session: dcp.Session, tmp_path: Path) -> None:
+        """Loaded; converted where the dtype differs; the rest is left alone and reported."""
+        result = dcp.save({**some_state(), "t": torch.ones(2)}, checkpoint_id=tmp_path / "1")
+        state: dict[str, Any] = {"w": torch.full((4, 4), 7.0), "b": torch.zeros((), dtype=torch.int32)}
+        state |= {"more": 1, "lr": 0, "t": "text"}
+        report = dcp.load(state, result.ref, strict=False)
+        kinds = {one.fqn: one.kind for one in report.mismatches}
+        expected = {"b": "dtype", "more": "missing", "w": "shape", "t": "kind"}
+        assert (expected, ("more",), False, 2) == (kinds, report.missing, report.is_exact, report.entry_count)
+        assert (7.0, 1, 1, 0.5, "text") == (
+            float(state["w"][0, 0]),
+            int(state["b"]),
+            *[state[k] for k in ("more", "lr", "t")],
+        )
+
+    def test_a_partial_load(self, session: dcp.Session, tmp_path: Path) -> None:
+        """``allow_partial_load`` is about names alone, as in DCP; the report says which."""
+        result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        planner = dcp.ShardbookLoadPlanner(allow_partial_load=True)
+        state = {**blank_state(), "more": 1}
+        assert ("more",) == dcp.load(state, result.ref, planner=planner).missing
+        assert torch.equal(some_state()["w"], state["w"])
+        with pytest.raises(CheckpointMismatchError) as caught:
+            dcp.load({"more": 1, "w": torch.zeros(1)}, result.ref, planner=planner)
+        assert ("w",) == tuple(one.fqn for one in caught.value.mismatches)
+
+    def test_a_dtype_that_may_change(self, session: dcp.Session, tmp_path: Path) -> None:
+        """As DCP has it, on request."""
+        result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        state = {"w": torch.zeros(3, 4, dtype=torch.bfloat16)}
+        assert ("w",) == dcp.load(state, result.ref, allow_dtype_change=True).of(MismatchKind.DTYPE)
+        assert torch.equal(some_state()["w"].to(torch.bfloat16), state["w"])
+
+    def test_entries_that_the_state_dict_lacks(self, session: dcp.Session, tmp_path: Path) -> None:
+        """No matter, as in DCP, unless somebody asks."""
+        result = dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+        for target in (result.ref, tmp_path / "1"):
+            state = {"b": torch.zeros(())}
+            assert dcp.load(state, target).is_exact
+            with pytest.raises(CheckpointMismatchError) as caught:
+                dcp.load(state, target, planner=dcp.ShardbookLoadPlanner(refuse_unexpected=True))
+            assert {"w", "lr"} == set(caught.value.of(MismatchKind.UNEXPECTED))
 
     def test_part_of_a_state_dict(self, session: dcp.Session, tmp_path: Path) -> None:
         """Only what is asked for is read."""

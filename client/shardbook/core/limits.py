@@ -70,3 +70,9 @@ MAX_BOX_COMPARISONS = 1 << 26
 MAX_HEADER_BYTES = 4 << 20
 #: Calls that one stream of a relay has in progress; relays keep to it, and servers read no further beyond it.
 MAX_RELAYED_CALLS = 1024
+#: Most tensors and most boxes of one query for chunks, and most bytes that a query inflates to.
+MAX_WANTED_TENSORS = 1 << 18
+MAX_WANTED_BOXES = 1 << 20
+MAX_WANTED_BYTES = 64 << 20
+#: Most bytes of one query as sent.
+MAX_QUERY_BYTES = 4 << 20

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from shardbook.core import limits
-from shardbook.core.columns import ByteReader, ByteWriter
+from shardbook.core.columns import ByteReader, ByteWriter, Int64Array
 from shardbook.core.container import pack_list, read_container, unpack_list, write_container
 from shardbook.core.digest import DIGEST_BYTES
 from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_incarnation, prefix_of
@@ -24,7 +25,10 @@ from shardbook.core.structure import BlobKind
 from shardbook.errors import CorruptManifestError, InvalidArgumentError
 
 _T = TypeVar("_T")
-_RECORD, _MANIFEST = "registration record", "manifest"
+_RECORD, MANIFEST_KIND = "registration record", "manifest"
+#: Section with lengths and checksums of blocks and segments, for readers of ranges. Earlier releases wrote none, and
+#: pass over it.
+RANGES = "ranges"
 
 
 @dataclass(frozen=True)
@@ -197,12 +201,13 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Returns the content of the manifest's file."""
         return write_container(
-            _MANIFEST,
+            MANIFEST_KIND,
             {
                 "identity": self.identity.to_json(),
                 "head": self.head,
                 "metadata_header": self.metadata_header,
                 "fqns": _pack_names(self.fqns),
+                RANGES: _pack_ranges(self.blocks, self.segments),
                 "segments": pack_list(self.segments),
                 "blocks": pack_list(self.blocks),
                 "structures": _pack_digests(self.structure_digests),
@@ -210,11 +215,25 @@ class Manifest:
             },
         )
 
+    def read_blocks(self, rows: Sequence[int]) -> list[bytes]:
+        """Returns the payloads of some entries."""
+        return [self.blocks[row] for row in rows]
+
+    def read_segments(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the extents of some groups of 256 ranks; raises CorruptManifestError where there are none."""
+        if numbers and max(numbers) >= len(self.segments):
+            raise CorruptManifestError("a manifest lacks the extents of a rank")
+        return [self.segments[number] for number in numbers]
+
+    def whole(self) -> Manifest:
+        """Returns it."""
+        return self
+
     @classmethod
     def from_bytes(cls, content: bytes) -> Manifest:
         """Returns the manifest in ``content``; raises CorruptManifestError when it is damaged."""
-        sections = read_container(content, _MANIFEST)
-        return _guarded(lambda: cls._of(sections), _MANIFEST)
+        sections = read_container(content, MANIFEST_KIND)
+        return _guarded(lambda: cls._of(sections), MANIFEST_KIND)
 
     @classmethod
     def _of(cls, sections: dict[str, bytes]) -> Manifest:
@@ -222,12 +241,48 @@ class Manifest:
             identity=AttemptIdentity.from_json(sections["identity"]),
             head=sections["head"],
             blocks=tuple(unpack_list(sections["blocks"])),
-            fqns=_unpack_names(sections["fqns"]),
+            fqns=unpack_names(sections["fqns"]),
             segments=tuple(unpack_list(sections["segments"])),
             structure_digests=_unpack_digests(sections["structures"]),
             blobs=_unpack_blobs(sections["blobs"]),
             metadata_header=sections["metadata_header"],
         )
+
+
+class StoredManifest(Protocol):
+    """A manifest of which parts are read when they are needed: in memory, or in a file. Picklable."""
+
+    @property
+    def identity(self) -> AttemptIdentity:
+        """The attempt."""
+        ...
+
+    @property
+    def head(self) -> bytes:
+        """Payload of ``shardbook.core.head``."""
+        ...
+
+    @property
+    def metadata_header(self) -> bytes:
+        """Likewise; empty for saves by Shardbook."""
+        ...
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """Names of the entries, in state-dict order."""
+        ...
+
+    def read_blocks(self, rows: Sequence[int]) -> list[bytes]:
+        """Returns the payloads of some entries."""
+        ...
+
+    def read_segments(self, numbers: Sequence[int]) -> list[bytes]:
+        """Returns the extents of some groups of 256 ranks."""
+        ...
+
+    def whole(self) -> Manifest:
+        """Returns all of it."""
+        ...
 
 
 def _guarded(read: Callable[[], _T], kind: str) -> _T:
@@ -244,11 +299,42 @@ def _pack_names(names: tuple[str, ...]) -> bytes:
     return writer.finish()
 
 
-def _unpack_names(content: bytes) -> tuple[str, ...]:
+def unpack_names(content: bytes) -> tuple[str, ...]:
+    """Returns the names of entries in a section; raises InvalidArgumentError when it is damaged."""
     reader = ByteReader(content)
     names = reader.names(reader.varint(limits.MAX_CELLS, "the number of names"))
     reader.end()
     return names
+
+
+def _pack_ranges(*lists: Sequence[bytes]) -> bytes:
+    """Lengths and checksums of blocks, then of segments."""
+    writer = ByteWriter()
+    for items in lists:
+        writer.varint(len(items))
+        writer.column(np.fromiter(map(len, items), np.int64, len(items)), delta=False)
+        writer.column(np.fromiter(map(zlib.crc32, items), np.int64, len(items)), delta=False)
+    return writer.finish()
+
+
+def unpack_ranges(content: bytes) -> dict[str, tuple[Int64Array, Int64Array]]:
+    """Returns lengths, bytes, and checksums, crc32, of ``blocks`` and ``segments``.
+
+    Raises:
+        CorruptManifestError: The section is damaged.
+    """
+    reader = ByteReader(content)
+    ranges = {}
+    try:
+        for name in ("blocks", "segments"):
+            count = reader.varint(limits.MAX_CELLS, "the number of items")
+            ranges[name] = reader.column(count, delta=False), reader.column(count, delta=False)
+        reader.end()
+    except InvalidArgumentError as exc:
+        raise CorruptManifestError("the ranges of a manifest are damaged") from exc
+    if any(int(lengths.min(initial=0)) < 0 for lengths, _ in ranges.values()):
+        raise CorruptManifestError("the ranges of a manifest are damaged")
+    return ranges
 
 
 def _pack_digests(digests: tuple[bytes, ...]) -> bytes:

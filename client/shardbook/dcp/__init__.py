@@ -16,8 +16,10 @@ from __future__ import annotations
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from shardbook.dcp.async_saving import AsyncSaveResponse, async_save
+from shardbook.dcp.load_planner import LoadPlanner, ShardbookLoadPlanner
+from shardbook.dcp.load_report import LoadReport
 from shardbook.dcp.loading import load
-from shardbook.dcp.planner import LoadPlanner, UnsafeEntryWarning
+from shardbook.dcp.planner import UnsafeEntryWarning
 from shardbook.dcp.results import SaveResult, SaveState, SaveStats
 from shardbook.dcp.saving import save
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
@@ -39,6 +41,8 @@ __all__ = [
     "SaveStats",
     "UnsafeEntryWarning",
     "load",
+    "LoadReport",
+    "ShardbookLoadPlanner",
     "LoadPlanner",
 ]
 

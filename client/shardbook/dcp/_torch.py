@@ -12,9 +12,13 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
+from torch.distributed.checkpoint import _version
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._storage_utils import _storage_setup
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystem, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from torch.distributed.tensor import DTensor
 
@@ -66,6 +70,37 @@ def storage_writer_for(storage_writer: StorageWriter | None, checkpoint_id: Any)
 def storage_reader_for(storage_reader: StorageReader | None, checkpoint_id: Any) -> Any:
     """Returns the reader, reset to ``checkpoint_id``; without one, the reader that DCP takes for the id."""
     return _storage_setup(storage_reader, checkpoint_id, reader=True)
+
+
+def flat_names(state_dict: dict[str, Any]) -> set[str]:
+    """Returns every name under which a planner may look for a value of a state dict: flat, as 2.3 had it, or plain."""
+    names = set(state_dict)
+    with contextlib.suppress(ValueError):  # two values of one flat name: the planner says so where it matters
+        names |= flatten_state_dict(state_dict)[0].keys() | flattened_as_2_3(state_dict)[0].keys()
+    return names
+
+
+def has_plain_part(tensor: DTensor) -> bool:
+    """Returns True when the part that this rank holds follows from shape, mesh and placements alone."""
+    return type(tensor._local_tensor) is torch.Tensor  # noqa: SLF001
+
+
+def chunk_list(tensor: Any) -> list[ChunkStorageMetadata]:
+    """Returns the parts of any kind of tensor that this rank holds."""
+    chunks: list[ChunkStorageMetadata] = _create_chunk_list(tensor)
+    return chunks
+
+
+def flattened_as_2_3(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns a state dict flattened as torch 2.3 and before did, and where each value is in it.
+
+    Dicts and lists without a tensor were entries then, and are taken apart since.
+    """
+    _version._derived_version = "2_3"  # noqa: SLF001
+    try:
+        return flatten_state_dict(state_dict)
+    finally:
+        _version._derived_version = None  # noqa: SLF001
 
 
 def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any, bool]:
@@ -126,8 +161,12 @@ __all__ = [
     "StorageInfo",
     "StoragePrefix",
     "UnresolvedMesh",
+    "chunk_list",
     "dtensor_parts",
+    "flat_names",
+    "flattened_as_2_3",
     "group_timeout_s",
+    "has_plain_part",
     "highest",
     "identity_of",
     "rebuild_dtensor",

@@ -13,32 +13,36 @@ from typing import Any, Final
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner import LoadPlanner as TorchLoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 
-from shardbook._attempts import list_attempts
+from shardbook._attempts import FoundAttempt, list_attempts
+from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook._targets import checkpoint_named
 from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA, MANIFEST
-from shardbook.core.fold import FoldedAttempt
 from shardbook.core.names import CheckpointName
-from shardbook.dcp._torch import storage_reader_for
-from shardbook.dcp.directory import incomplete_attempts, read_attempt
+from shardbook.dcp._torch import flat_names, storage_reader_for
+from shardbook.dcp.directory import incomplete_attempts
+from shardbook.dcp.lazy import LazyMetadata
+from shardbook.dcp.load_planner import ShardbookLoadPlanner
+from shardbook.dcp.load_report import LoadReport
 from shardbook.dcp.metadata import CheckpointColumns
 from shardbook.dcp.pickled import read_pickled_metadata
-from shardbook.dcp.planner import LoadPlanner
 from shardbook.dcp.runtime import current_config, is_distributed
 from shardbook.dcp.writer import CheckpointFiles
-from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from shardbook.sources import ManifestSource, ServiceSource
 from shardbook.stores import encodable
 
 _LOG = logging.getLogger(__name__)
 
-#: What fetching the metadata of a whole checkpoint may take, seconds.
+#: What a question about a checkpoint may take, up to that for all of it, seconds.
 _METADATA_S: Final = 300.0
 
 
@@ -52,7 +56,9 @@ def load(
     process_group: dist.ProcessGroup | None = None,
     no_dist: bool = False,
     weights_only: bool = True,
-) -> None:
+    strict: bool = True,
+    allow_dtype_change: bool = False,
+) -> LoadReport:
     """Loads a checkpoint into a state dict in place, as ``torch.distributed.checkpoint.load`` does.
 
     No rank waits for another one, so ranks may load different keys, and a single process may load what many saved.
@@ -64,19 +70,26 @@ def load(
         ref_or_path: ``project/run@1500``, ``@latest``, ...; or a directory or URL, also of a plain DCP checkpoint.
         checkpoint_id: The same, under DCP's name for it.
         storage_reader: Reads the bytes; by default the one that fits the checkpoint's location.
-        planner: By default ``shardbook.dcp.LoadPlanner``.
+        planner: By default ``shardbook.dcp.ShardbookLoadPlanner``, with the arguments below.
         process_group: Tells this process its rank, for planners that ask; nothing is sent over it.
         no_dist: Load as rank 0 of 1.
         weights_only: False unpickles entries that are not plain data, and ``.metadata`` files that hold more than
             DCP's metadata, which can run any code in them: only for checkpoints that you trust as you trust your own
             programs. Planners of your own decide for themselves.
+        strict: False loads what fits: names that the checkpoint lacks, tensors of another shape and values that are
+            tensors there are left as they are, tensors of another dtype are converted, and all of them are reported.
+        allow_dtype_change: True converts tensors of another dtype although ``strict``, as DCP does.
+
+    Returns:
+        What did not fit. An empty report for planners that make none.
 
     Raises:
+        CheckpointMismatchError: The checkpoint does not fit the state dict; everything that does not is told at once,
+            and nothing was read. A RuntimeError and ValueError too, as DCP's planner raises them.
         NotFoundError: There is no such checkpoint.
         FailedPreconditionError: An entry is not plain data (reason ``UNSAFE_ENTRY``), or ``.metadata`` is not
             DCP's metadata alone (``UNSAFE_METADATA``).
         ShardbookError: The service could not be asked; loading by path needs no service.
-        RuntimeError, ValueError: As DCP's planner raises them for keys and sizes that do not fit.
     """
     if ref_or_path is not None and checkpoint_id is not None:
         raise InvalidArgumentError("pass the checkpoint once, not as checkpoint_id too", field="checkpoint_id")
@@ -84,19 +97,20 @@ def load(
     if target is None and storage_reader is None:
         raise InvalidArgumentError("pass a ref, a path or a storage_reader", field="checkpoint_id")
     name = checkpoint_named(target)
+    metadata: Metadata
     if name is not None:
-        columns = columns_of(name)
-        reader = storage_reader_for(None, columns.location) if storage_reader is None else storage_reader
-        metadata = columns.to_torch()
+        metadata, reader = LazyMetadata(_source_of(name, current_config())), storage_reader
     else:
         reader = storage_reader_for(storage_reader, target)
-        metadata = directory_metadata(reader, trusted=not weights_only)
+        metadata = _directory_metadata(reader, trusted=not weights_only)
     if planner is None:
-        planner = LoadPlanner(weights_only=weights_only)
+        planner = ShardbookLoadPlanner(weights_only=weights_only, strict=strict, allow_dtype_change=allow_dtype_change)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
     _load_into(state_dict, reader, metadata, planner, rank)
     if name is None and rank == 0:
         repair_directory(reader)
+    report = planner.report if isinstance(planner, ShardbookLoadPlanner) else None
+    return report or LoadReport()
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
@@ -112,15 +126,12 @@ def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> Chec
     """
     config = current_config() if config is None else config
     client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
-    try:
-        stored = client.get_metadata(name, deadline_s=_METADATA_S)
-    except UnavailableError as error:
-        raise UnavailableError(
-            f"{error.message} A checkpoint's directory can be loaded without a server: dcp.load(state, '/its/path')",
-            reason=error.reason,
-            metadata=error.metadata,
-        ) from error
-    return _columns(stored, config)
+    return _columns(client.get_metadata(name, deadline_s=_METADATA_S), config)
+
+
+def _source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
+    client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
+    return ServiceSource(client, name, config.stores, _METADATA_S)
 
 
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
@@ -131,7 +142,7 @@ def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
 
 
 def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
-    """Returns the metadata of the directory that ``reader`` reads: Shardbook's own, else DCP's ``.metadata``.
+    """Returns all metadata of the directory that ``reader`` reads: Shardbook's own, else DCP's ``.metadata``.
 
     Args:
         reader: Reads the directory.
@@ -142,10 +153,15 @@ def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
         NotFoundError: Neither is there, or an attempt that is not complete.
         CorruptManifestError: What Shardbook left is damaged.
     """
+    metadata = _directory_metadata(reader, trusted=trusted)
+    return metadata.everything() if isinstance(metadata, LazyMetadata) else metadata
+
+
+def _directory_metadata(reader: Any, *, trusted: bool) -> Metadata:
     files = CheckpointFiles.of(reader) if hasattr(reader, "fs") and hasattr(reader, "path") else None
-    folded = None if files is None else read_attempt(files)
-    if files is not None and folded is not None:
-        return _folded_columns(folded, os.fspath(files.root)).to_torch()
+    stored = None if files is None else read_newest(files, FoundAttempt.stored)
+    if files is not None and stored is not None:
+        return LazyMetadata(ManifestSource(stored, os.fspath(files.root)))
     try:
         if not trusted and getattr(type(reader), "read_metadata", None) is FileSystemReader.read_metadata:
             with reader.fs.create_stream(reader.fs.concat_path(reader.path, DCP_METADATA), "rb") as stream:
@@ -181,11 +197,6 @@ def repair_directory(reader: Any) -> None:
         _LOG.info("%s was not repaired: %s", encodable(os.fspath(files.root)), encodable(str(error)))
 
 
-def _folded_columns(folded: FoldedAttempt, path: str) -> CheckpointColumns:
-    prefix = folded.manifest.identity.prefix
-    return CheckpointColumns(folded.structure, folded.located, prefix, path, folded.header(path))
-
-
 def _nothing_there(files: CheckpointFiles | None, error: FileNotFoundError) -> NotFoundError:
     begun = {} if files is None else incomplete_attempts(files)
     if begun:
@@ -202,18 +213,11 @@ def _load_into(
     rank: int,
 ) -> None:
     """DCP's load with this rank's plan alone; sorted keys and stateful objects as in DCP."""
-    is_coordinator = rank == 0
     keys = sorted(state_dict)
     values = {key: state_dict[key] for key in keys}
     plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in values.items()}
-    if metadata.storage_meta is not None:
-        metadata.storage_meta.load_id = getattr(reader, "load_id", None)
-    planner.set_up_planner(plain, metadata, is_coordinator)
-    if "kwargs" in inspect.signature(reader.set_up_storage_reader).parameters:
-        reader.set_up_storage_reader(metadata, is_coordinator, rank=rank, use_collectives=False)
-    else:
-        reader.set_up_storage_reader(metadata, is_coordinator)
-    plan = reader.prepare_local_plan(planner.create_local_plan())
+    plan, reader = _planned(plain, reader, metadata, planner, rank)
+    plan = reader.prepare_local_plan(plan)
     plan = reader.prepare_global_plan(planner.create_global_plan([plan]))[0]
     reader.read_data(planner.finish_plan(plan), planner).wait()
     for key, value in values.items():
@@ -221,3 +225,30 @@ def _load_into(
             value.load_state_dict(plain[key])
     # A planner may add keys (DCP's for an empty state dict does) and puts loaded values in the place of others.
     state_dict.update({key: value for key, value in plain.items() if not isinstance(values.get(key), Stateful)})
+
+
+def _planned(
+    state_dict: dict[str, Any], reader: Any, metadata: Metadata, planner: TorchLoadPlanner, rank: int
+) -> tuple[LoadPlan, Any]:
+    """Returns the local plan and a reader that is set up, which a checkpoint of the catalogue is only then known for.
+
+    Our planner asks its one question when it plans, so that comes first; other planners get the order of DCP, and what
+    they may look at is fetched before.
+    """
+    plan: LoadPlan | None = None
+    if isinstance(planner, ShardbookLoadPlanner):
+        planner.set_up_planner(state_dict, metadata, rank == 0)
+        plan = planner.create_local_plan()
+    elif isinstance(metadata, LazyMetadata):
+        metadata.prefetch(flat_names(state_dict))
+    if reader is None and isinstance(metadata, LazyMetadata):
+        reader = storage_reader_for(None, metadata.source.location)
+    if metadata.storage_meta is not None:
+        metadata.storage_meta.load_id = getattr(reader, "load_id", None)
+    if plan is None:
+        planner.set_up_planner(state_dict, metadata, rank == 0)
+    if "kwargs" in inspect.signature(reader.set_up_storage_reader).parameters:
+        reader.set_up_storage_reader(metadata, rank == 0, rank=rank, use_collectives=False)
+    else:
+        reader.set_up_storage_reader(metadata, rank == 0)
+    return plan or planner.create_local_plan(), reader

@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.checkpoint import CheckpointStructure, RankFiles
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.extents import ATTRIBUTE_NULL_TRANSFORMS, HINT_NONE, HINT_POSITION
+from shardbook.core.found import FoundChunks
 from shardbook.core.head import MetadataHeader
 from shardbook.core.locate import Located
 from shardbook.core.table import EntryKind
@@ -65,10 +66,11 @@ def build_metadata(structure: CheckpointStructure, located: Located, prefix: str
     with paused_gc():
         offsets = _sizes(structure.offsets, structure)
         entries = _entries(structure, located, offsets)
+        has_storage = header.has_storage_data
         fields: dict[str, Any] = {
             "state_dict_metadata": entries,
             "planner_data": None if structure.key_paths is None else dict(structure.key_paths),
-            "storage_data": _storage(structure, located, prefix, offsets) if header.has_storage_data else None,
+            "storage_data": _storage(structure, located, _paths(structure, prefix), offsets) if has_storage else None,
             "storage_meta": storage_meta_of(header.storage_meta),
             "version": header.version,
         }
@@ -78,9 +80,65 @@ def build_metadata(structure: CheckpointStructure, located: Located, prefix: str
     return metadata
 
 
+def found_entries(found: FoundChunks) -> tuple[dict[str, STORAGE_TYPES], dict[MetadataIndex, StorageInfo]]:
+    """Returns torch's metadata of the entries that were wanted whole and found, and of all of their chunks.
+
+    Raises:
+        UnsupportedMetadataError: A dtype or layout that this torch lacks.
+    """
+    structure, located = _as_columns(found)
+    with paused_gc():
+        offsets = _sizes(structure.offsets, structure)
+        paths = map(found.paths.__getitem__, found.file.tolist())
+        return _entries(structure, located, offsets), _storage(structure, located, paths, offsets)
+
+
+def _as_columns(found: FoundChunks) -> tuple[CheckpointStructure, Located]:
+    held = np.flatnonzero(found.found)
+    none = np.zeros(len(found.tensor), dtype=np.int64)
+    structure = CheckpointStructure(
+        fqns=tuple(found.wanted.fqns[at] for at in held.tolist()),
+        kinds=found.kinds[held],
+        dtypes=found.dtypes[held],
+        layouts=found.layouts[held],
+        memory_formats=found.memory_formats[held],
+        ndims=found.ndims[held],
+        shapes=found.shapes[held],
+        winner_entry=np.zeros(len(held), dtype=np.int64),
+        chunk_counts=np.diff(found.firsts)[held],
+        offsets=found.offsets,
+        sizes=found.sizes,
+        owner=none,
+        position=none,
+        file=none,
+        base=none,
+        var_lo=none,
+        var_hi=none,
+        length=none,
+        key_paths=None,
+        rank_files=RankFiles((), none[:0]),
+    )
+    located = Located(
+        start=found.start,
+        length=found.length,
+        transforms=found.transforms,
+        transform_index=found.transform_index,
+        hints=found.hints,
+        attributes=found.attributes,
+        checksum=found.checksum,
+        requires_grad=found.requires_grad[held],
+        pin_memory=found.pin_memory[held],
+    )
+    return structure, located
+
+
 def _sizes(matrix: Int64Array, structure: CheckpointStructure) -> list[torch.Size]:
     """(N,) one ``torch.Size`` a chunk, cut to the entry's own dimensions; equal neighbours share one object."""
-    ndims = np.repeat(structure.ndims, structure.chunk_counts)
+    return sizes_of(matrix, np.repeat(structure.ndims, structure.chunk_counts))
+
+
+def sizes_of(matrix: Int64Array, ndims: Int64Array) -> list[torch.Size]:
+    """Returns one ``torch.Size`` a row of (N, D) integers, cut to its own dimensions; equal neighbours share one."""
     if len(ndims) == 0:
         return []
     same = np.concatenate([[False], (matrix[1:] == matrix[:-1]).all(1) & (ndims[1:] == ndims[:-1])])
@@ -100,7 +158,7 @@ def _sizes(matrix: Int64Array, structure: CheckpointStructure) -> list[torch.Siz
     return list(map(distinct.__getitem__, (np.cumsum(~same) - 1).tolist()))
 
 
-def _run(calls: Iterable[object]) -> None:
+def run(calls: Iterable[object]) -> None:
     """Exhausts a ``map`` at C speed."""
     deque(calls, maxlen=0)
 
@@ -108,8 +166,8 @@ def _run(calls: Iterable[object]) -> None:
 def _entries(structure: CheckpointStructure, located: Located, offsets: list[torch.Size]) -> dict[str, STORAGE_TYPES]:
     sizes = _sizes(structure.sizes, structure)
     chunks = list(map(ChunkStorageMetadata.__new__, repeat(ChunkStorageMetadata, len(offsets))))
-    _run(map(setattr, chunks, repeat("offsets"), offsets))
-    _run(map(setattr, chunks, repeat("sizes"), sizes))
+    run(map(setattr, chunks, repeat("offsets"), offsets))
+    run(map(setattr, chunks, repeat("sizes"), sizes))
     entries: dict[str, STORAGE_TYPES] = {}
     firsts = structure.firsts.tolist()
     kinds, ndims, shapes = structure.kinds.tolist(), structure.ndims.tolist(), structure.shapes.tolist()
@@ -137,20 +195,25 @@ def _properties(structure: CheckpointStructure, located: Located, row: int) -> T
 
 
 def _storage(
-    structure: CheckpointStructure, located: Located, prefix: str, offsets: list[torch.Size]
+    structure: CheckpointStructure, located: Located, paths: Iterable[str], offsets: list[torch.Size]
 ) -> dict[MetadataIndex, StorageInfo]:
     count = len(offsets)
     keys = _keys(structure, located, offsets)
     infos = list(map(StorageInfo.__new__, repeat(StorageInfo, count)))
-    _run(map(setattr, infos, repeat("relative_path"), _paths(structure, prefix)))
-    _run(map(setattr, infos, repeat("offset"), located.start.tolist()))
-    _run(map(setattr, infos, repeat("length"), located.length.tolist()))
-    for row in np.flatnonzero(located.transform_index).tolist():
-        infos[row].transform_descriptors = list(located.transforms[int(located.transform_index[row]) - 1])
-    null = (located.attributes & ATTRIBUTE_NULL_TRANSFORMS != 0) & (located.transform_index == 0)
+    run(map(setattr, infos, repeat("relative_path"), paths))
+    run(map(setattr, infos, repeat("offset"), located.start.tolist()))
+    run(map(setattr, infos, repeat("length"), located.length.tolist()))
+    set_transforms(infos, located)
+    return dict(zip(keys, infos, strict=True))
+
+
+def set_transforms(infos: list[StorageInfo], columns: Located | FoundChunks) -> None:
+    """Gives each of N places its transform descriptors, where it has any or says that it has none."""
+    for row in np.flatnonzero(columns.transform_index).tolist():
+        infos[row].transform_descriptors = list(columns.transforms[int(columns.transform_index[row]) - 1])
+    null = (columns.attributes & ATTRIBUTE_NULL_TRANSFORMS != 0) & (columns.transform_index == 0)
     for row in np.flatnonzero(null).tolist():
         infos[row].transform_descriptors = None
-    return dict(zip(keys, infos, strict=True))
 
 
 def _keys(structure: CheckpointStructure, located: Located, offsets: list[torch.Size]) -> list[MetadataIndex]:
@@ -159,11 +222,11 @@ def _keys(structure: CheckpointStructure, located: Located, offsets: list[torch.
     entry = np.repeat(np.arange(structure.entry_count), structure.chunk_counts)
     keys = list(map(MetadataIndex.__new__, repeat(MetadataIndex, count)))
     put = object.__setattr__  # the class is frozen
-    _run(map(put, keys, repeat("fqn"), map(structure.fqns.__getitem__, entry.tolist())))
-    _run(map(put, keys, repeat("index"), _hints(structure, located)))
+    run(map(put, keys, repeat("fqn"), map(structure.fqns.__getitem__, entry.tolist())))
+    run(map(put, keys, repeat("index"), _hints(structure, located)))
     is_tensor = structure.kinds[entry] != EntryKind.BYTES
     if is_tensor.all():
-        _run(map(put, keys, repeat("offset"), offsets))
+        run(map(put, keys, repeat("offset"), offsets))
     else:
         for row in np.flatnonzero(is_tensor).tolist():
             put(keys[row], "offset", offsets[row])
@@ -221,4 +284,4 @@ class CheckpointColumns:
         return build_metadata(self.structure, self.located, self.prefix, self.header)
 
 
-__all__ = ["CheckpointColumns", "build_metadata", "paused_gc"]
+__all__ = ["CheckpointColumns", "build_metadata", "found_entries", "paused_gc", "run", "set_transforms", "sizes_of"]

@@ -1,4 +1,4 @@
-"""Planners: which save planners work without a global plan, and the load planner that never runs what it reads."""
+"""Which save planners work without a global plan, and what they save that a load will refuse."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 
 from shardbook.core.table import printable
-from shardbook.dcp._torch import set_element
-from shardbook.errors import FailedPreconditionError, UnsupportedPlannerError
+from shardbook.errors import UnsupportedPlannerError
 
 #: Methods that make a plan of everybody's plans; nobody has everybody's plans here.
 _GLOBAL_METHODS: Final = ("create_global_plan", "_create_global_plan", "_dedup_save_plans")
@@ -114,49 +113,3 @@ def _unsafe_names(content: io.BytesIO) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(content))
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         return []  # not written by torch.save: what a planner of the user's own makes of it is its own business
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """DCP's default load planner, except that entries which are not tensors load with ``weights_only=True``.
-
-    Derive from it where you would derive from ``DefaultLoadPlanner``.
-
-    Args:
-        flatten_state_dict: As in DCP.
-        flatten_sharded_tensors: As in DCP.
-        allow_partial_load: As in DCP.
-        weights_only: False unpickles whatever the checkpoint holds, which can run any code: only for checkpoints
-            that you trust as you trust your own programs.
-    """
-
-    def __init__(
-        self,
-        flatten_state_dict: bool = True,
-        flatten_sharded_tensors: bool = True,
-        allow_partial_load: bool = False,
-        *,
-        weights_only: bool = True,
-    ) -> None:
-        super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
-        self.weights_only = weights_only
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Puts a loaded entry where it belongs in the state dict.
-
-        Raises:
-            FailedPreconditionError: The entry would run code (reason ``UNSAFE_ENTRY``).
-        """
-        fqn = read_item.dest_index.fqn
-        try:
-            loaded = torch.load(value, weights_only=self.weights_only)
-        except pickle.UnpicklingError as error:
-            raise FailedPreconditionError(
-                f"{printable(fqn)!r} is not plain data: {str(error).splitlines()[0]} If you trust whoever wrote the "
-                "checkpoint, pass weights_only=False",
-                reason="UNSAFE_ENTRY",
-                metadata={"fqn": printable(fqn)},
-            ) from error
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[fqn], loaded)
-        else:
-            self.state_dict[fqn] = loaded

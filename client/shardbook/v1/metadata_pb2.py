@@ -26,7 +26,7 @@ _sym_db = _symbol_database.Default()
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardbook/v1/metadata.proto\x12\x0cshardbook.v1\x1a\x18shardbook/v1/types.proto\"6\n\x12GetMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nfqn_prefix\x18\x02 \x01(\x0c\"\xae\x01\n\x13GetMetadataResponse\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.shardbook.v1.MetadataHeaderH\x00\x12.\n\x07\x65xtents\x18\x02 \x01(\x0b\x32\x1b.shardbook.v1.ExtentSegmentH\x00\x12,\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x1b.shardbook.v1.MetadataBlockH\x00\x42\t\n\x07\x63ontent\"e\n\x0eMetadataHeader\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\"4\n\rExtentSegment\x12\x12\n\nfirst_rank\x18\x01 \x01(\x05\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\" \n\rMetadataBlock\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\"_\n\x12ListTensorsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x12\n\nfqn_prefix\x18\x04 \x01(\x0c\"m\n\x13ListTensorsResponse\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.TensorInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"p\n\nTensorInfo\x12\x0b\n\x03\x66qn\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x03\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06tensor\x18\x06 \x01(\x08\x32\xbb\x01\n\x0fMetadataService\x12T\n\x0bGetMetadata\x12 .shardbook.v1.GetMetadataRequest\x1a!.shardbook.v1.GetMetadataResponse0\x01\x12R\n\x0bListTensors\x12 .shardbook.v1.ListTensorsRequest\x1a!.shardbook.v1.ListTensorsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardbook/v1/metadata.proto\x12\x0cshardbook.v1\x1a\x18shardbook/v1/types.proto\"6\n\x12GetMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nfqn_prefix\x18\x02 \x01(\x0c\"\xae\x01\n\x13GetMetadataResponse\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.shardbook.v1.MetadataHeaderH\x00\x12.\n\x07\x65xtents\x18\x02 \x01(\x0b\x32\x1b.shardbook.v1.ExtentSegmentH\x00\x12,\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x1b.shardbook.v1.MetadataBlockH\x00\x42\t\n\x07\x63ontent\"e\n\x0eMetadataHeader\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\"4\n\rExtentSegment\x12\x12\n\nfirst_rank\x18\x01 \x01(\x05\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\" \n\rMetadataBlock\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\"\\\n\x12QueryChunksRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\x0c\x12\x14\n\x0cinclude_head\x18\x03 \x01(\x08\x12\x12\n\npage_token\x18\x04 \x01(\t\"\x92\x01\n\x13QueryChunksResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x66ound\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\x12\x0c\n\x04head\x18\x04 \x01(\x0c\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"_\n\x12ListTensorsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x12\n\nfqn_prefix\x18\x04 \x01(\x0c\"m\n\x13ListTensorsResponse\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.TensorInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"p\n\nTensorInfo\x12\x0b\n\x03\x66qn\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x03\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06tensor\x18\x06 \x01(\x08\x32\x8f\x02\n\x0fMetadataService\x12T\n\x0bGetMetadata\x12 .shardbook.v1.GetMetadataRequest\x1a!.shardbook.v1.GetMetadataResponse0\x01\x12R\n\x0bQueryChunks\x12 .shardbook.v1.QueryChunksRequest\x1a!.shardbook.v1.QueryChunksResponse\x12R\n\x0bListTensors\x12 .shardbook.v1.ListTensorsRequest\x1a!.shardbook.v1.ListTensorsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,12 +43,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXTENTSEGMENT']._serialized_end=459
   _globals['_METADATABLOCK']._serialized_start=461
   _globals['_METADATABLOCK']._serialized_end=493
-  _globals['_LISTTENSORSREQUEST']._serialized_start=495
-  _globals['_LISTTENSORSREQUEST']._serialized_end=590
-  _globals['_LISTTENSORSRESPONSE']._serialized_start=592
-  _globals['_LISTTENSORSRESPONSE']._serialized_end=701
-  _globals['_TENSORINFO']._serialized_start=703
-  _globals['_TENSORINFO']._serialized_end=815
-  _globals['_METADATASERVICE']._serialized_start=818
-  _globals['_METADATASERVICE']._serialized_end=1005
+  _globals['_QUERYCHUNKSREQUEST']._serialized_start=495
+  _globals['_QUERYCHUNKSREQUEST']._serialized_end=587
+  _globals['_QUERYCHUNKSRESPONSE']._serialized_start=590
+  _globals['_QUERYCHUNKSRESPONSE']._serialized_end=736
+  _globals['_LISTTENSORSREQUEST']._serialized_start=738
+  _globals['_LISTTENSORSREQUEST']._serialized_end=833
+  _globals['_LISTTENSORSRESPONSE']._serialized_start=835
+  _globals['_LISTTENSORSRESPONSE']._serialized_end=944
+  _globals['_TENSORINFO']._serialized_start=946
+  _globals['_TENSORINFO']._serialized_end=1058
+  _globals['_METADATASERVICE']._serialized_start=1061
+  _globals['_METADATASERVICE']._serialized_end=1332
 # @@protoc_insertion_point(module_scope)

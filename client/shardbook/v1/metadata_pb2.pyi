@@ -49,6 +49,32 @@ class MetadataBlock(_message.Message):
     entries: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, entries: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class QueryChunksRequest(_message.Message):
+    __slots__ = ("name", "wanted", "include_head", "page_token")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_HEAD_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    wanted: bytes
+    include_head: bool
+    page_token: str
+    def __init__(self, name: _Optional[str] = ..., wanted: _Optional[bytes] = ..., include_head: bool = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class QueryChunksResponse(_message.Message):
+    __slots__ = ("checkpoint", "found", "metadata_header", "head", "next_page_token")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    METADATA_HEADER_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: _types_pb2.Checkpoint
+    found: bytes
+    metadata_header: bytes
+    head: bytes
+    next_page_token: str
+    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., found: _Optional[bytes] = ..., metadata_header: _Optional[bytes] = ..., head: _Optional[bytes] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
 class ListTensorsRequest(_message.Message):
     __slots__ = ("parent", "page_size", "page_token", "fqn_prefix")
     PARENT_FIELD_NUMBER: _ClassVar[int]

@@ -42,6 +42,11 @@ class MetadataServiceStub(object):
                 request_serializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataResponse.FromString,
                 _registered_method=True)
+        self.QueryChunks = channel.unary_unary(
+                '/shardbook.v1.MetadataService/QueryChunks',
+                request_serializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksResponse.FromString,
+                _registered_method=True)
         self.ListTensors = channel.unary_unary(
                 '/shardbook.v1.MetadataService/ListTensors',
                 request_serializer=shardbook_dot_v1_dot_metadata__pb2.ListTensorsRequest.SerializeToString,
@@ -62,6 +67,17 @@ class MetadataServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryChunks(self, request, context):
+        """Finds the chunks of a committed checkpoint that meet the boxes a loader
+        wants, of many tensors in one call, and where their bytes are. Costs what
+        was asked for, whatever the checkpoint holds. Nearly every answer is one
+        page; where much is found, it is several. An entry that the checkpoint lacks
+        is no error; no page is about it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListTensors(self, request, context):
         """Lists the entries of a committed checkpoint, a page at a time.
         """
@@ -76,6 +92,11 @@ def add_MetadataServiceServicer_to_server(servicer, server):
                     servicer.GetMetadata,
                     request_deserializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_metadata__pb2.GetMetadataResponse.SerializeToString,
+            ),
+            'QueryChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryChunks,
+                    request_deserializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_metadata__pb2.QueryChunksResponse.SerializeToString,
             ),
             'ListTensors': grpc.unary_unary_rpc_method_handler(
                     servicer.ListTensors,
@@ -112,6 +133,33 @@ class MetadataService(object):
             '/shardbook.v1.MetadataService/GetMetadata',
             shardbook_dot_v1_dot_metadata__pb2.GetMetadataRequest.SerializeToString,
             shardbook_dot_v1_dot_metadata__pb2.GetMetadataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.MetadataService/QueryChunks',
+            shardbook_dot_v1_dot_metadata__pb2.QueryChunksRequest.SerializeToString,
+            shardbook_dot_v1_dot_metadata__pb2.QueryChunksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,12 +12,14 @@ from shardbook.v1 import metadata_pb2
 class MetadataServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
     GetMetadata: grpc.UnaryStreamMultiCallable[metadata_pb2.GetMetadataRequest, metadata_pb2.GetMetadataResponse]
+    QueryChunks: grpc.UnaryUnaryMultiCallable[metadata_pb2.QueryChunksRequest, metadata_pb2.QueryChunksResponse]
     ListTensors: grpc.UnaryUnaryMultiCallable[metadata_pb2.ListTensorsRequest, metadata_pb2.ListTensorsResponse]
 
 @type_check_only
 class MetadataServiceAsyncStub:
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     GetMetadata: grpc.aio.UnaryStreamMultiCallable[metadata_pb2.GetMetadataRequest, metadata_pb2.GetMetadataResponse]
+    QueryChunks: grpc.aio.UnaryUnaryMultiCallable[metadata_pb2.QueryChunksRequest, metadata_pb2.QueryChunksResponse]
     ListTensors: grpc.aio.UnaryUnaryMultiCallable[metadata_pb2.ListTensorsRequest, metadata_pb2.ListTensorsResponse]
 
 class MetadataServiceServicer:
@@ -26,6 +28,11 @@ class MetadataServiceServicer:
         request: metadata_pb2.GetMetadataRequest,
         context: grpc.aio.ServicerContext[metadata_pb2.GetMetadataRequest, metadata_pb2.GetMetadataResponse],
     ) -> AsyncIterator[metadata_pb2.GetMetadataResponse]: ...
+    def QueryChunks(
+        self,
+        request: metadata_pb2.QueryChunksRequest,
+        context: grpc.aio.ServicerContext[metadata_pb2.QueryChunksRequest, metadata_pb2.QueryChunksResponse],
+    ) -> Awaitable[metadata_pb2.QueryChunksResponse]: ...
     def ListTensors(
         self,
         request: metadata_pb2.ListTensorsRequest,

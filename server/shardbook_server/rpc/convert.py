@@ -278,6 +278,32 @@ def metadata_response(view: views.MetadataView) -> metadata_pb2.GetMetadataRespo
             return metadata_pb2.GetMetadataResponse(block=metadata_pb2.MetadataBlock(entries=view.entries))
 
 
+def query_payload(request: metadata_pb2.QueryChunksRequest) -> bytes:
+    """Returns what QueryChunks asks, not looked into.
+
+    Raises:
+        InvalidArgumentError: It is beyond the limit.
+    """
+    if len(request.wanted) > limits.MAX_QUERY_BYTES:
+        raise InvalidArgumentError(
+            f"{len(request.wanted)} bytes, the limit is {limits.MAX_QUERY_BYTES} a query: ask in parts",
+            reason="LIMIT_EXCEEDED",
+            field="wanted",
+        )
+    return request.wanted
+
+
+def query_response(view: views.QueryView) -> metadata_pb2.QueryChunksResponse:
+    """Returns a page of the answer to QueryChunks."""
+    return metadata_pb2.QueryChunksResponse(
+        checkpoint=checkpoint(view.checkpoint),
+        found=view.found,
+        metadata_header=view.metadata_header,
+        head=view.head,
+        next_page_token=view.next_page_token,
+    )
+
+
 def blob_refs(refs: Sequence[types.BlobRef]) -> list[types_pb2.BlobRef]:
     """Returns the blobs that a sender has to send."""
     return [types_pb2.BlobRef(kind=types_pb2.BlobKind.Name(ref.kind), digest=ref.digest) for ref in refs]

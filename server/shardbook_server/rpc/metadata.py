@@ -31,6 +31,17 @@ class MetadataHandlers(MetadataServiceServicer):
         async for view in self._bridge.stream(read, request.name, request.fqn_prefix):
             yield convert.metadata_response(view)
 
+    async def QueryChunks(self, request: pb.QueryChunksRequest, context: Context) -> pb.QueryChunksResponse:
+        """Finds the chunks that meet wanted boxes."""
+        view = await self._bridge.read(
+            self._services.queries.query_chunks,
+            request.name,
+            convert.query_payload(request),
+            include_head=request.include_head,
+            page_token=request.page_token,
+        )
+        return convert.query_response(view)
+
     async def ListTensors(self, request: pb.ListTensorsRequest, context: Context) -> pb.ListTensorsResponse:
         """Lists the entries of a committed checkpoint, a page at a time."""
         page = await self._bridge.read(

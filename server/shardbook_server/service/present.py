@@ -92,10 +92,22 @@ def resolve_committed(connection: Connection, name: CheckpointName) -> Checkpoin
     """
     checkpoint_id = resolve(connection, name)
     row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    _check_committed(row, name)
+    return row
+
+
+def committed_info(connection: Connection, name: CheckpointName) -> tuple[CheckpointRow, CheckpointInfo]:
+    """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above."""
+    checkpoint_id = resolve(connection, name)
+    listed = checkpoint_rows.find_listed(connection, [checkpoint_id])[checkpoint_id]
+    _check_committed(listed.row, name)
+    return listed.row, checkpoint_of(listed)
+
+
+def _check_committed(row: CheckpointRow, name: CheckpointName) -> None:
     if row.state != CheckpointState.COMMITTED:
         state = CheckpointState(row.state).name
         raise FailedPreconditionError(f"{name.ref} is {state}, not COMMITTED", reason="NOT_COMMITTED")
-    return row
 
 
 def committed_by_id(connection: Connection, checkpoint_id: int) -> CheckpointRow:

@@ -12,6 +12,7 @@ from shardbook_server.service.commit import CommitService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
+from shardbook_server.service.query import QueryService
 from shardbook_server.service.record import RecordService
 from shardbook_server.service.registration import RegistrationService
 from shardbook_server.service.sessions import REAP_INTERVAL_S, SessionService
@@ -21,6 +22,8 @@ from shardbook_server.storage.database import Database
 LEASE_TTL_S = 60.0
 #: Decoded blobs kept in memory, bytes.
 BLOB_CACHE_BYTES = 256 << 20
+#: Decoded entries of checkpoints that are loaded from, bytes.
+INDEX_CACHE_BYTES = 128 << 20
 #: Memory for deciding about plans and for assembling checkpoints that are new, bytes.
 WORK_MEMORY_BYTES = 1 << 30
 
@@ -37,6 +40,7 @@ class Services:
     commits: CommitService
     records: RecordService
     metadata: MetadataService
+    queries: QueryService
     catalog: CatalogService
 
 
@@ -46,6 +50,7 @@ def build_services(
     lease_ttl_s: float = LEASE_TTL_S,
     reap_interval_s: float = REAP_INTERVAL_S,
     blob_cache_bytes: int = BLOB_CACHE_BYTES,
+    index_cache_bytes: int = INDEX_CACHE_BYTES,
     work_memory_bytes: int = WORK_MEMORY_BYTES,
     observer: Observer = SILENT,
 ) -> Services:
@@ -62,5 +67,6 @@ def build_services(
         commits=commits,
         records=RecordService(database, blobs, commits, lease_ttl_s=lease_ttl_s),
         metadata=MetadataService(database),
+        queries=QueryService(database, cache_bytes=index_cache_bytes),
         catalog=CatalogService(database),
     )

@@ -245,6 +245,25 @@ MetadataView = HeaderView | SegmentView | BlockView
 
 
 @dataclass(frozen=True)
+class QueryView:
+    """A page of the answer to a query, as ``shardbook.v1.QueryChunksResponse``.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        found: Payload of ``shardbook.core.found``; empty where nothing was found.
+        next_page_token: Empty on the last page.
+        metadata_header: Payload of ``shardbook.core.head``, on the first page.
+        head: Likewise; empty unless it was asked for.
+    """
+
+    checkpoint: CheckpointInfo
+    found: bytes
+    next_page_token: str = ""
+    metadata_header: bytes = b""
+    head: bytes = b""
+
+
+@dataclass(frozen=True)
 class TensorView:
     """One entry of a checkpoint for people, as ``shardbook.v1.TensorInfo``; ``fqn`` in UTF-8 with lone surrogates."""
 

@@ -97,3 +97,13 @@ def read_segments(
     where = (extent_segments.c.checkpoint_id == checkpoint_id, extent_segments.c.first_rank >= first_rank)
     statement = select(*columns).where(*where).order_by(extent_segments.c.first_rank).limit(limit)
     return [(first, payload) for first, payload in connection.execute(statement)]
+
+
+def find_segments(connection: Connection, checkpoint_id: int, first_ranks: Sequence[int]) -> dict[int, bytes]:
+    """Returns the segments of a committed checkpoint that begin with some ranks, as far as they are there."""
+    found: dict[int, bytes] = {}
+    columns = (extent_segments.c.first_rank, extent_segments.c.payload)
+    for some in slices(first_ranks):
+        where = (extent_segments.c.checkpoint_id == checkpoint_id, extent_segments.c.first_rank.in_(some))
+        found.update(connection.execute(select(*columns).where(*where)).all())
+    return found

@@ -56,6 +56,16 @@ class TensorRow:
     fqn: bytes
 
 
+@dataclass(frozen=True)
+class NameRow:
+    """What finds an entry by its name, and proves that a row is still the same one."""
+
+    id: int
+    digest: bytes
+    fqn: bytes
+    chunk_count: int
+
+
 def find_structure(connection: Connection, project_id: int, digest: bytes) -> int | None:
     """Returns the id of a checkpoint structure; None when it has not been assembled yet."""
     where = (checkpoint_structures.c.project_id == project_id, checkpoint_structures.c.digest == digest)
@@ -145,6 +155,26 @@ def read_blocks(connection: Connection, ids: Sequence[int]) -> list[bytes]:
         rows = connection.execute(select(*columns).where(structure_tensors.c.id.in_(some)))
         found.update(rows.all())
     return [found[one] for one in ids]
+
+
+def read_names(connection: Connection, ids: Sequence[int]) -> list[NameRow]:
+    """Returns the names of entries, in the order of ``ids``; those that are gone are left out."""
+    columns = [structure_tensors.c[name] for name in NameRow.__dataclass_fields__]
+    found: dict[int, NameRow] = {}
+    for some in slices(ids):
+        rows = connection.execute(select(*columns).where(structure_tensors.c.id.in_(some)))
+        found.update({row.id: NameRow(*row) for row in rows})
+    return [found[one] for one in ids if one in found]
+
+
+def read_addressed_blocks(connection: Connection, ids: Sequence[int]) -> list[tuple[bytes, bytes]]:
+    """Returns digest and payload of entries, in the order of ``ids``; those that are gone are left out."""
+    found: dict[int, tuple[bytes, bytes]] = {}
+    columns = (structure_tensors.c.id, structure_tensors.c.digest, structure_tensors.c.payload)
+    for some in slices(ids):
+        rows = connection.execute(select(*columns).where(structure_tensors.c.id.in_(some)))
+        found.update({one: (digest, payload) for one, digest, payload in rows})
+    return [found[one] for one in ids if one in found]
 
 
 def read_tensors(connection: Connection, ids: Sequence[int]) -> list[TensorRow]:
