@@ -9,7 +9,7 @@ import typer
 
 from shardbook.cli import names, output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
-from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
+from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook.importing import (
     ImportedCheckpoint,
@@ -57,12 +57,7 @@ def import_checkpoints(
         int, typer.Option("--attempt", metavar="N", min=1, help="2 or more for a plain DCP directory saved over since.")
     ] = 1,
     is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be recorded; record nothing.")] = False,
-    trusted: Annotated[
-        bool,
-        typer.Option(
-            "--trusted", help="Unpickle a .metadata that holds more than DCP's metadata: it can run any program."
-        ),
-    ] = False,
+    trusted: Trusted = False,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,

@@ -27,6 +27,10 @@ Timeout = Annotated[
 #: Somebody sits at the terminal: a server that does not answer is named soon.
 _OUTAGE_S: Final = 2.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (docs/cli.md) instead of a table.")]
+Trusted = Annotated[
+    bool,
+    typer.Option("--trusted", help="Unpickle a .metadata that holds more than DCP's metadata: it can run any program."),
+]
 Plain = Annotated[
     bool, typer.Option("--plain", help="Print text for other programs: no colours, no folded cells, no progress.")
 ]

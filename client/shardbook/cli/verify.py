@@ -9,7 +9,7 @@ import typer
 from shardbook._targets import checkpoint_named
 from shardbook.cli import output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
-from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
+from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
 from shardbook.core.table import printable
 from shardbook.verifying import FaultKind, FileFault, VerifyReport, verify
 
@@ -44,12 +44,7 @@ def verify_checkpoint(
         bool,
         typer.Option("--checksums", help="Read the bytes too, and compare them with the checksums that were kept."),
     ] = False,
-    trusted: Annotated[
-        bool,
-        typer.Option(
-            "--trusted", help="Unpickle a .metadata that holds more than DCP's metadata: it can run any program."
-        ),
-    ] = False,
+    trusted: Trusted = False,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
