@@ -16,7 +16,9 @@ from shardbook.catalog import Checkpoint, Run, RunPart, TensorInfo
 from shardbook.cli.app import app as client_app
 from shardbook.cli.cat import PrintedTensor
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
+from shardbook.importing import ImportedCheckpoint
 from shardbook.sync import SyncedAttempt
+from shardbook.verifying import FileFault, VerifyReport
 from shardbook_server import settings as server
 from shardbook_server.cli import app as server_app
 
@@ -39,7 +41,9 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook show` | `{"checkpoint": checkpoint}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook cat` | `{"tensors": [printed tensor], "output": path of the file, or null}` |
+| `shardbook verify` | `{"report": report}` |
 | `shardbook sync` | `{"attempts": [attempt], "counts": {outcome: number}}` |
+| `shardbook import` | `{"checkpoints": [imported checkpoint], "counts": {outcome: number}}` |
 """
 _OBJECTS = (
     ("run", Run),
@@ -47,7 +51,10 @@ _OBJECTS = (
     ("checkpoint", Checkpoint),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),
+    ("report", VerifyReport),
+    ("fault of a file", FileFault),
     ("attempt", SyncedAttempt),
+    ("imported checkpoint", ImportedCheckpoint),
 )
 
 
@@ -132,7 +139,7 @@ def _command(words: str, command: Any) -> Iterator[str]:
 
 def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
     for argument in arguments:
-        yield f"| `{argument.metavar}` | {_cell(argument.help or '')} |"
+        yield f"| `{_cell(argument.metavar)}` | {_cell(argument.help or '')} |"
     for option in command.params:
         if option.param_type_name == "option":
             names = ", ".join([*option.opts, *option.secondary_opts])

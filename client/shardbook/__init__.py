@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
     from shardbook.reading import read, read_many
+    from shardbook.verifying import VerifyReport, verify
 
 _HOME = {
     "Client": "shardbook.client",
@@ -64,6 +65,8 @@ _HOME = {
     "TensorInfo": "shardbook.catalog",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
+    "VerifyReport": "shardbook.verifying",
+    "verify": "shardbook.verifying",
 }
 
 __all__ = [
@@ -80,6 +83,8 @@ __all__ = [
     "TensorInfo",
     "read",
     "read_many",
+    "VerifyReport",
+    "verify",
     "AlreadyExistsError",
     "CheckpointClosedError",
     "CheckpointMismatchError",

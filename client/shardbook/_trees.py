@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Final, Protocol
 
-from shardbook.core.directory import ROOT, is_prefix
+from shardbook._side_by_side import side_by_side
+from shardbook.core.directory import DCP_METADATA, ROOT, is_prefix
 from shardbook.core.exported import FileFacts
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError, StorageError
 from shardbook.stores import encodable, normalized
+
+#: Files that one thread looks at before it takes more.
+_LOOK_FILES: Final = 64
 
 
 class Tree(Protocol):
     """Small files below a directory. Paths are absolute, or URLs; ``names`` and ``read`` treat absence as empty."""
 
-    def checkpoints(self) -> Iterator[str]:
-        """Yields the directories, this one included, in which Shardbook left files, in alphabetical order."""
+    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+        """Yields the directories, this one included, in which Shardbook left files, in alphabetical order.
+
+        With ``plain``, those with DCP's own ``.metadata`` too.
+        """
         ...
 
     def names(self, path: str) -> list[str]:
@@ -36,8 +45,20 @@ class Tree(Protocol):
         """Returns size and age of a file; None when it is not there."""
         ...
 
+    def sizes(self, path: str, wanted: Collection[str], tell: Callable[[int], None]) -> dict[str, int]:
+        """Returns the bytes of the files called ``wanted`` in a directory; those that are not there are left out.
+
+        One listing, not a question a file, where the filesystem lists sizes. ``tell`` hears of how many files more is
+        known, from whichever thread.
+        """
+        ...
+
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         """Returns the last ``count`` bytes of a file of ``size_bytes``."""
+        ...
+
+    def open(self, path: str) -> AbstractContextManager[IO[bytes]]:
+        """Opens a file for reading, until the block ends; raises FileNotFoundError when it is not there."""
         ...
 
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
@@ -119,15 +140,24 @@ def facts_of(info: Mapping[str, Any]) -> FileFacts:
     return FileFacts(int(info.get("size") or 0), float(found) if isinstance(found, int | float) else None)
 
 
+def _file_size(path: str) -> int | None:
+    """Bytes of a file; None where there is none, or something else."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - a hundred thousand of them
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
 class _LocalTree:
     """A directory of this machine, network mounts included. Links to directories are not followed."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def checkpoints(self) -> Iterator[str]:
-        for folder, below, _ in os.walk(self._root):
-            if ROOT in below:
+    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+        for folder, below, files in os.walk(self._root):
+            if ROOT in below or (plain and DCP_METADATA in files):
                 yield folder
             # Data directories hold a file or more a rank, and nothing to find.
             below[:] = sorted(name for name in below if name != ROOT and not is_prefix(name))
@@ -152,10 +182,25 @@ class _LocalTree:
             return None
         return FileFacts(found.st_size, found.st_mtime)
 
+    def sizes(self, path: str, wanted: Collection[str], tell: Callable[[int], None]) -> dict[str, int]:
+        there = sorted(set(self.names(path)) & set(wanted))
+        tell(len(wanted) - len(there))
+
+        def look(names: Sequence[str]) -> list[tuple[str, int]]:
+            found = [(name, _file_size(f"{path}/{name}")) for name in names]
+            tell(len(names))
+            return [(name, size) for name, size in found if size is not None]
+
+        looks = side_by_side(look, [there[at : at + _LOOK_FILES] for at in range(0, len(there), _LOOK_FILES)])
+        return dict(chain.from_iterable(looks))
+
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         with Path(path).open("rb") as file:
             file.seek(max(0, size_bytes - count))
             return file.read(count)
+
+    def open(self, path: str) -> AbstractContextManager[IO[bytes]]:
+        return Path(path).open("rb")
 
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         target = Path(path)
@@ -185,12 +230,11 @@ class _FsspecTree:
         # Other machines write here too: nothing may be answered from memory.
         self._fs.invalidate_cache()
 
-    def checkpoints(self) -> Iterator[str]:
-        marker = f"/{ROOT}"
+    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
         with storage_errors("walk", self._root):
-            for folder, _, _ in self._fs.walk(self._root):
-                if str(folder).endswith(marker):
-                    yield str(self._fs.unstrip_protocol(str(folder).removesuffix(marker)))
+            for folder, below, files in self._fs.walk(self._root):
+                if ROOT in below or (plain and DCP_METADATA in files):
+                    yield str(self._fs.unstrip_protocol(str(folder)))
 
     def names(self, path: str) -> list[str]:
         with storage_errors("list", path):
@@ -215,10 +259,41 @@ class _FsspecTree:
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
+    def sizes(self, path: str, wanted: Collection[str], tell: Callable[[int], None]) -> dict[str, int]:
+        listed = self._listed_sizes(path)
+        asked = [name for name in wanted if listed.get(name, -1) is None]
+        absent = [name for name in wanted if name not in listed]
+        if absent and self.facts(f"{path}/{absent[0]}") is not None:  # a filesystem that cannot list
+            asked += absent
+        tell(len(wanted) - len(asked))
+
+        def look(name: str) -> int | None:
+            found = self.facts(f"{path}/{name}")
+            tell(1)
+            return None if found is None else found.size_bytes
+
+        told = dict(zip(asked, side_by_side(look, asked), strict=True))
+        known = {name: told.get(name, listed.get(name)) for name in wanted}
+        return {name: size for name, size in known.items() if size is not None}
+
+    def _listed_sizes(self, path: str) -> dict[str, int | None]:
+        """Sizes of the files in a directory as its listing has them; None where it does not say."""
+        with storage_errors("list", path):
+            try:
+                listed = self._fs.ls(self._inside(path), detail=True)
+            except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+                return {}
+        return {str(info["name"]).rpartition("/")[2]: info.get("size") for info in listed if info["type"] == "file"}
+
     def tail(self, path: str, size_bytes: int, count: int) -> bytes:
         with storage_errors("read", path):
             content: bytes = self._fs.cat_file(self._inside(path), start=max(0, size_bytes - count), end=size_bytes)
             return content
+
+    @contextmanager
+    def open(self, path: str) -> Iterator[IO[bytes]]:
+        with storage_errors("read", path), self._fs.open(self._inside(path), "rb") as stream:
+            yield stream
 
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         with storage_errors("write", path):

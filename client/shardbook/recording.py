@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from shardbook.client import Client
@@ -42,6 +43,36 @@ def attempt_key(identity: AttemptIdentity) -> AttemptKey:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class RecordedContent:
+    """What an attempt holds, registration by registration.
+
+    Attributes:
+        structure_digests: By rank, 32 bytes each; of an import by slice.
+        pairs: Payloads of extents and volatile properties, likewise.
+        blobs: Every table, plan and structure, each once.
+        metadata_header: See ``shardbook.core.head``; empty for saves by Shardbook.
+    """
+
+    structure_digests: tuple[bytes, ...]
+    pairs: tuple[tuple[bytes, bytes], ...]
+    blobs: tuple[StoredBlob, ...]
+    metadata_header: bytes = b""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> RecordedContent:
+        """Returns the content of a manifest; raises CorruptManifestError when it contradicts itself."""
+        try:
+            pairs = tuple(pair for segment in manifest.segments for pair in decode_segment(segment))
+        except InvalidArgumentError as error:
+            raise CorruptManifestError(f"a manifest's extents are damaged: {error}") from error
+        if len(pairs) != len(manifest.structure_digests) or not pairs:
+            raise CorruptManifestError(
+                f"a manifest has extents of {len(pairs)} ranks and structures of {len(manifest.structure_digests)}"
+            )
+        return cls(manifest.structure_digests, pairs, manifest.blobs, manifest.metadata_header)
+
+
 def record_attempt(client: Client, manifest: Manifest, location: str, *, recovered: bool) -> CheckpointMessage:
     """Records an attempt and returns the committed checkpoint. Idempotent: what is known is not sent again.
 
@@ -56,17 +87,44 @@ def record_attempt(client: Client, manifest: Manifest, location: str, *, recover
         InvalidArgumentError: The location is no Unicode (``INVALID_LOCATION``).
         ShardbookError: What the server answered, or that it did not.
     """
-    check_location(location)
-    attempt = _Attempt(manifest)
+    identity = manifest.identity
+    place = AttemptLocation(location=location, prefix=identity.prefix)
+    content = RecordedContent.of(manifest)
+    return record_content(
+        client, attempt_key(identity), place, content, recovered=recovered, write_time_s=identity.write_time_s
+    )
+
+
+def record_content(
+    client: Client,
+    key: AttemptKey,
+    place: AttemptLocation,
+    content: RecordedContent,
+    *,
+    recovered: bool,
+    write_time_s: float = 0.0,
+) -> CheckpointMessage:
+    """Records an attempt of which there is no manifest; arguments and errors as for ``record_attempt``.
+
+    Args:
+        client: The server.
+        key: The attempt.
+        place: Where its files are.
+        content: What it holds.
+        recovered: True for what was saved while the service was away, or without it.
+        write_time_s: When it was written, seconds since the epoch; 0 when nobody knows.
+    """
+    check_location(place.location)
+    attempt = _Attempt(content)
     request = pb.RecordCheckpointRequest(
-        key=attempt_key(manifest.identity),
-        location=AttemptLocation(location=location, prefix=manifest.identity.prefix),
+        key=key,
+        location=place,
         registration_count=len(attempt.registrations),
         recovered=recovered,
-        metadata_header=manifest.metadata_header,
+        metadata_header=content.metadata_header,
     )
-    if manifest.identity.write_time_s > 0:
-        request.write_time.FromNanoseconds(int(manifest.identity.write_time_s * 1e9))
+    if write_time_s > 0:
+        request.write_time.FromNanoseconds(int(write_time_s * 1e9))
     parts = list(attempt.parts())
     answer = pb.RecordCheckpointResponse()
     for number, part in enumerate(parts, 1):
@@ -91,22 +149,16 @@ def _send(client: Client, request: pb.RecordCheckpointRequest, attempt: _Attempt
 
 
 class _Attempt:
-    """A manifest's registrations and blobs as calls carry them."""
+    """Registrations and blobs as calls carry them."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._blobs: dict[_Address, StoredBlob] = {(blob.kind, blob.digest): blob for blob in manifest.blobs}
+    def __init__(self, content: RecordedContent) -> None:
+        self._blobs: dict[_Address, StoredBlob] = {(blob.kind, blob.digest): blob for blob in content.blobs}
         self._needs: dict[bytes, tuple[_Address, ...]] = {}
-        try:
-            pairs = [pair for segment in manifest.segments for pair in decode_segment(segment)]
-        except InvalidArgumentError as error:
-            raise CorruptManifestError(f"a manifest's extents are damaged: {error}") from error
-        if len(pairs) != len(manifest.structure_digests) or not pairs:
-            raise CorruptManifestError(
-                f"a manifest has extents of {len(pairs)} ranks and structures of {len(manifest.structure_digests)}"
-            )
         self.registrations = [
             pb.ShardRegistration(rank=rank, structure_digest=digest, extents=extents, volatile_properties=volatile)
-            for rank, (digest, (extents, volatile)) in enumerate(zip(manifest.structure_digests, pairs, strict=True))
+            for rank, (digest, (extents, volatile)) in enumerate(
+                zip(content.structure_digests, content.pairs, strict=True)
+            )
         ]
 
     def parts(self) -> Iterator[list[pb.ShardRegistration]]:

@@ -1,4 +1,4 @@
-"""Row 32, the catalogue from end to end: a backup, more saves, the database put back, and the directories synced."""
+"""Row 32, the catalogue from end to end: backup, more saves, the database put back, directories imported and synced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from shardbook import Client
+from shardbook import Client, verify
 from shardbook.catalog import Checkpoint, CheckpointState, StoredMetadata
 from shardbook_server.storage import migrate
 from tests.databases import KINDS
@@ -133,13 +133,15 @@ def _save(
     return [server.client.get_checkpoint(name).session for name in names]
 
 
+@pytest.mark.soak_with("postgres")
 def test_what_a_restored_database_lacks_comes_back_from_the_directories(
     kept: Kept, pool: RankPool, run: str, tmp_path: Path
 ) -> None:
     """Catalogue and metadata are what they were, byte for byte; no session number comes twice; saves go on.
 
     After the backup: the job goes on, one with another layout and world size takes over, saves a step of the backup's
-    again and steps of its own, and a job that the backup does not know at all has a run of its own.
+    again and steps of its own, and a job that the backup does not know at all has a run of its own. One directory
+    comes back by ``import``, the others by ``sync``; every checkpoint is verified, by its name and by its place.
     """
     checkpoints = tmp_path / "checkpoints"
     own, later = run, f"{run}-later"
@@ -156,9 +158,13 @@ def test_what_a_restored_database_lacks_comes_back_from_the_directories(
     with ServerProcess(tmp_path / "after", restored) as server:
         assert {1, 2} == {one.step for one in server.client.list_checkpoints(own)}
         directories = [str(path) for path in sorted([*checkpoints.glob("step-*"), *checkpoints.glob("later/step-*")])]
+        one = ("import", str(checkpoints / "step-3"), "--run", own, "--json")
+        said = json.loads(_command("shardbook.cli", *one, server=server.address))
+        assert ["recorded"] == [one["outcome"] for one in said["checkpoints"]]
         said = json.loads(_command("shardbook.cli", "sync", *directories, "--json", server=server.address))
         assert {"recorded", "present"} == {one["outcome"] for one in _attempts(said)}
         assert before == [Known.of(server.client, name) for name in (own, later)]
+        _verify_all(server, before, directories)
         refs = [f"{own}@{step}" for step in (1, 2, 3)]
         environment = {"SHARDBOOK_SERVER": server.address}
         assert [{ref: [] for ref in refs}] * 2 == pool.run(
@@ -176,3 +182,13 @@ def test_what_a_restored_database_lacks_comes_back_from_the_directories(
 def _attempts(said: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = said["attempts"]
     return found
+
+
+def _verify_all(server: ServerProcess, known: list[Known], directories: list[str]) -> None:
+    """Everything is there, the superseded attempt included, and the command says the same."""
+    names = [name for one in known for name in one.rows]
+    reports = [verify(name, client=server.client) for name in names] + [verify(path) for path in directories]
+    assert [True] * (len(names) + len(directories)) == [report.is_ok for report in reports]
+    assert {"catalogue", "manifest"} == {report.source.value for report in reports}
+    told = _command("shardbook.cli", "verify", names[0], "--json", server=server.address)
+    assert reports[0].to_json() == json.loads(told)["report"]

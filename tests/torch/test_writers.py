@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
 from shardbook import dcp
 from shardbook.dcp import SaveState
+from shardbook.errors import CheckpointMismatchError
 from tests.torch.alone import blank_state, loads, some_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
@@ -67,7 +68,7 @@ class TestWriters:
         state = {"w": torch.zeros(3, 4), "b": torch.zeros(())}
         dcp.load(state, result.ref)
         assert torch.equal(some_state()["w"], state["w"])
-        with pytest.raises(RuntimeError, match="Missing key"):
+        with pytest.raises(CheckpointMismatchError, match="'lr' is not in the checkpoint"):
             dcp.load(blank_state(), result.ref)
 
     def test_no_flattening(self, session: dcp.Session, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook._version import __version__
-from shardbook.cli import cat, checkpoints, failures, relay, runs, sync, tensors
+from shardbook.cli import cat, checkpoints, failures, imports, relay, runs, sync, tensors, verify
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
@@ -18,7 +18,7 @@ SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` st
 
 app = typer.Typer(
     name="shardbook",
-    help="Find, describe and recover the checkpoints that a Shardbook server knows.",
+    help="Find, describe, check and recover the checkpoints that a Shardbook server knows.",
     epilog=_EPILOG,
     no_args_is_help=True,
     add_completion=True,
@@ -40,7 +40,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Finds, describes and recovers checkpoints."""
+    """Finds, describes, checks and recovers checkpoints."""
 
 
 app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
@@ -48,7 +48,9 @@ app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
 app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("cat", epilog=cat.EXAMPLES)(cat.cat)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
+app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
 app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 
 

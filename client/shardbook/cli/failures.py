@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from shardbook.cli.output import plain
@@ -15,6 +17,7 @@ from shardbook.errors import (
     PermissionDeniedError,
     ResourceExhaustedError,
     ShardbookError,
+    StorageError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -30,6 +33,9 @@ INTERRUPTED: Final = 130
 
 #: What ``report`` knows how to report.
 HANDLED: Final = (ShardbookError, KeyboardInterrupt)
+
+#: Reasons of what was not found on storage; the catalogue is no place to look for it.
+_ABOUT_DIRECTORIES: Final = frozenset({"NO_DIRECTORY", "NO_CHECKPOINT", "INCOMPLETE"})
 
 _CODES: Final[tuple[tuple[type[ShardbookError], int], ...]] = (
     (InvalidArgumentError, USAGE),
@@ -55,14 +61,24 @@ def exit_code(error: BaseException) -> int:
     return UNAVAILABLE if type(error) is ShardbookError else NEGATIVE
 
 
+@contextmanager
+def asking_storage() -> Iterator[None]:
+    """Ends the command as for a server that does not answer when the storage that it asks does not."""
+    try:
+        yield
+    except StorageError as error:
+        report(error)
+        raise SystemExit(UNAVAILABLE) from error
+
+
 def hint(error: BaseException) -> str | None:
     """Returns the next command for ``error``; None where the message already names it, or there is none."""
-    if isinstance(error, NotFoundError) and error.reason != "NO_DIRECTORY":
+    if isinstance(error, NotFoundError) and error.reason not in _ABOUT_DIRECTORIES:
         # The server's own advice is the better one: it knows what is there.
         if "`shardbook " in error.message:
             return None
         return "`shardbook runs` lists the runs, `shardbook ls project/run --all` every attempt of one"
-    if isinstance(error, UnauthenticatedError | PermissionDeniedError):
+    if isinstance(error, UnauthenticatedError | PermissionDeniedError) and error.reason != "STORAGE_DENIED":
         return "set SHARDBOOK_TOKEN to a token that is valid and allows this"
     if isinstance(error, InternalError):
         return "this is a bug of Shardbook: please report it with the server's log"

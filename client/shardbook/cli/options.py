@@ -27,6 +27,9 @@ Timeout = Annotated[
 #: Somebody sits at the terminal: a server that does not answer is named soon.
 _OUTAGE_S: Final = 2.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object (docs/cli.md) instead of a table.")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Print text for other programs: no colours, no folded cells, no progress.")
+]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, metavar="N", help="Rows at most; 0 for all.")]
 
 

@@ -39,6 +39,7 @@ def print_table(
     *,
     expendable: Sequence[str] = (),
     folded: Sequence[str] = (),
+    is_plain: bool = False,
 ) -> None:
     """Prints rows under a header. Cells are never broken, so that names can be copied: the terminal wraps long lines.
 
@@ -47,8 +48,9 @@ def print_table(
         rows: Cells as text; shown as they are, never as markup.
         expendable: Headers of columns to leave out, the first one first, until the rest fits the terminal.
         folded: Headers of columns of prose, which goes on below where the terminal is too narrow.
+        is_plain: Print as off a terminal, whatever shows it.
     """
-    console = _console()
+    console = _console(is_plain=is_plain)
     cells = [[plain(cell) for cell in row] for row in rows]
     widths = {
         header: max([cell_len(header), *(cell_len(row[at]) for row in cells)]) for at, (header, _) in enumerate(columns)
@@ -83,15 +85,15 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     _console().print(table)
 
 
-def print_line(text: str) -> None:
+def print_line(text: str, *, is_plain: bool = False) -> None:
     """Prints one line for people."""
-    _console().print(Text(plain(text)), soft_wrap=True)
+    _console(is_plain=is_plain).print(Text(plain(text)), soft_wrap=True)
 
 
-def _console() -> Console:
-    if not sys.stdout.isatty():
+def _console(*, is_plain: bool = False) -> Console:
+    if is_plain or not sys.stdout.isatty():
         # Off a terminal rich would wrap at 80 columns.
-        return Console(highlight=False, width=_PIPE_WIDTH)
+        return Console(highlight=False, width=_PIPE_WIDTH, color_system=None if is_plain else "auto")
     # Rich takes NO_COLOR to mean colours only; who sets it wants no escape sequences at all.
     return Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
 

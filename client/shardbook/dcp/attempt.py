@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from dataclasses import dataclass, field
 
@@ -12,11 +10,9 @@ from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import RunName, prefix_of
 from shardbook.dcp.runtime import Member
 from shardbook.dcp.session import host_name
-from shardbook.errors import InvalidArgumentError
 from shardbook.stores import encodable
 from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, RankFailure
 
-_DIGITS = re.compile(r"[0-9]+")
 _FIRST_WAIT_S = 2.0
 #: Waits of all ranks of a world that may begin per second.
 _WAITS_A_SECOND = 500
@@ -94,23 +90,3 @@ class Attempt:
     def place(self) -> AttemptLocation:
         """Returns where its files are, as every call of the attempt says."""
         return AttemptLocation(location=self.location, prefix=self.prefix)
-
-
-def step_of(step: object, path: str | os.PathLike[str]) -> int:
-    """Returns the step of a save: as given, else the last group of digits in the last component of its path.
-
-    Raises:
-        InvalidArgumentError: Neither says one.
-    """
-    if step is not None:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= limits.INT64_MAX:
-            raise InvalidArgumentError(f"step is {step!r}, not an integer of 0 or more", field="step")
-        return step
-    groups = _DIGITS.findall(os.fspath(path).rstrip("/").rpartition("/")[2])
-    if not groups or int(groups[-1]) > limits.INT64_MAX:
-        raise InvalidArgumentError(
-            f"which step is {os.fspath(path)!r}? pass step=, or end the path with it, as in step-1500",
-            reason="NO_STEP",
-            field="step",
-        )
-    return int(groups[-1])

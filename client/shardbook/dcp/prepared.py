@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from shardbook._steps import step_of
 from shardbook.config import Checksum
 from shardbook.core.names import PartName
 from shardbook.dcp._torch import storage_writer_for
-from shardbook.dcp.attempt import Attempt, step_of
+from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import check_available
 from shardbook.dcp.failing import give_up

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import io
 import pickle
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from shardbook.core.dtype import dtype_names
 from shardbook.core.limits import INT64_MAX, MAX_NDIM
 from shardbook.errors import FailedPreconditionError
 from shardbook.reading.chunks import TensorChunks, bytes_entry
+
+_T = TypeVar("_T")
 
 _METADATA: Final = "torch.distributed.checkpoint.metadata"
 #: Classes with attributes.
@@ -153,11 +155,23 @@ def read_plain_metadata(content: bytes, fqns: Iterable[str]) -> dict[str, Tensor
     Raises:
         FailedPreconditionError: Reason ``UNSAFE_METADATA``: it holds something else than DCP's metadata.
     """
+    return read_stand_ins(content, lambda metadata: {fqn: _entry(metadata, fqn) for fqn in fqns})
+
+
+def read_stand_ins(content: bytes, read: Callable[[Any], _T]) -> _T:
+    """Returns what ``read`` makes of the metadata in a ``.metadata`` file: stand-ins with DCP's attributes.
+
+    Raises:
+        FailedPreconditionError: Reason ``UNSAFE_METADATA``: it holds something else than DCP's metadata, or ``read``
+            raised what is not one of these itself.
+    """
     was_enabled = gc.isenabled()
     gc.disable()  # nothing of millions of objects is garbage, and looking for it takes as long as making them
     try:
         metadata = _Unpickler(content).load()
-        return {fqn: _entry(metadata, fqn) for fqn in fqns}
+        if getattr(metadata, "kind", "") != "Metadata":
+            raise _unsafe(f"it holds a {type(metadata).__name__}")
+        return read(metadata)
     except FailedPreconditionError:
         raise
     except Exception as error:  # what damaged pickles raise has no bound
@@ -168,8 +182,6 @@ def read_plain_metadata(content: bytes, fqns: Iterable[str]) -> dict[str, Tensor
 
 
 def _entry(metadata: Any, fqn: str) -> TensorChunks | None:
-    if getattr(metadata, "kind", "") != "Metadata":
-        raise _unsafe(f"it holds a {type(metadata).__name__}")
     entry = metadata.state_dict_metadata.get(fqn)
     if entry is None:
         return None
@@ -224,4 +236,4 @@ def _unsafe(why: str) -> FailedPreconditionError:
     )
 
 
-__all__ = ["read_plain_metadata"]
+__all__ = ["read_plain_metadata", "read_stand_ins"]

@@ -13,6 +13,11 @@ import pytest
 import structlog
 
 from shardbook.cli import main
+from shardbook.client import Client
+from shardbook_server.app import Server, running_server
+from shardbook_server.settings import Settings
+from tests.behaviour.rpc.api import wait_until
+from tests.databases import Databases
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -65,3 +70,19 @@ def shardbook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return Ran(code or 0, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def either_server(module_databases: Databases) -> Iterator[Server]:
+    """A server over a database of its own, of either kind."""
+    settings = Settings(listen="127.0.0.1:0", http_listen="", database_url=module_databases.new(), drain_s=5)
+    with running_server(settings) as one:
+        yield one
+        wait_until(lambda: 0 == one.database.checked_out())
+
+
+@pytest.fixture
+def client(either_server: Server, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """A client, and the setting that the commands read."""
+    monkeypatch.setenv("SHARDBOOK_SERVER", either_server.address)
+    return Client(either_server.address)

@@ -323,7 +323,7 @@ def test_a_narrow_terminal_loses_columns_not_names(
     columns = (("REF", False), ("SIZE", True), ("SESSION", True))
     shown = {}
     for width in (80, 30, 10):
-        monkeypatch.setattr(output, "_console", lambda width=width: Console(width=width, highlight=False))
+        monkeypatch.setattr(output, "_console", lambda width=width, **_: Console(width=width, highlight=False))
         output.print_table(columns, [("llm/8b-v3@1500", "1.4 GiB", "12")], expendable=("SESSION", "SIZE"))
         header, row = capsys.readouterr().out.splitlines()[:2]
         shown[width] = header.split()

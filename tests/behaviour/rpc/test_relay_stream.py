@@ -196,7 +196,7 @@ def test_a_stream_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
         job.register(0, job.rows()[0])
         stream: Any = api.channel.stream_stream("/shardbook.v1.RelayService/Relay")
         until = pb.GetCheckpointProgressRequest(
-            key=job.key(), until=pb.GetCheckpointProgressRequest.UNTIL_CLOSED, wait={"seconds": 2}
+            key=job.key(), until=pb.GetCheckpointProgressRequest.UNTIL_CLOSED, wait={"seconds": 20}
         )
         frame = relay_pb2.RelayRequest(
             calls=[relay_pb2.RelayedCall(id=at + 1, get_checkpoint_progress=until) for at in range(count)]
@@ -204,6 +204,8 @@ def test_a_stream_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
         answering = stream(iter([frame.SerializeToString()]), timeout=DEADLINE_S)
         most = 0
         wait_until(lambda: MAX_RELAYED_CALLS <= server._waits.waiting_count)
+        # What they all wait for.
+        api.registration.AbortCheckpoint(pb.AbortCheckpointRequest(key=job.key()), timeout=DEADLINE_S)
         numbers: set[int] = set()
         for payload in answering:
             most = max(most, server._waits.waiting_count)

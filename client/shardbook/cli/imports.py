@@ -1,0 +1,132 @@
+"""``shardbook import``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from shardbook.cli import names, output, progress
+from shardbook.cli.failures import NEGATIVE, asking_storage
+from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
+from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook.importing import (
+    ImportedCheckpoint,
+    ImportInto,
+    ImportOutcome,
+    find_directories,
+    import_directories,
+)
+
+EXAMPLES = """\b
+Examples:
+  shardbook import /lustre/old/ckpt --run llm/8b-v2 --dry-run
+  shardbook import /lustre/old/ckpt/final --run llm/8b-v2 --step 90000
+  shardbook import s3://bucket/ckpt --run llm/8b-v2 --part weights --json"""
+_COLUMNS = (
+    ("OUTCOME", False),
+    ("REF", False),
+    ("SAVED BY", False),
+    ("RANKS", True),
+    ("ENTRIES", True),
+    ("SIZE", True),
+    ("DIRECTORY", False),
+    ("WHY", False),
+)
+#: Columns that a narrow terminal does without, the first one first.
+_EXPENDABLE = ("ENTRIES", "RANKS", "SAVED BY", "SIZE")
+_WRITERS = {"manifest": "Shardbook", "dcp": "DCP"}
+#: Deadline of one call, seconds: nobody waits at a prompt, and parts of large checkpoints take their time.
+_TIMEOUT_S = 60.0
+
+
+def import_checkpoints(
+    directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoint directories, or any above.")],
+    run: Annotated[
+        str, typer.Option("--run", "-r", metavar="RUN", help="project/run to record them in; made when new.")
+    ],
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="PART", help="Part of the run. [default: as saved, else default]")
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", metavar="N", min=0, help="Step. [default: as saved, else the last number of the name]"),
+    ] = None,
+    attempt: Annotated[
+        int, typer.Option("--attempt", metavar="N", min=1, help="2 or more for a plain DCP directory saved over since.")
+    ] = 1,
+    is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be recorded; record nothing.")] = False,
+    trusted: Annotated[
+        bool,
+        typer.Option(
+            "--trusted", help="Unpickle a .metadata that holds more than DCP's metadata: it can run any program."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    is_plain: Plain = False,
+    server: Server = None,
+    timeout_s: Timeout = _TIMEOUT_S,
+) -> None:
+    """Record existing checkpoints in a run: by plain DCP, or saved under another catalogue.
+
+    Data files stay where and as they are. Plain DCP's directories need torch here. Saves of Shardbook into this very
+    run keep their session, as `shardbook sync` has it, which needs no --run; all others are recorded as offline saves.
+    Safe to repeat: the same content again is fine, other content under the same name is refused. Exits 1 when a
+    checkpoint was not recorded, or none was found.
+    """
+    into_run, part_of_run = names.run_of(run)
+    if part_of_run is not None and part not in (None, part_of_run):
+        raise InvalidArgumentError(f"{run} and --part {part} name two parts", field="part")
+    client, config = client_of(server, timeout_s)
+    into = ImportInto(into_run, part or part_of_run, step, attempt, trusted, is_dry, config.stores)
+    with asking_storage():
+        found = find_directories(directories)
+    results: list[ImportedCheckpoint] = []
+    try:
+        with progress.shown("importing", is_wanted=not is_plain) as tell:
+            results.extend(import_directories(client, found, into, tell))
+    except ShardbookError:
+        # What was recorded before the server went away is worth knowing.
+        if results:
+            _print(results, as_json=as_json, is_plain=is_plain)
+        raise
+    _print(results, as_json=as_json, is_plain=is_plain)
+    if not results or not all(result.is_settled for result in results):
+        raise typer.Exit(NEGATIVE)
+
+
+def _print(results: list[ImportedCheckpoint], *, as_json: bool, is_plain: bool) -> None:
+    counts = Counter(result.outcome for result in results)
+    if as_json:
+        output.print_json(
+            {
+                "checkpoints": [result.to_json() for result in results],
+                "counts": {outcome.value: counts[outcome] for outcome in ImportOutcome},
+            }
+        )
+        return
+    if results:
+        output.print_table(
+            _COLUMNS, map(_row, results), expendable=_EXPENDABLE, folded=("DIRECTORY", "WHY"), is_plain=is_plain
+        )
+    told = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in ImportOutcome if counts[outcome])
+    output.print_line(
+        told
+        or "no checkpoint directories were found: name one that holds .metadata or .shardbook, or a directory above it",
+        is_plain=is_plain,
+    )
+
+
+def _row(result: ImportedCheckpoint) -> tuple[str, ...]:
+    is_read = result.ref is not None
+    return (
+        result.outcome.value,
+        output.or_dash(result.ref or ""),
+        output.or_dash(_WRITERS.get(result.source, "")),
+        output.count(result.world_size) if is_read else "-",
+        output.count(result.entry_count) if is_read else "-",
+        output.size(result.size_bytes) if is_read else "-",
+        result.directory,
+        output.or_dash(result.message),
+    )
