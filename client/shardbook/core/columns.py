@@ -9,6 +9,7 @@ Arithmetic is modulo 2**64, so every int64 column can be packed, and no input ca
 
 from __future__ import annotations
 
+import itertools
 import struct
 import threading
 from collections.abc import Sequence
@@ -234,7 +235,12 @@ class ByteReader:
         lengths = self.column(count, delta=False)
         if count and (int(lengths.min()) < 0 or int(lengths.max()) > limit_bytes):
             raise malformed("a name has an impossible length")
-        return tuple(decode_name(self.raw(length)) for length in lengths.tolist())
+        ends = list(itertools.accumulate(lengths.tolist()))
+        content = self.raw(ends[-1] if ends else 0)
+        if content.isascii():  # then a character is a byte, and one decoding does for all
+            text = content.decode("ascii")
+            return tuple(text[first:end] for first, end in zip([0, *ends], ends, strict=False))
+        return tuple(decode_name(content[first:end]) for first, end in zip([0, *ends], ends, strict=False))
 
     def column(self, count: int, *, delta: bool) -> Int64Array:
         """Returns the next column, (count,) int64, writable."""

@@ -5,6 +5,7 @@ The question of ``QueryChunks`` as columns, and its wire form. The answer is in 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,8 +145,9 @@ class Wanted:
 
 def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Int64Array:
     """Returns rows of integers as a matrix, (N, ``width``), each filled up with ``fill``."""
-    if all(len(row) == width for row in rows):
-        return np.array(rows, dtype=np.int64).reshape(len(rows), width)
+    if set(map(len, rows)) == {width}:
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(rows) * width)
+        return flat.reshape(len(rows), width)
     out = np.full((len(rows), width), fill, dtype=np.int64)
     for at, row in enumerate(rows):
         out[at, : len(row)] = row

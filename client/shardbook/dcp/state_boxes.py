@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from shardbook.core.ragged import within_group
 from shardbook.core.wanted import Wanted, padded
 from shardbook.dcp._torch import ShardedTensor, chunk_list, has_plain_part
-
-Box = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,53 +41,52 @@ def state_boxes(state_dict: Mapping[str, Any], others: Sequence[str] = ()) -> St
     """
     shapes: list[Sequence[int]] = []
     dtypes: list[torch.dtype | None] = []
-    boxes: list[Sequence[Box]] = []
-    cache: dict[Any, Sequence[Box]] = {}
+    boxes: list[Sequence[ChunkStorageMetadata]] = []
+    cache: dict[Any, Sequence[ChunkStorageMetadata]] = {}
     for value in state_dict.values():
         shape, dtype, local = _boxes_of(value, cache)
         shapes.append(shape)
         dtypes.append(dtype)
         boxes.append(local)
-    counts = np.array([len(some) for some in boxes] + [0] * len(others), dtype=np.int64)
-    ndims = np.array([len(shape) for shape in shapes] + [0] * len(others), dtype=np.int64)
+    more = len(others)
+    counts = np.array([*map(len, boxes), *(0,) * more], dtype=np.int64)
+    ndims = np.array([*map(len, shapes), *(0,) * more], dtype=np.int64)
     width = max(1, int(ndims.max(initial=0)))
-    every = [box for some in boxes for box in some]
+    every = list(itertools.chain.from_iterable(boxes))
     wanted = Wanted(
         fqns=(*state_dict, *others),
         ndims=ndims,
         stated=np.arange(len(ndims)) < len(shapes),
-        shapes=padded([*shapes, *((),) * len(others)], width, 1),
+        shapes=padded([*shapes, *((),) * more], width, 1),
         whole=np.zeros(len(ndims), dtype=np.bool_),
         box_counts=counts,
-        offsets=padded([offsets for offsets, _ in every], width, 0),
-        sizes=padded([sizes for _, sizes in every], width, 1),
+        offsets=padded([box.offsets for box in every], width, 0),
+        sizes=padded([box.sizes for box in every], width, 1),
     )
-    return StateBoxes(wanted, tuple(dtypes), tuple(number for some in boxes for number in range(len(some))))
+    return StateBoxes(wanted, tuple(dtypes), tuple(within_group(counts).tolist()))
 
 
-def _boxes_of(value: Any, cache: dict[Any, Sequence[Box]]) -> tuple[Sequence[int], torch.dtype | None, Sequence[Box]]:
+def _boxes_of(
+    value: Any, cache: dict[Any, Sequence[ChunkStorageMetadata]]
+) -> tuple[Sequence[int], torch.dtype | None, Sequence[ChunkStorageMetadata]]:
     """Returns shape, dtype and local boxes of a value; what is no tensor has none of them."""
-    if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:
-        return value.shape, value.dtype, (((0,) * value.dim(), value.shape),)
     if isinstance(value, DTensor):
         return value.shape, value.dtype, _boxes_of_dtensor(value, cache)
     if isinstance(value, torch.Tensor | ShardedTensor) or hasattr(value, "__create_chunk_list__"):
-        return tuple(value.size()), getattr(value, "dtype", None), _local_boxes(value)
+        return value.size(), getattr(value, "dtype", None), chunk_list(value)
     return (), None, ()
 
 
-def _boxes_of_dtensor(value: DTensor, cache: dict[Any, Sequence[Box]]) -> Sequence[Box]:
+def _boxes_of_dtensor(
+    value: DTensor, cache: dict[Any, Sequence[ChunkStorageMetadata]]
+) -> Sequence[ChunkStorageMetadata]:
     if value.device_mesh.get_coordinate() is None:
         return ()  # this rank is not part of its mesh
     if not has_plain_part(value):
-        return _local_boxes(value)
+        return chunk_list(value)
     # Many tensors of a model are alike, and torch takes long to say which part of one is here.
     key = (value.shape, id(value.device_mesh), value.placements)
     boxes = cache.get(key)
     if boxes is None:
-        boxes = cache[key] = _local_boxes(value)
+        boxes = cache[key] = chunk_list(value)
     return boxes
-
-
-def _local_boxes(value: Any) -> Sequence[Box]:
-    return tuple((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunk_list(value))

@@ -34,7 +34,7 @@ from shardbook_server.storage import structures as structure_rows
 from shardbook_server.storage.database import Connection, Database
 
 #: Chunks of the entries that are decoded together, about.
-PAGE_CHUNKS: Final = 1 << 18
+PAGE_CHUNKS: Final = 1 << 19
 #: Pairs of box and chunk on one page of an answer, about; one tensor stays together.
 PART_CHUNKS: Final = 1 << 17
 #: What decoding takes for each chunk, bytes, and in all at a time.
