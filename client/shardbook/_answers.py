@@ -1,8 +1,8 @@
 """What the service answers about committed checkpoints, kept on this host: what many readers ask is fetched once.
 
-Committed metadata never changes, so an answer is kept in two pieces: what the checkpoint's structure says, by its digest,
-and what the checkpoint's own extents say, by its commit. The next checkpoint of a run lacks the second alone. What a
-name means is asked every time: it moves, checkpoints are deleted, and the service may deny what it once allowed.
+Committed metadata never changes, so an answer is kept in two pieces: what the checkpoint's structure says, by its
+digest, and what the checkpoint's own extents say, by its commit. The next checkpoint of a run lacks the second alone.
+What a name means is asked every time: it moves, checkpoints are deleted, the service may deny what it once allowed.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class DiskCache:
     def holds(self, group: str) -> bool:
         """Returns True when there is any entry of a group."""
         try:
-            return any(_is_entry(entry.name) for entry in os.scandir(self.root / group)) and self._is_ours()
+            return any(_is_entry(path.name) for path in (self.root / group).iterdir()) and self._is_ours()
         except OSError:
             return False
 
@@ -187,7 +187,7 @@ class DiskCache:
         entries: list[tuple[int, int, Path]] = []
         groups = [Path(entry.path) for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)]
         for group in groups:
-            for entry in os.scandir(group):
+            for entry in list(os.scandir(group)):
                 if entry.name.startswith(_TEMPORARY):
                     Path(entry.path).unlink()
                 elif _is_entry(entry.name):
@@ -200,7 +200,7 @@ class DiskCache:
             path.unlink(missing_ok=True)
             used -= cost
         for group in groups:
-            if not any(_is_entry(entry.name) for entry in os.scandir(group)):
+            if not any(_is_entry(path.name) for path in group.iterdir()):
                 _remove_group(group)
         return used
 
