@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from shardbook._disk_cache import DiskCache, default_directory
+from shardbook._disk_cache import DiskCache, cache_directory
 from shardbook._reading import ChunkPages
 from shardbook.catalog import StoredMetadata
 from shardbook.chunks import CheckpointChunks
@@ -109,7 +109,7 @@ class Answers:
         """Returns what the settings say; ``client`` asks where it is given."""
         if client is None:
             client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
-        directory = config.cache_dir or default_directory()
+        directory = cache_directory(config.cache_dir)
         if not (config.cache and config.cache_bytes and directory):
             return cls(client, None, deadline_s)
         return cls(client, DiskCache(directory, config.cache_bytes), deadline_s)
@@ -128,7 +128,7 @@ class Answers:
 
         def read(resolved: Resolved, kept: _Kept) -> CheckpointChunks:
             place, header, own_name = resolved.checkpoint.location, resolved.metadata_header, resolved.checkpoint.name
-            pairs = [(one, other) for one, other in zip(kept.shared, kept.own, strict=True) if one]
+            pairs = [(one, other) for one, other in zip(kept.shared, kept.own, strict=True) if one or other]
             parts = [together(decode_part(one), decode_places(other), place.prefix) for one, other in pairs]
             return CheckpointChunks(merge(wanted, parts), place.location, place.prefix, header, name=own_name)
 

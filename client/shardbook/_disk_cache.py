@@ -5,9 +5,9 @@ entry is a miss. The directory belongs to one user and is closed to others; noth
 
 ::
 
-    {directory}/v1-{uid}/usage                 bytes taken, behind the lock of whoever writes
-    {directory}/v1-{uid}/{group}/lock          held by whoever fetches the group's answer
-    {directory}/v1-{uid}/{group}/{name}        8 bytes magic, SHA-256 of all that follows and of the name, payloads
+    {directory}/shardbook-v1-{uid}/usage   bytes taken, behind the lock of whoever writes
+    {directory}/shardbook-v1-{uid}/{group}/lock   held by whoever fetches the group's answer
+    {directory}/shardbook-v1-{uid}/{group}/{name}   8 bytes magic, SHA-256 of all that follows and of the name, payloads
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from shardbook.core.container import pack_list, unpack_list
+from shardbook.core.mounts import network_type
 from shardbook.errors import CorruptManifestError
 from shardbook.stores import encodable
 
@@ -48,12 +49,35 @@ _LONGEST_PAUSE_S: Final = 0.05
 _told: set[str] = set()
 
 
-def default_directory() -> str | None:
-    """Returns a folder of the user's cache directory, by the XDG specification; None for a user without a home."""
+def cache_directory(configured: str = "", mount_table: str | None = None) -> str | None:
+    """Returns where this user's cache is.
+
+    Args:
+        configured: What the user chose; by default the XDG cache directory, or the machine's temporary one where that
+            lies on a network file system: locks and small files of thousands of ranks are no load for one.
+        mount_table: Content of ``/proc/self/mountinfo``; read when None.
+
+    Returns:
+        A directory, or None for a user without a home.
+    """
+    chosen = configured or os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
     try:
-        return str(Path(os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache").expanduser() / "shardbook")
+        directory = Path(chosen).expanduser()
     except RuntimeError:
         return None
+    if configured:
+        return str(directory)
+    if mount_table is None:
+        mount_table = _mount_table()
+    is_shared = network_type(os.path.realpath(directory), mount_table) is not None
+    return tempfile.gettempdir() if is_shared else str(directory)
+
+
+def _mount_table() -> str:
+    try:
+        return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +97,7 @@ class DiskCache:
     @property
     def root(self) -> Path:
         """This user's own directory."""
-        return Path(self.directory) / f"v1-{os.geteuid()}"
+        return Path(self.directory) / f"shardbook-v1-{os.geteuid()}"
 
     def holds(self, group: str) -> bool:
         """Returns True when there is any entry of a group."""
@@ -298,4 +322,4 @@ def _unsealed(group: str, name: str, content: bytes) -> list[bytes] | None:
         return None
 
 
-__all__ = ["ENTRY_BYTES", "DiskCache"]
+__all__ = ["ENTRY_BYTES", "DiskCache", "cache_directory"]

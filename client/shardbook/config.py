@@ -189,8 +189,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "cache_dir",
         "SHARDBOOK_CACHE_DIR",
         "",
-        "Where it is kept, in a folder of each user's own; `$XDG_CACHE_HOME/shardbook`, usually in `~/.cache`, when "
-        "empty. A disk of the host is faster than a shared one.",
+        "Where it is kept, in a folder of each user's own. When empty: `$XDG_CACHE_HOME`, usually `~/.cache`; the "
+        "machine's temporary directory where that lies on a network file system.",
         str,
     ),
     Setting(
@@ -218,7 +218,7 @@ class ClientConfig:
         checksum: What saves keep of every item's bytes, unless they say.
         cache: Whether readers keep what the service answers.
         cache_bytes: Most that they keep, bytes; 0 for nothing.
-        cache_dir: Where; empty for a folder of the user's cache directory.
+        cache_dir: Where; empty for the user's cache directory, or the machine's temporary one where that is shared.
         stores: Named storage roots.
 
     Raises:

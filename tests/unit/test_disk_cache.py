@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardbook import _disk_cache
-from shardbook._disk_cache import ENTRY_BYTES, DiskCache
+from shardbook._disk_cache import ENTRY_BYTES, DiskCache, cache_directory
 
 _LARGE = 1 << 30
 
@@ -210,6 +210,19 @@ def test_a_directory_that_others_may_write_is_not_used(
     cache.put("g", "b", [b"y"])
     assert not (cache.root / "g" / "b").exists()
     assert 1 == len(warnings_of(caplog))
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache directory, unless others of a cluster would meet there; what is configured, whatever it is."""
+    home = "26 1 8:1 / / rw - ext4 /dev/sda rw\n"
+    shared = home + "40 26 0:35 / /home rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2\n"
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert "/home/me/.cache" == cache_directory("", home)
+    assert tempfile.gettempdir() == cache_directory("", shared)
+    assert "/home/me/fast" == cache_directory("~/fast", shared)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/me")
+    assert "/scratch/me" == cache_directory("", shared)
 
 
 # ------------------------------------------------------------------ several processes

@@ -24,6 +24,7 @@ from shardbook.core.wanted import Wanted
 from shardbook.errors import NotFoundError, ShardbookError, UnavailableError
 from shardbook.v1 import metadata_pb2
 from shardbook_server.app import Server, running_server
+from shardbook_server.rpc import convert
 from tests.behaviour.rpc.api import Api, Job, Payload, api_of, payload, row, settings_in
 
 #: More than any answer takes here that only says what a name means.
@@ -309,16 +310,14 @@ def test_a_server_that_cannot_answer_apart_is_asked_as_before(
     api: Api, kept: Answers, server: Server, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An older one ignores the field. Its answers are right, and not kept."""
-    from shardbook_server.rpc import metadata
-
     Job.start(api, run).save(world=WORLD)
-    as_old = metadata.convert.query_payload
+    as_old = convert.query_payload
 
     def ignoring(request: metadata_pb2.QueryChunksRequest) -> bytes:
         request.apart, request.held_found_digest = False, b""
         return as_old(request)
 
-    monkeypatch.setattr(metadata.convert, "query_payload", ignoring)
+    monkeypatch.setattr(convert, "query_payload", ignoring)
     expected = asked(server, named(run, 1), wanted())
     for _ in range(2):
         assert expected == described(kept.chunks(named(run, 1), wanted()))
