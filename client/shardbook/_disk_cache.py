@@ -122,7 +122,7 @@ class DiskCache:
             return None
         payloads = _unsealed(group, name, content)
         if payloads is None:
-            _LOG.info("%s is damaged and was removed", path)
+            _LOG.info("%s is damaged and was removed", encodable(str(path)))
             self.drop(group, name)
         return payloads
 
