@@ -106,10 +106,10 @@ def save_in_background(rank: Rank, directory: str, by: str, start: dict[str, Any
     state = LAYOUTS["fsdp"](rank)
     # torch's executor makes a process; those of the tests may not, being daemons themselves.
     with mock.patch.dict(multiprocessing.current_process()._config, daemon=False):  # type: ignore[attr-defined]
+        writer = dcp.ShardbookWriter()
         for step in (1, 2):
-            writer = dcp.ShardbookWriter()
             path = f"{directory}/step-{step}"
-            future = torch_async_save(
+            future: Any = torch_async_save(
                 fill(state), checkpoint_id=path, storage_writer=writer, async_checkpointer_type=kind
             )
             spoil(state)

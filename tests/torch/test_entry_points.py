@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,19 @@ class TestOneProcess:
                 assert torch.equal(some_state()["w"], state["w"])
         assert 4 == len(list(tmp_path.rglob("*.distcp")))
 
+    def test_a_pickled_writer(self, session: dcp.Session, tmp_path: Path) -> None:
+        """Has an attempt of its own, wherever it is used, and however often the other one is meanwhile."""
+        path = tmp_path / "step-1"
+        writer = dcp.ShardbookWriter(path)
+        copy: dcp.ShardbookWriter = pickle.loads(pickle.dumps(writer))
+        results = []
+        for one in (writer, copy, copy):
+            torch_save(some_state(), storage_writer=one)
+            assert one.result is not None
+            results.append(one.result)
+        assert [SaveState.COMMITTED] * 3 == [result.state for result in results]
+        assert [2, 1, 3] == [result.attempt for result in results]
+
     def test_checksums(self, session: dcp.Session, server: str, tmp_path: Path) -> None:
         """Travel with torch's gather."""
         result = _saved(tmp_path / "step-1", checksum="crc32c")
@@ -158,7 +172,8 @@ class TestOneProcess:
             else:
                 monkeypatch.setenv("SHARDBOOK_MODE", "disabled")
             writer = dcp.ShardbookWriter(tmp_path / name)
-            torch_async_save(some_state(), storage_writer=writer).result()
+            saved: Any = torch_async_save(some_state(), storage_writer=writer)
+            saved.result()
             dcp.close()
             assert (files_below(tmp_path / "plain"), None) == (files_below(tmp_path / name), writer.result)
             assert loads(tmp_path / name)
@@ -244,6 +259,22 @@ class TestWithoutTheService:
             monkeypatch.setenv("SHARDBOOK_SERVER", running.address)
             assert [loads(f"{run}@{step}") for step in (1, 2, 3, 4)] == [True] * 4
             assert {1} == {client.get_checkpoint(f"{run}@{step}").session for step in (1, 2, 3, 4)}
+            dcp.close()
+
+    def test_a_session_that_the_database_forgot(
+        self, make_databases: MakeDatabases, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was put back from a backup: the incarnation has another number now, in the manifest too."""
+        databases = make_databases("sqlite")
+        with running_server(Settings(listen="127.0.0.1:0", http_listen="", database_url=databases.new())) as running:
+            numbers = [dcp.init(run=run, server=running.address, job_id="job").number for _ in range(2)]
+        assert [1, 2] == numbers
+        settings = Settings(listen=running.address, http_listen="", database_url=databases.new())
+        with running_server(settings) as running:
+            assert SaveState.COMMITTED == _saved(tmp_path / "step-1").state
+            assert 1 == Client(running.address).get_checkpoint(f"{run}@latest").session
+            (synced,) = sync_directory(Client(running.address), tmp_path / "step-1")
+            assert (SyncOutcome.PRESENT, 1) == (synced.outcome, synced.session)
             dcp.close()
 
     @pytest.mark.parametrize("strict", [False, True])

@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from shardbook.breaker import is_outage
 from shardbook.core import directory as names
 from shardbook.core.columns import Int64Array
 from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.fold import FoldedAttempt, fold_decoded
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.structure import RankStructure
-from shardbook.dcp._torch import CURRENT_DCP_VERSION
+from shardbook.dcp._torch import CURRENT_DCP_VERSION, StorageInfo
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.catching_up import Waiting, catch_up
 from shardbook.dcp.directory import exporter, publish
@@ -193,9 +194,9 @@ class GatheredSave:
     def _go_without(self, error: Exception) -> None:
         """Notes why the catalogue lacks the save; an outage is told once."""
         self._fail(error)
-        if isinstance(error, SessionFencedError) or not isinstance(error, ShardbookError):
-            told = not isinstance(error, ShardbookError)
-            _LOG.warning("step %d is on storage only: %s", self._attempt.step, encodable(str(error)), exc_info=told)
+        if not is_outage(error):
+            is_ours = isinstance(error, ShardbookError)
+            _LOG.warning("step %d is on storage only: %s", self._attempt.step, self._reason, exc_info=not is_ours)
         elif not self._runtime.outage_told:
             self._runtime.outage_told = True
             _LOG.warning(
@@ -288,7 +289,10 @@ def _below(metadata: Metadata, prefix: str) -> Metadata:
     for index, info in (metadata.storage_data or {}).items():
         if not info.relative_path.startswith(f"{prefix}/"):
             raise UnsupportedMetadataError(f"{info.relative_path!a} is not in {prefix}", field="metadata")
-        moved.storage_data[index] = replace(info, relative_path=info.relative_path[len(prefix) + 1 :])
+        # Attributes as the info's pickle has them, which leaves out descriptors that are None.
+        kept = {name: value for name, value in vars(info).items() if value is not None}
+        inside = moved.storage_data[index] = StorageInfo.__new__(StorageInfo)
+        vars(inside).update(kept, relative_path=info.relative_path[len(prefix) + 1 :])
     return moved
 
 

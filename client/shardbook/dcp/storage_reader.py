@@ -23,7 +23,7 @@ from shardbook.dcp._torch import storage_reader_for
 from shardbook.dcp.lazy import LazyMetadata
 from shardbook.dcp.loading import lazy_directory_metadata, repair_directory, source_of
 from shardbook.dcp.runtime import current_config
-from shardbook.errors import FailedPreconditionError, InvalidArgumentError
+from shardbook.errors import FailedPreconditionError, InvalidArgumentError, ShardbookError
 from shardbook.sources import ManifestSource, ServiceSource
 
 
@@ -156,7 +156,7 @@ class ShardbookReader(StorageReader):
         try:
             if checkpoint_named(checkpoint_id) is None:
                 storage_reader_for(None, checkpoint_id)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, ShardbookError):
             return False
         return True
 
