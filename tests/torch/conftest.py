@@ -70,7 +70,7 @@ def s3() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         kind = fsspec.get_filesystem_class("s3")
         kind.clear_instance_cache()  # of another module's server
-        fsspec.filesystem("s3").mkdir("checkpoints")
+        fsspec.filesystem("s3").makedirs("checkpoints", exist_ok=True)
         yield "s3://checkpoints"
         kind.clear_instance_cache()
     server.stop()

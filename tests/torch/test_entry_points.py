@@ -228,7 +228,11 @@ class TestGlobalPlans:
         result = _saved(tmp_path / "step-1", Dropping())
         state = {"w": torch.zeros(3, 4)}
         dcp.load(state, result.ref)
-        assert (SaveState.COMMITTED, True) == (result.state, torch.equal(some_state()["w"], state["w"]))
+        assert (SaveState.COMMITTED, "", True) == (
+            result.state,
+            result.reason,
+            torch.equal(some_state()["w"], state["w"]),
+        )
 
 
 class TestWithoutTheService:

@@ -255,16 +255,16 @@ def _since(began_s: float) -> float:
 def _slices_of_ranks(
     plans: Sequence[SavePlan], results: Sequence[Sequence[WriteResult]], prefix: str
 ) -> list[MetadataSlice]:
-    """What every rank would have registered. A planner may have had items of the global plan left out on a rank."""
+    """What every rank would have registered: what it wrote of its plan, which a planner may have had it leave out."""
     slices = []
     for rank, (plan, written) in enumerate(zip(plans, results, strict=True)):
-        columns = plan_columns(plan.items, plan.planner_data)
         indices = {one.index for one in written}
-        kept = [row for row, item in enumerate(plan.items) if item.index in indices]
+        items = [item for item in plan.items if item.index in indices]
+        columns = plan_columns(items, plan.planner_data)
         structure, extents = structure_columns(
             columns.plan,
-            np.array(kept, dtype=np.int64),
-            [plan.items[row] for row in kept],
+            np.arange(len(items), dtype=np.int64),
+            items,
             written,
             rank=rank,
             prefix=prefix,
