@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import torch
 from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.state_dict_saver import async_save as torch_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
-from shardbook import dcp
+from shardbook import Client, dcp
+from shardbook.dcp.runtime import current
 from tests.torch.harness import Rank
 from tests.torch.layouts import LAYOUTS, State, fill, spoil, wrong_pieces
 
@@ -120,6 +122,29 @@ def save_in_background(rank: Rank, directory: str, by: str, start: dict[str, Any
     return Background(writer.result, last.result)
 
 
+class Fencing(DefaultSavePlanner):
+    """Has another job take the run, on rank 0, between planning and writing."""
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Starts the other job's session."""
+        runtime = current()
+        if self.is_coordinator:
+            other = dcp.new_session(runtime.session.run, runtime.config, on_live="takeover", job_id="another")
+            dcp.start_session(other, Client(runtime.session.server), wait_s=0, deadline_s=30)
+        return super().finish_plan(new_plan)
+
+
+def save_fenced(rank: Rank, path: str, strict: bool, start: dict[str, Any]) -> Any:
+    """Saves by torch's ``save`` while another job takes the run; returns the result, or what failed on which rank."""
+    dcp.init(**start)
+    writer = dcp.ShardbookWriter(path, strict=strict)
+    try:
+        torch_save(fill(LAYOUTS["uneven"](rank)), storage_writer=writer, planner=Fencing())
+    except CheckpointException as error:
+        return {failed: type(one[0]).__name__ for failed, one in error.failures.items()}
+    return writer.result
+
+
 def save_to_store(rank: Rank, url: str, start: dict[str, Any]) -> list[Any]:
     """Saves to an object store by Shardbook's ``save`` and by torch's."""
     _forget_stores(url)
@@ -153,8 +178,3 @@ def _forget_stores(url: str) -> None:
     import fsspec
 
     fsspec.get_filesystem_class(url.partition(":")[0]).clear_instance_cache()
-
-
-def one_tensor(value: float = 1.0) -> dict[str, Any]:
-    """A small state dict."""
-    return {"w": torch.full((3,), value)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, SerializationFormat
@@ -27,10 +28,8 @@ from shardbook.core.names import CheckpointName
 from shardbook.dcp import SaveState
 from shardbook.dcp.loading import columns_of
 from shardbook.dcp.planner import UnsafeEntryWarning
-from shardbook.dcp.runtime import current_config
 from shardbook.errors import (
     NotFoundError,
-    SessionFencedError,
     ShardbookError,
     UnregisteredError,
     UnsupportedWriterError,
@@ -125,7 +124,9 @@ class TestOneProcess:
 
     def test_a_writer_and_a_reader_are_used_again(self, session: dcp.Session, tmp_path: Path) -> None:
         """With another ``checkpoint_id``, as DCP's are; the other writer keeps its options."""
-        writer = dcp.ShardbookWriter(storage_writer=FileSystemWriter(tmp_path / "unused", thread_count=2))
+        writer = dcp.ShardbookWriter(
+            storage_writer=FileSystemWriter(tmp_path / "unused", thread_count=2, _extensions=[ZStandard()])
+        )
         reader = dcp.ShardbookReader()
         for step in (1, 2):
             metadata = torch_save(some_state(), checkpoint_id=tmp_path / f"step-{step}", storage_writer=writer)
@@ -283,27 +284,38 @@ class TestWithoutTheService:
 
     @pytest.mark.parametrize("strict", [False, True])
     def test_a_session_that_is_replaced_meanwhile(
-        self, session: dcp.Session, server: str, tmp_path: Path, strict: bool
+        self, pool: RankPool, server: str, run: str, tmp_path: Path, strict: bool
     ) -> None:
-        """The data stays, in its own directory, and ``@latest`` does not move."""
-
-        class Fencing(DefaultSavePlanner):
-            def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-                other = dcp.new_session(session.run, current_config(), on_live="takeover")
-                dcp.start_session(other, Client(server), wait_s=0, deadline_s=30)
-                return super().finish_plan(new_plan)
-
-        path = tmp_path / "step-1"
-        if strict:
-            with pytest.raises(CheckpointException) as caught:
-                _saved(path, Fencing(), strict=True)
-            assert isinstance(_of_rank_0(caught.value), SessionFencedError)
+        """The data stays, in its own directory; ``@latest`` does not move, and a sync records history."""
+        path, start = str(tmp_path / "step-1"), {"run": run, "server": server}
+        first, second = pool.run(entry_jobs.save_fenced, path, strict, start, world_size=2)
+        if strict:  # torch tells every rank of the coordinator's
+            assert [{0: "SessionFencedError"}] * 2 == [first, second]
         else:
-            result = _saved(path, Fencing())
-            assert (SaveState.UNREGISTERED, "SESSION_FENCED") == (result.state, result.reason.partition(":")[0])
-        assert loads(path)
+            assert (SaveState.UNREGISTERED, "SESSION_FENCED") == (first.state, first.reason.partition(":")[0])
+        assert [{path: []}] * 2 == pool.run(jobs.load, "uneven", [path], True, world_size=2)
+        client = Client(server)
         with pytest.raises(NotFoundError):
-            Client(server).get_checkpoint(f"{session.run}@latest")
+            client.get_checkpoint(f"{run}@latest")
+        (synced,) = sync_directory(client, path)
+        assert (SyncOutcome.RECORDED, 1) == (synced.outcome, client.get_checkpoint(f"{run}@1").session)
+
+    def test_ranks_whose_server_was_never_there(self, pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
+        """Their session has no number; the directory is enough, and a sync makes it a checkpoint of the catalogue."""
+        start = {"run": run, "server": "127.0.0.1:1"}
+        environment = {"SHARDBOOK_OUTAGE_FIRST_S": "0.3", "SHARDBOOK_OUTAGE_LATER_S": "0.1"}
+        results, _ = pool.run(
+            entry_jobs.save_layouts, ["fsdp"], str(tmp_path), start, world_size=2, environment=environment
+        )
+        path = str(tmp_path / "fsdp")
+        assert ([SaveState.UNREGISTERED] * 2, [path] * 2) == (
+            [result.state for result in results],
+            [result.ref for result in results],
+        )
+        assert {SyncOutcome.RECORDED} == {one.outcome for one in sync_directory(Client(server), path)}
+        targets, environment = [path, f"{run}@1"], {"SHARDBOOK_SERVER": server}
+        loaded = pool.run(jobs.load, "fsdp", targets, world_size=2, environment=environment)
+        assert [{target: [] for target in targets}] * 2 == loaded
 
 
 class TestRefused:
