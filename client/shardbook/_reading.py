@@ -15,12 +15,14 @@ from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
 from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError
-from shardbook.v1 import catalog_pb2, metadata_pb2
+from shardbook.status import RunStatus
+from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
 
 GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
 QUERY_CHUNKS = Rpc("QueryChunks", lambda on: on.metadata.QueryChunks)
 LIST_TENSORS = Rpc("ListTensors", lambda on: on.metadata.ListTensors)
+GET_RUN_STATUS = Rpc("GetRunStatus", lambda on: on.registration.GetRunStatus)
 GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
 LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
 GET_CHECKPOINT = Rpc("GetCheckpoint", lambda on: on.catalog.GetCheckpoint)
@@ -180,6 +182,23 @@ class ReadingCalls:
         name = run if isinstance(run, RunName) else RunName.parse(run)
         request = catalog_pb2.GetRunRequest(name=str(name))
         return Run.of(self._transport.call(GET_RUN, request, deadline_s=deadline_s).run)
+
+    def get_run_status(
+        self, run: RunName | str, part: str | None = None, *, deadline_s: float | None = None
+    ) -> RunStatus:
+        """Returns where the saves of a run stand: what is open and who is missing, and the last commit.
+
+        Args:
+            run: The run.
+            part: One part; None for all.
+            deadline_s: Seconds for the call.
+
+        Raises:
+            NotFoundError: There is no such run or part.
+        """
+        name = run if isinstance(run, RunName) else RunName.parse(run)
+        request = registration_pb2.GetRunStatusRequest(run=str(name), part=part or "")
+        return RunStatus.of(name.ref, self._transport.call(GET_RUN_STATUS, request, deadline_s=deadline_s))
 
     def list_runs(
         self, project: str | None = None, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None

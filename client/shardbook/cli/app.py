@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook._version import __version__
-from shardbook.cli import cat, checkpoints, failures, imports, relay, runs, sync, tensors, verify
+from shardbook.cli import cat, checkpoints, diff, failures, gc, imports, relay, runs, status, sync, tensors, verify
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
@@ -47,10 +47,13 @@ app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
 app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
 app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
+app.command("diff", epilog=diff.EXAMPLES)(diff.diff_checkpoints)
+app.command("status", epilog=status.EXAMPLES)(status.show_status)
 app.command("cat", epilog=cat.EXAMPLES)(cat.cat)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
+app.command("gc", epilog=gc.EXAMPLES)(gc.collect)
 app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 
 
