@@ -274,6 +274,9 @@ class _FsspecTree:
     def checkpoints(self, *, plain: bool = False, begun: bool = False) -> Iterator[str]:
         with storage_errors("walk", self._root):
             for folder, below, files in self._fs.walk(self._root):
+                # What Shardbook keeps is named like what it keeps it of. Not every filesystem lets a walk be cut short.
+                if ROOT in str(folder)[len(self._root) :].split("/"):
+                    continue
                 if ROOT in below or (plain and DCP_METADATA in files) or (begun and any(map(is_prefix, below))):
                     yield str(self._fs.unstrip_protocol(str(folder)))
 

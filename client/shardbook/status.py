@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from shardbook.catalog import Checkpoint, RunPart
-from shardbook.v1 import registration_pb2, types_pb2
+from shardbook.v1 import metadata_pb2, registration_pb2, types_pb2
 
 Json = dict[str, Any]
 
@@ -27,6 +27,26 @@ class SavePhase(StrEnum):
     WRITING = "writing"
     #: All ranks are there; the coordinator is to commit, or the service does.
     COMMITTING = "committing"
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """Who answers.
+
+    Attributes:
+        version: Version of the server's release.
+        database: What it keeps the catalogue in: `sqlite` or `postgresql`.
+        time: Time of the database's clock.
+    """
+
+    version: str
+    database: str
+    time: datetime
+
+    @classmethod
+    def of(cls, message: metadata_pb2.GetServerInfoResponse) -> ServerInfo:
+        """Returns what ``message`` says."""
+        return cls(message.version, message.database, _time(message.time))
 
 
 @dataclass(frozen=True)
@@ -220,4 +240,4 @@ def _seconds(since: datetime, until: datetime) -> float:
     return max(0.0, (until - since).total_seconds())
 
 
-__all__ = ["OpenAttempt", "PartStatus", "RankHost", "RunStatus", "SavePhase"]
+__all__ = ["OpenAttempt", "PartStatus", "RankHost", "RunStatus", "SavePhase", "ServerInfo"]

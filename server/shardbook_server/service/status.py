@@ -9,6 +9,7 @@ import numpy as np
 from shardbook.core import limits
 from shardbook.core.names import PartName, RunName
 from shardbook.errors import NotFoundError
+from shardbook_server.release import release
 from shardbook_server.service import present
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.plans import PlanService
@@ -20,6 +21,7 @@ from shardbook_server.storage import registrations as registration_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow
 from shardbook_server.storage.database import Connection, Database
+from shardbook_server.storage.urls import is_postgres
 
 #: What ``last_failure`` may be.
 _FAILED = (CheckpointState.FAILED, CheckpointState.EXPIRED)
@@ -73,6 +75,15 @@ class RunStatus:
     read_time_us: int
 
 
+@dataclass(frozen=True)
+class ServerInfo:
+    """Who answers: the release, the kind of its database, and the time there."""
+
+    version: str
+    database: str
+    time_us: int
+
+
 class StatusService:
     """Reads only. Thread-safe."""
 
@@ -81,6 +92,13 @@ class StatusService:
         self._database = database
         self._catalog = catalog
         self._plans = plans
+
+    def server_info(self) -> ServerInfo:
+        """Returns who answers."""
+        with self._database.read() as connection:
+            now_us = self._database.now_us(connection)
+        kind = "postgresql" if is_postgres(self._database.url) else "sqlite"
+        return ServerInfo(release(), kind, now_us)
 
     def run_status(self, run: str, part: str = "") -> RunStatus:
         """Returns where the saves of a run stand, in proportion to what is open, however much was saved.

@@ -36,8 +36,7 @@ def plan(client: Client, who: AttemptIdentity, location: Path, *ranks: int) -> N
                     Blob(kind=BLOB_KIND_PLAN, payload=held[BlobKind.PLAN].payload),
                 ],
                 host=f"gpu-{rank // 2}",
-            ),
-            lambda _refs: [],
+            )
         )
 
 
