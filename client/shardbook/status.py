@@ -152,7 +152,7 @@ class PartStatus:
         last_commit: The newest committed checkpoint; None when there is none.
         last_commit_age_s: Seconds since it was committed, or written, when it was recorded afterwards; None like it.
         last_failure: The newest attempt when it failed or expired; else None.
-        open: Open attempts, newest first, at most 50.
+        open: Open attempts, newest first, at most 10.
         open_count: How many there are.
     """
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shardbook._targets import checkpoint_named
-from shardbook.cli import output
+from shardbook.cli import output, progress
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of
 from shardbook.config import ClientConfig
@@ -85,7 +85,7 @@ def list_chunks(
         if cells is not None:
             raise InvalidArgumentError(f"{tensor} names a part already, and {region} another one", field="region")
         fqn, cells = parse_tensor(f"{tensor}[{region.strip('[]')}]")
-    with asking_storage():
+    with asking_storage(), progress.shown("looking", is_wanted=not is_plain):
         if checkpoint_named(ref) is None:
             found = chunks_of(ref, {fqn: cells}, ClientConfig.from_env())
         else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook._targets import checkpoint_named
-from shardbook.cli import output
+from shardbook.cli import output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Limit, Plain, Server, Timeout, client_of
 from shardbook.comparing import Change, CheckpointDiff, TensorFacts, diff
@@ -42,7 +42,7 @@ def diff_checkpoints(
     """
     needs_server = checkpoint_named(a) is not None or checkpoint_named(b) is not None
     client, config = client_of(server, timeout_s) if needs_server else (None, None)
-    with asking_storage():
+    with asking_storage(), progress.shown("comparing", is_wanted=not is_plain):
         found = diff(a, b, config=config, client=client)
     if as_json:
         output.print_json({"diff": found.to_json(limit or None)})

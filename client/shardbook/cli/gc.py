@@ -44,6 +44,7 @@ _WHY = {
     Verdict.UNDATED: "of unknown age",
     Verdict.OPEN: "open in the catalogue",
     Verdict.COMMITTED: "committed in the catalogue",
+    Verdict.DELETED: "deleted in the catalogue, which can be undone",
     Verdict.REVIVABLE: "its session is alive",
 }
 

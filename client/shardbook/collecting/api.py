@@ -29,6 +29,7 @@ _KEPT: Final = {
     CheckpointState.OPEN: Verdict.OPEN,
     CheckpointState.COMMITTED: Verdict.COMMITTED,
     CheckpointState.EXPIRED: Verdict.REVIVABLE,
+    CheckpointState.DELETED: Verdict.DELETED,
 }
 
 #: Hears how many of how many are done, and of what.
@@ -139,9 +140,8 @@ class _Directory:
         prefixes |= set(filter(names.is_prefix, self._files.names(names.ROOT)))
         listed = {}
         for prefix in sorted(prefixes):
-            for folder in _folders(prefix):
-                self._held[folder] = self._tree.files(f"{self.path}/{folder}")
-            listed[prefix] = frozenset(name for name in self._held[names.attempt_path(prefix)] if "/" not in name)
+            there = self._look(names.attempt_path(prefix))
+            listed[prefix] = frozenset(name for name in there if "/" not in name)
         manifests = {one.prefix: one for one in find_manifests(self._files, listed)}
         records = {one.prefix: one for one in find_record_sets(self._files, listed)}
         rest = set(listed) - set(manifests)
@@ -149,17 +149,23 @@ class _Directory:
         # One that cannot be read may be anybody's.
         is_damaged = bool(rest) and self._is_damaged(names.MANIFEST)
         for prefix, there in listed.items():
-            if any(self._held[folder] for folder in _folders(prefix)):
+            has_manifest = prefix in manifests or names.MANIFEST_NAME in there or is_damaged
+            # A checkpoint's data is nobody's business here, and may be a hundred thousand files.
+            data = {} if has_manifest else self._look(prefix)
+            if there or data or has_manifest:
                 found = manifests.get(prefix) or records.get(prefix)
-                has_manifest = prefix in manifests or names.MANIFEST_NAME in there or is_damaged
                 is_named = exported is not None and f"{prefix}/".encode() in exported
                 yield self._judge(prefix, found, has_manifest=has_manifest, is_named=is_named)
+
+    def _look(self, folder: str) -> dict[str, FileFacts]:
+        self._held[folder] = self._tree.files(f"{self.path}/{folder}")
+        return self._held[folder]
 
     def _is_damaged(self, path: str) -> bool:
         return self._files.read(path, 1) is not None and read_identity(self._files, path) is None
 
     def _judge(self, prefix: str, found: FoundAttempt | None, *, has_manifest: bool, is_named: bool) -> LeftAttempt:
-        facts = [one for folder in _folders(prefix) for one in self._held[folder].values()]
+        facts = [one for folder in _folders(prefix) for one in self._held.get(folder, {}).values()]
         times = [one.mtime_s for one in facts if one.mtime_s is not None]
         youngest_s = max(times) if len(times) == len(facts) else None
         identity = None if found is None else found.identity

@@ -79,7 +79,7 @@ class Known:
 
 def may_be_needed(one: Checkpoint, known: Known) -> CheckpointState | None:
     """Returns the state of an attempt whose files may still be needed; None when they are not."""
-    if one.state in (CheckpointState.FAILED, CheckpointState.DELETED):
+    if one.state is CheckpointState.FAILED:
         return None
     if one.state is CheckpointState.EXPIRED and not known.is_alive(one):
         return None

@@ -32,6 +32,8 @@ class Verdict(StrEnum):
     OPEN = "open"
     #: The catalogue has it committed.
     COMMITTED = "committed"
+    #: The catalogue had it committed and has deleted it, which may be undone.
+    DELETED = "deleted"
     #: It expired, and the session that wrote it is alive and may take it up again.
     REVIVABLE = "revivable"
 
@@ -44,12 +46,12 @@ class LeftAttempt:
         directory: Path or URL of the checkpoint directory.
         prefix: Directory of the attempt's data files in it.
         verdict: `orphan`, or why it is kept: `manifest`, `referenced`, `whole`, `unreadable`, `young`, `undated`,
-            `open`, `committed`, `revivable`.
+            `open`, `committed`, `deleted`, `revivable`.
         ref: Short form of what it would have become; None when no record says.
         state: What the catalogue says of it, such as `FAILED`; empty when it was not asked, or does not know it.
         record_count: Ranks that left a record.
         world_size: Ranks that took part; None when no record says.
-        file_count: Files, records included.
+        file_count: Files, records included; of an attempt with a manifest its data files are not looked at.
         size_bytes: Bytes of them.
         last_write_time: When the youngest of them was written; None when the storage does not say of all.
     """

@@ -201,12 +201,20 @@ def test_the_catalogue_knows_who_is_at_work(has_records: bool, client: Client, t
 
 
 @pytest.mark.parametrize(
-    ("is_writing", "verdict"), [(True, Verdict.REVIVABLE), (False, Verdict.ORPHAN)], ids=["alive", "gone"]
+    ("state", "is_writing", "verdict"),
+    [
+        ("EXPIRED", True, Verdict.REVIVABLE),
+        ("EXPIRED", False, Verdict.ORPHAN),
+        ("DELETED", False, Verdict.DELETED),
+        ("UNSPECIFIED", False, Verdict.OPEN),
+    ],
+    ids=["alive", "gone", "deleted", "of-a-newer-release"],
 )
-def test_an_expired_attempt_is_kept_while_its_session_lives(is_writing: bool, verdict: Verdict, tmp_path: Path) -> None:
-    """Its ranks may come back and go on."""
+def test_what_may_come_back_is_kept(state: str, is_writing: bool, verdict: Verdict, tmp_path: Path) -> None:
+    """Ranks of a session that lives may go on with what expired; a deletion may be undone; who knows what is new."""
     killed(tmp_path, without=(0, 1, 2, 3))
-    expired = checkpoint(10, state=types_pb2.CHECKPOINT_STATE_EXPIRED, incarnation=KILLED.incarnation, live=False)
+    number = types_pb2.CheckpointState.Value(f"CHECKPOINT_STATE_{state}")
+    expired = checkpoint(10, state=number, incarnation=KILLED.incarnation, live=False)
     run = types_pb2.Run(name="projects/llm/runs/8b", parts=[{"part": "default", "session": 3, "writing": is_writing}])
     with scripted_server(
         ListRuns=lambda *_: catalog_pb2.ListRunsResponse(runs=[run]),
