@@ -82,14 +82,17 @@ class Statistics:
         wide = array.astype(np.complex128 if is_complex else np.float64).reshape(-1)
         nan, inf = np.isnan(wide), np.isinf(wide)
         finite = wide[~(nan | inf)]
-        told: list[float | None] = [None] * 4
+        least: float | None = None
+        largest: float | None = None
+        mean: float | None = None
+        std: float | None = None
         if len(finite) and not is_complex:
             # The sum of large values may be no number where the values are.
             with np.errstate(over="ignore", invalid="ignore"):
                 values = (finite.min(), finite.max(), finite.mean(), finite.std())
-            told = [float(value) if math.isfinite(value) else None for value in values]
-        counts = [int(some.sum()) for some in (wide == 0, nan, inf)]
-        return cls(fqn, dtype, array.shape, array.size, *told, *counts)
+            least, largest, mean, std = (float(value) if math.isfinite(value) else None for value in values)
+        zeros, nans, infs = (int(some.sum()) for some in (wide == 0, nan, inf))
+        return cls(fqn, dtype, array.shape, array.size, least, largest, mean, std, zeros, nans, infs)
 
     def to_json(self) -> dict[str, Any]:
         """Returns every attribute under its own name."""

@@ -140,10 +140,10 @@ class _Directory:
         prefixes |= set(filter(names.is_prefix, self._files.names(names.ROOT)))
         listed = {}
         for prefix in sorted(prefixes):
-            there = self._look(names.attempt_path(prefix))
-            listed[prefix] = frozenset(name for name in there if "/" not in name)
+            records = self._look(names.attempt_path(prefix))
+            listed[prefix] = frozenset(name for name in records if "/" not in name)
         manifests = {one.prefix: one for one in find_manifests(self._files, listed)}
-        records = {one.prefix: one for one in find_record_sets(self._files, listed)}
+        sets = {one.prefix: one for one in find_record_sets(self._files, listed)}
         rest = set(listed) - set(manifests)
         exported = self._files.read(names.DCP_METADATA) if rest else None
         # One that cannot be read may be anybody's.
@@ -153,7 +153,7 @@ class _Directory:
             # A checkpoint's data is nobody's business here, and may be a hundred thousand files.
             data = {} if has_manifest else self._look(prefix)
             if there or data or has_manifest:
-                found = manifests.get(prefix) or records.get(prefix)
+                found = manifests.get(prefix) or sets.get(prefix)
                 is_named = exported is not None and f"{prefix}/".encode() in exported
                 yield self._judge(prefix, found, has_manifest=has_manifest, is_named=is_named)
 

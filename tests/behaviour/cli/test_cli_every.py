@@ -98,7 +98,7 @@ def test_what_the_server_refuses_ends_every_command_alike(
     telling = {"sync", "import", "gc"} if status is grpc.StatusCode.NOT_FOUND else set()
     # One that is refused is told with all others that were found.
     telling |= {"sync", "import"} if code in (failures.USAGE, failures.UNAVAILABLE) else set()
-    with scripted_server(**dict.fromkeys(names, handler)) as server:
+    with scripted_server(0, **dict.fromkeys(names, handler)) as server:
         ended = {
             command: shardbook(*words(command), "--server", server.target)
             for command in ASKING

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from shardbook._trees import open_tree
+from shardbook._trees import Tree, open_tree
 from shardbook.client import Client
 from shardbook.collecting import LeftAttempt, Verdict, api, find_orphans, remove_orphan
 from shardbook.collecting.known import Known
@@ -266,7 +266,7 @@ def test_an_interrupted_removal_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         tree = open_tree(folder)
         remove = type(tree).remove
 
-        def failing(self: object, path: str) -> None:
+        def failing(self: Tree, path: str) -> None:
             nonlocal left
             if not left:
                 raise OSError("the disk is gone")
