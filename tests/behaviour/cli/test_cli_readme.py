@@ -18,7 +18,8 @@ from tests.behaviour.cli.conftest import Shardbook
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
-README = Path(__file__).resolve().parents[3] / "README.md"
+ROOT = Path(__file__).resolve().parents[3]
+README, DOCS = ROOT / "README.md", ROOT / "docs" / "cli.md"
 #: What a command answers by design with the checkpoints below, where that is not 0.
 ANSWERS = {"diff": 1}
 
@@ -52,6 +53,11 @@ def test_the_readme_shows_most_commands() -> None:
     assert {"runs", "ls", "show", "tensors", "cat", "verify", "import", "status", "diff", "gc", "doctor"} <= shown
 
 
+def words_of(line: str, root: Path) -> list[str]:
+    """The words of a command, with ``root`` for ``/``."""
+    return [re.sub(r"^(?=/(ckpt|old)\b)", str(root), word) for word in shlex.split(line)[1:]]
+
+
 @pytest.mark.parametrize("line", command_lines())
 def test_every_command_of_the_readme_runs(
     line: str, places: tuple[Server, Path], shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -60,7 +66,49 @@ def test_every_command_of_the_readme_runs(
     server, root = places
     monkeypatch.setenv("SHARDBOOK_SERVER", server.address)
     monkeypatch.chdir(tmp_path)
-    words = [re.sub(r"^(?=/(ckpt|old)\b)", str(root), word) for word in shlex.split(line)[1:]]
+    words = words_of(line, root)
     ran = shardbook(*words)
     assert (ANSWERS.get(words[0], 0), "") == (ran.code, ran.err)
     assert ran.out
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_plain_is_plain_on_a_terminal_too(
+    line: str, places: tuple[Server, Path], shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rule: with --plain no command writes an escape sequence, or folds a line, whatever it writes to."""
+    server, root = places
+    for name, value in (("SHARDBOOK_SERVER", server.address), ("TERM", "xterm-256color"), ("COLUMNS", "20")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    ran = shardbook(*words_of(line, root), "--plain")
+    assert "\x1b" not in ran.out + ran.err
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    (tmp_path / "step-1500.metadata").unlink(missing_ok=True)
+    (tmp_path / "rows.safetensors").unlink(missing_ok=True)
+    piped = shardbook(*words_of(line, root))
+    assert len(piped.out.splitlines()) == len(ran.out.splitlines())
+
+
+def documented_keys(command: str) -> list[str]:
+    """The keys of the object that docs/cli.md says a command prints."""
+    row = re.search(rf"^\| `shardbook {command}` \| `(\{{.*?\}})`", DOCS.read_text(), flags=re.MULTILINE)
+    assert row is not None
+    text = row[1]
+    depths = [text[:at].count("{") - text[:at].count("}") for at in range(len(text))]
+    return [match[1] for match in re.finditer(r'"(\w+)":', text) if depths[match.start()] == 1]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_json_is_what_the_documentation_says(
+    line: str, places: tuple[Server, Path], shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rule: one object, with the keys of docs/cli.md, no more and no less."""
+    server, root = places
+    monkeypatch.setenv("SHARDBOOK_SERVER", server.address)
+    monkeypatch.chdir(tmp_path)
+    words = words_of(line, root)
+    assert documented_keys(words[0]) == list(shardbook(*words, "--json").json)
