@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Final
 
+from shardbook._disk_cache import DiskCache, cache_directory
 from shardbook._trees import open_tree
 from shardbook._version import __version__
 from shardbook.client import Client
@@ -59,7 +59,7 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: What was looked at: `python`, a package, `settings`, `server`, `token`, `clock`, `store NAME`.
+        check: What was looked at: `python`, a package, `settings`, `server`, `token`, `clock`, `cache`, `store NAME`.
         health: `ok`, `warn` or `fail`.
         detail: What was found.
         next: What to type or set; empty when all is well.
@@ -78,7 +78,7 @@ class Finding:
 def examine(
     *, server: str | None = None, timeout_s: float = 5.0, environ: Mapping[str, str] | None = None
 ) -> Iterator[Finding]:
-    """Checks interpreter, packages, settings, server, token, clock, cache directory and stores; changes nothing.
+    """Checks interpreter, packages, settings, server, token, clock, cache and stores; changes nothing.
 
     Args:
         server: Address; the one that the settings name when None.
@@ -98,7 +98,7 @@ def examine(
         return
     yield Finding("settings", Health.OK, f"mode {config.mode.value}, {len(config.stores.roots)} stores")
     yield from _of_server(server or config.server, config, timeout_s)
-    yield _cache(os.environ if environ is None else environ)
+    yield _cache(config)
     for name, root in config.stores.roots.items():
         yield _store(name, root)
 
@@ -176,14 +176,19 @@ def _clock(info: ServerInfo, asked: datetime, took_s: float) -> Finding:
     return Finding("clock", Health.WARN, told, "set the clock: `timedatectl` says whether it is synchronized")
 
 
-def _cache(environ: Mapping[str, str]) -> Finding:
-    """The directory that caches belong into, or the nearest one above it that is there."""
-    named = environ.get("XDG_CACHE_HOME", "").strip()
-    home = Path(named) if named else Path("~/.cache").expanduser()
-    there = next(path for path in (home, *home.absolute().parents) if path.is_dir())
-    if os.access(there, os.W_OK):
-        return Finding("cache directory", Health.OK, f"{home} can be written")
-    return Finding("cache directory", Health.WARN, f"{home} cannot be written", "set XDG_CACHE_HOME to one that can")
+def _cache(config: ClientConfig) -> Finding:
+    """Where readers keep what the service answers: there already, or to be made in what is."""
+    if not config.cache or not config.cache_bytes:
+        return Finding("cache", Health.OK, "off: readers keep nothing")
+    advice = "set SHARDBOOK_CACHE_DIR to a directory that can be written"
+    chosen = cache_directory(config.cache_dir)
+    if chosen is None:
+        return Finding("cache", Health.WARN, "this user has no home: nothing is kept", advice)
+    root = DiskCache(chosen, config.cache_bytes).root
+    there = next(path for path in (root, *root.absolute().parents) if path.is_dir())
+    if os.access(there, os.W_OK | os.X_OK):
+        return Finding("cache", Health.OK, f"{root} can be written")
+    return Finding("cache", Health.WARN, f"{root} cannot be written: nothing is kept", advice)
 
 
 def _store(name: str, root: str) -> Finding:

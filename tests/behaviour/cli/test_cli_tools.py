@@ -193,7 +193,7 @@ def test_doctor_finds_all_well(
         "server",
         "token",
         "clock",
-        "cache directory",
+        "cache",
         "store disk",
     } <= set(findings())
 
@@ -210,6 +210,16 @@ def test_doctor_says_what_is_wrong_and_what_to_type(
     monkeypatch.setenv("SHARDBOOK_MODE", "sometimes")
     broken = findings()
     assert (Health.FAIL, False) == (broken["settings"].health, "server" in broken)
+
+
+def test_doctor_says_whether_answers_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: where it would be, whether it can be written, and that it is off when it is."""
+    monkeypatch.setenv("SHARDBOOK_CACHE_DIR", str(tmp_path / "kept"))
+    assert (Health.OK, True) == (findings()["cache"].health, str(tmp_path / "kept") in findings()["cache"].detail)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert (Health.WARN, True) == (findings()["cache"].health, "SHARDBOOK_CACHE_DIR" in findings()["cache"].next)
+    monkeypatch.setenv("SHARDBOOK_CACHE", "off")
+    assert Health.OK is findings()["cache"].health
 
 
 def test_doctor_compares_clocks_and_releases(asked: Client, monkeypatch: pytest.MonkeyPatch) -> None:
