@@ -117,7 +117,7 @@ def _known(
     if is_offline:
         return None, ClientConfig.from_env()
     client, config = client_of(server, timeout_s)
-    return Known(client, of_run), config
+    return Known(client, of_run, config.stores), config
 
 
 def _root(path: str, config: ClientConfig) -> str:

@@ -12,8 +12,8 @@ from shardbook._attempts import FoundAttempt, TreeFiles, find_manifests, find_re
 from shardbook._described import told_as_ours
 from shardbook._side_by_side import side_by_side
 from shardbook._trees import Tree, open_tree
-from shardbook.catalog import CheckpointState
-from shardbook.collecting.known import Known, may_be_needed, name_of
+from shardbook.catalog import Checkpoint, CheckpointState
+from shardbook.collecting.known import Known, name_of, state_if_needed
 from shardbook.collecting.report import LeftAttempt, Verdict, time_of
 from shardbook.core import directory as names
 from shardbook.core.exported import FileFacts
@@ -75,7 +75,8 @@ def remove_orphan(
 ) -> LeftAttempt:
     """Looks again, and removes the files of an attempt that still is an orphan; returns what was found.
 
-    Records go first: what is left of an interrupted removal can never become a whole set. Calling it again goes on.
+    An expired attempt is failed for good first: its ranks cannot come back and complete what is gone. Records go
+    before data: what is left of an interrupted removal can never become a whole set. Calling it again goes on.
     Only the attempt's own two directories are touched, and in them the files that were looked at.
 
     Raises:
@@ -84,8 +85,6 @@ def remove_orphan(
         ShardbookError: The service could not be asked.
     """
     least_s = (OLD_OFFLINE_S if known is None else OLD_S) if older_than_s is None else older_than_s
-    if known is not None:
-        known.forget()
     with told_as_ours(f"cannot remove {orphan.prefix} in {orphan.directory}"):
         tree = open_tree(orphan.directory)
         look = _Directory(tree, normalized(orphan.directory), known, least_s, now_s)
@@ -97,6 +96,7 @@ def remove_orphan(
                 f"{orphan.prefix} in {orphan.directory} is no orphan any more: {now.verdict.value}",
                 reason="NOT_AN_ORPHAN",
             )
+        look.close(orphan.prefix)
         for folder in _folders(orphan.prefix):
             _remove(tree, f"{look.path}/{folder}", look.files_of(folder))
     return now
@@ -129,10 +129,17 @@ class _Directory:
         self._least_s = least_s
         self._now_s = now_s
         self._held: dict[str, dict[str, FileFacts]] = {}
+        self._expired: dict[str, list[Checkpoint]] = {}
 
     def files_of(self, folder: str) -> dict[str, FileFacts]:
         """The files of one of an attempt's directories as they were when it was judged."""
         return self._held[folder]
+
+    def close(self, prefix: str) -> None:
+        """Fails what may have expired of an orphan for good; raises FailedPreconditionError when it cannot be."""
+        for one in self._expired.get(prefix, ()):
+            if self._known is not None and not self._known.close(one):
+                raise FailedPreconditionError(f"{one.ref} was taken up again meanwhile", reason="NOT_AN_ORPHAN")
 
     def attempts(self) -> Iterator[LeftAttempt]:
         """Every attempt that left files."""
@@ -196,12 +203,14 @@ class _Directory:
 
     def _of_catalogue(self, prefix: str, found: FoundAttempt | None) -> tuple[Verdict, str]:
         assert self._known is not None  # noqa: S101 - asked for by who has one
-        attempts = self._known.find(prefix, None if found is None else found.identity)
+        attempts = self._known.find(self.path, prefix, None if found is None else found.identity)
         for one in attempts:
-            needed = may_be_needed(one, self._known)
+            needed = state_if_needed(one, self._known)
             if needed is not None:
-                return _KEPT.get(needed, Verdict.OPEN), one.state.value
-        return Verdict.ORPHAN, attempts[0].state.value if attempts else ""
+                return _KEPT.get(needed, Verdict.OPEN), needed.value
+        known = [one.checkpoint for one in attempts]
+        self._expired[prefix] = [one for one in known if one.state is CheckpointState.EXPIRED]
+        return Verdict.ORPHAN, known[0].state.value if known else ""
 
 
 def _of_files(found: FoundAttempt | None, *, has_manifest: bool, is_named: bool) -> Verdict:
