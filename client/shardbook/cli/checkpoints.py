@@ -8,7 +8,7 @@ import typer
 
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.cli import names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 
 LS_EXAMPLES = """\b
 Examples:
@@ -42,6 +42,7 @@ def list_checkpoints(
     ] = False,
     limit: Limit = 50,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -56,16 +57,21 @@ def list_checkpoints(
         rows = [checkpoint.to_json() for checkpoint in checkpoints]
         output.print_json({"checkpoints": rows, "more": more, "latest": latest})
         return
-    output.print_table(_COLUMNS, (_row(one, latest.get(one.part)) for one in checkpoints), expendable=_EXPENDABLE)
+    output.print_table(
+        _COLUMNS, (_row(one, latest.get(one.part)) for one in checkpoints), expendable=_EXPENDABLE, is_plain=is_plain
+    )
     if not checkpoints and not show_all:
-        output.print_line(f"no committed checkpoints: `shardbook ls {run} --all` shows every attempt")
+        output.print_line(
+            f"no committed checkpoints: `shardbook ls {run} --all` shows every attempt", is_plain=is_plain
+        )
     if more:
-        output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all")
+        output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all", is_plain=is_plain)
 
 
 def show_checkpoint(
     ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -80,7 +86,7 @@ def show_checkpoint(
     here = config.stores.here(checkpoint.location)
     if here is not None and here != checkpoint.location:
         facts.insert(3, ("path here", here))
-    output.print_facts(facts)
+    output.print_facts(facts, is_plain=is_plain)
 
 
 def _row(checkpoint: Checkpoint, latest: str | None) -> tuple[str, ...]:
