@@ -20,6 +20,7 @@ from shardbook.cli.read import Statistics
 from shardbook.collecting import LeftAttempt
 from shardbook.comparing import CheckpointDiff, ComparedCheckpoint, TensorChange, TensorFacts
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
+from shardbook.descriptions import Alias, PhaseTiming, Project, RankInfo, SaveTiming, Writer
 from shardbook.doctor import Finding
 from shardbook.importing import ImportedCheckpoint
 from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus
@@ -60,9 +61,12 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 
 | command | object |
 |---|---|
+| `shardbook projects` | `{"projects": [project], "more": bool}` |
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
-| `shardbook show` | `{"checkpoint": checkpoint}` |
+| `shardbook show` | `{"checkpoint": checkpoint}`; with `--ranks` also `"ranks": [rank]` |
+| `shardbook label`, `metric`, `note` | `{"checkpoint": checkpoint}` |
+| `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook chunks` | `{"tensor": {"fqn", "dtype", "shape", "chunk_count"}, "directory": path or URL, \
 "chunks": [printed chunk], "more": bool}` |
@@ -84,6 +88,12 @@ _OBJECTS = (
     ("run", Run),
     ("part of a run", RunPart),
     ("checkpoint", Checkpoint),
+    ("writer", Writer),
+    ("timing", SaveTiming),
+    ("timing of a phase", PhaseTiming),
+    ("rank", RankInfo),
+    ("alias", Alias),
+    ("project", Project),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),
     ("report", VerifyReport),

@@ -9,9 +9,11 @@ import typer
 
 from shardbook._version import __version__
 from shardbook.cli import (
+    aliases,
     cat,
     checkpoints,
     chunks,
+    describing,
     diff,
     doctor,
     du,
@@ -19,6 +21,7 @@ from shardbook.cli import (
     failures,
     gc,
     imports,
+    projects,
     read,
     relay,
     runs,
@@ -30,7 +33,7 @@ from shardbook.cli import (
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
-A REF is project/run@1500, @1500.s3 (of session 3), @latest, or project/run:part@...
+A REF is project/run@1500, @1500.s3 (of session 3), @latest, @best or another alias, or project/run:part@...
 Commands that read a checkpoint take a directory or URL in place of a REF.
 SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
 
@@ -61,9 +64,14 @@ def _root(
     """Finds, describes, checks and recovers checkpoints."""
 
 
+app.command("projects", epilog=projects.EXAMPLES)(projects.list_projects)
 app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
 app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
 app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
+app.command("label", epilog=describing.LABEL_EXAMPLES)(describing.label)
+app.command("metric", epilog=describing.METRIC_EXAMPLES)(describing.metric)
+app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
+app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("chunks", epilog=chunks.EXAMPLES)(chunks.list_chunks)
 app.command("diff", epilog=diff.EXAMPLES)(diff.diff_checkpoints)

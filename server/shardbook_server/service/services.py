@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service.admission import MemoryBudget
+from shardbook_server.service.aliases import AliasService
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.commit import CommitService
+from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -44,6 +46,8 @@ class Services:
     queries: QueryService
     catalog: CatalogService
     status: StatusService
+    descriptions: DescriptionService
+    aliases: AliasService
 
 
 def build_services(
@@ -74,4 +78,6 @@ def build_services(
         queries=QueryService(database, cache_bytes=index_cache_bytes),
         catalog=catalog,
         status=StatusService(database, catalog, plans),
+        descriptions=DescriptionService(database),
+        aliases=AliasService(database),
     )

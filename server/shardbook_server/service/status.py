@@ -119,8 +119,7 @@ class StatusService:
                 f"{PartName(name, wanted).ref} does not exist; `shardbook status {name.ref}` tells of all"
             )
         with self._database.read() as connection:
-            row = run_rows.find_run(connection, name)
-            parts = [] if row is None else run_rows.list_parts(connection, row.id)
+            parts = run_rows.list_parts(connection, name)
             found = [
                 self._part(connection, part_id, infos[one])
                 for part_id, one in parts
