@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from torch.distributed.tensor import DTensor
 #: What a process group is taken to allow when it does not say, seconds.
 _USUAL_GROUP_TIMEOUT_S: Final = 600.0
 
+#: Returns the mesh and the placements of a DTensor, in one call.
+mesh_and_placements: Final = operator.attrgetter("_spec.mesh", "_spec.placements")
 StorageInfo = _StorageInfo
 StoragePrefix = _StoragePrefix
 
@@ -169,6 +172,7 @@ __all__ = [
     "has_plain_part",
     "highest",
     "identity_of",
+    "mesh_and_placements",
     "rebuild_dtensor",
     "rebuild_sharded_tensor",
     "set_element",

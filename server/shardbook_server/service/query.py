@@ -7,6 +7,7 @@ row that a database handed out anew after a failover can be taken for another on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -129,7 +130,7 @@ class QueryService:
 
     def _find(self, contents: Contents, question: Wanted, start: tuple[int, int]) -> tuple[list[Hits], str]:
         """Returns what is found from a place on, as much as one page of an answer holds, and the token of the next."""
-        entry = np.fromiter((contents.entries.get(fqn, -1) for fqn in question.fqns), np.int64, len(question.fqns))
+        entry = np.array(list(map(contents.entries.get, question.fqns, itertools.repeat(-1))), dtype=np.int64)
         page = np.where(entry < 0, -1, np.searchsorted(contents.bounds, entry, side="right") - 1)
         held: list[Hits] = []
         held_count = 0

@@ -266,7 +266,7 @@ def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedC
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
-        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some)))]
+        rows = [listed_of(row) for row in connection.execute(LISTED.where(checkpoints.c.id.in_(some)))]
         found.update({listed.row.id: listed for listed in rows})
     return found
 
@@ -275,8 +275,8 @@ def find_listed_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, 
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
-        for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some))):
-            listed = _listed(row)
+        for row in connection.execute(LISTED.where(checkpoints.c.id.in_(some))):
+            listed = listed_of(row)
             found[listed.row.id] = listed
     return found
 
@@ -327,7 +327,7 @@ def page(
 ) -> list[ListedCheckpoint]:
     """Returns checkpoints of parts by (session, step, id), newest first, behind ``after``."""
     order = (checkpoints.c.session, checkpoints.c.step, checkpoints.c.id)
-    statement = _LISTED.order_by(*(column.desc() for column in order)).limit(count)
+    statement = LISTED.order_by(*(column.desc() for column in order)).limit(count)
     if not show_all:
         statement = statement.where(IS_LIVE)
     if after is not None:
@@ -335,7 +335,7 @@ def page(
     found: list[ListedCheckpoint] = []
     for some in slices(part_ids):
         rows = connection.execute(statement.where(checkpoints.c.part_id.in_(some)))
-        found = sorted([*found, *map(_listed, rows)], key=_newest_first)[:count]
+        found = sorted([*found, *map(listed_of, rows)], key=_newest_first)[:count]
     return found
 
 
@@ -346,7 +346,8 @@ _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.bytes_entry_count, 0),
     func.coalesce(checkpoint_structures.c.warnings, "[]"),
 )
-_LISTED: Select[*tuple[Any, ...]] = (
+#: Checkpoints with their names and structures.
+LISTED: Select[*tuple[Any, ...]] = (
     select(checkpoints, projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE)
     .select_from(checkpoints)
     .join(parts, parts.c.id == checkpoints.c.part_id)
@@ -369,5 +370,6 @@ def _checkpoint(row: Row[*tuple[Any, ...]]) -> CheckpointRow:
     return CheckpointRow(*values)
 
 
-def _listed(row: Row[*tuple[Any, ...]]) -> ListedCheckpoint:
+def listed_of(row: Row[*tuple[Any, ...]]) -> ListedCheckpoint:
+    """Returns a row of ``LISTED``."""
     return ListedCheckpoint(_checkpoint(row), *list(row)[_WIDTH:])
