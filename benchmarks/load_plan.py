@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import numpy as np
@@ -48,8 +48,8 @@ from benchmarks.simulated import Server, make_database, running_server
 from benchmarks.workload import Workload
 from shardbook.client import Client
 from shardbook.core.names import CheckpointName
-from shardbook.core.wanted import Wanted, encode_wanted
-from shardbook.v1 import metadata_pb2
+from shardbook.core.wanted import encode_wanted
+from shardbook.v1 import metadata_pb2, metadata_pb2_grpc
 
 #: The rank whose plan is measured, of as many as there are.
 RANK: Final = 5
@@ -200,8 +200,8 @@ def _moved_bytes(place: Place, job: Job) -> dict[str, int]:
     wanted = question_of(plan_of_rank(job, RANK))
     request = metadata_pb2.QueryChunksRequest(name=place.resource, wanted=encode_wanted(wanted))
     with grpc.insecure_channel(place.server.address) as channel:
-        call = channel.unary_unary("/shardbook.v1.MetadataService/QueryChunks")
-        moved_bytes = request.ByteSize() + len(call(request.SerializeToString(), timeout=60))
+        answer = metadata_pb2_grpc.MetadataServiceStub(channel).QueryChunks(request, timeout=60)
+        moved_bytes = request.ByteSize() + answer.ByteSize()
     return {"service": moved_bytes, "manifest": place.loadable.manifest_bytes}
 
 
@@ -248,15 +248,10 @@ def _plan_ratios(report: Report, key: str, runs: dict[str, list[Planned]], goal_
 def measure_latency(report: Report, place: Place, rounds: int) -> None:
     """Adds what one client waits for an answer, one call at a time, beside an empty call."""
     client, name = Client(place.server.address), CheckpointName.parse(place.loadable.ref)
-    every = question_of(plan_of_rank(place.job, RANK))
-    one = Wanted(
-        every.fqns[17:18],
-        *(getattr(every, column)[17:18] for column in ("ndims", "stated", "shapes", "whole", "box_counts")),
-        every.offsets[17:18],
-        every.sizes[17:18],
-    )
+    plan = plan_of_rank(place.job, RANK)
+    one, every = question_of(plan, slice(17, 18)), question_of(plan)
     with grpc.insecure_channel(place.server.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         asked: dict[str, Callable[[], object]] = {
             "one tensor": lambda: client.query_chunks(name, one),
             f"a rank's {len(every.fqns):,} tensors": lambda: client.query_chunks(name, every),

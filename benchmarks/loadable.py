@@ -79,19 +79,19 @@ def plan_of_rank(job: Job, rank: int) -> RankPlan:
     return replace(first, offsets=job.offsets(rank))
 
 
-def question_of(plan: RankPlan) -> Wanted:
-    """Returns what a rank with these boxes asks: one box of each tensor, its shape stated."""
+def question_of(plan: RankPlan, tensors: slice = slice(None)) -> Wanted:
+    """Returns what a rank with these boxes asks, or asks of some tensors: one box of each, its shape stated."""
     table = plan.table
-    count = len(plan.sizes)
+    count = len(plan.sizes[tensors])
     return Wanted(
-        fqns=tuple(table.fqns),
-        ndims=table.ndims,
+        fqns=table.fqns[tensors],
+        ndims=table.ndims[tensors],
         stated=np.ones(count, dtype=np.bool_),
-        shapes=table.shapes,
+        shapes=table.shapes[tensors],
         whole=np.zeros(count, dtype=np.bool_),
         box_counts=np.ones(count, dtype=np.int64),
-        offsets=plan.offsets,
-        sizes=plan.sizes,
+        offsets=plan.offsets[tensors],
+        sizes=plan.sizes[tensors],
     )
 
 
@@ -101,7 +101,7 @@ def save(job: Job, directory: Path, step: int) -> tuple[Loadable, Manifest]:
     identity = AttemptIdentity(
         _RUN, step=step, incarnation=_INCARNATION, attempt=1, world_size=job.ranks, prefix=prefix
     )
-    folded = fold(_records(job, identity))
+    folded = fold(list(_records(job, identity)))
     files = TreeFiles(open_tree(str(directory)), str(directory))
     problems = publish(files, folded, partial(export_dcp_metadata, str(directory)))
     if problems:

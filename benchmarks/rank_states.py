@@ -65,5 +65,5 @@ def _of_layout(job: Layout, rank: int) -> _Sharding:
     stage, first = rank % job.distinct_plans // stage_ranks, rank // stage_ranks * stage_ranks
     ranks = torch.arange(first, first + stage_ranks).view(job.shards, job.tensor_parallel).T.contiguous()
     cuts = job.stage[stage].cut.tolist()
-    placements = [(Shard(dim) if dim >= 0 else Replicate(), Shard(0)) for dim in cuts]
+    placements: list[tuple[Placement, ...]] = [(Shard(dim) if dim >= 0 else Replicate(), Shard(0)) for dim in cuts]
     return _Sharding(DeviceMesh("cpu", ranks, _init_backend=False), placements)
