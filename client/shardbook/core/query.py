@@ -134,9 +134,8 @@ def place(parts: Sequence[Hits], rank_files: RankFiles, prefix: str, read: ReadR
         InvalidArgumentError: Extents are damaged, or do not fit the structure.
     """
     found = joined([hits.index.structure_of(hits.entry, hits.at, hits.row) for hits in parts])
-    ranks, owner = np.unique(found.owner, return_inverse=True)
-    owner = owner.astype(np.int64, copy=False)
-    registrations = read(ranks.astype(np.int64, copy=False))
+    ranks, owner = _distinct(found.owner)
+    registrations = read(ranks)
     # Volatile properties are those of the rank that owns the entry's first chunk, which boxes may not meet.
     located = locate(replace(found, owner=owner), [(extents, b"") for extents, _ in registrations])
     requires_grad, pin_memory = _properties(parts, found, owner, registrations)
@@ -192,8 +191,19 @@ def _paths(
 ) -> tuple[tuple[str, ...], Int64Array]:
     """Returns distinct paths relative to the checkpoint's directory, and which of them each chunk lies in."""
     width = int(file.max(initial=0)) + 1
-    used, index = np.unique(owner * width + file, return_inverse=True)
+    used, index = _distinct(owner * width + file)
     head = f"{prefix}/" if prefix else ""
     ranks, numbers = np.divmod(used, width)
     pairs = zip(ranks.tolist(), numbers.tolist(), strict=True)
-    return tuple(head + rank_files.path(rank, number) for rank, number in pairs), index.astype(np.int64)
+    return tuple(head + rank_files.path(rank, number) for rank, number in pairs), index
+
+
+def _distinct(values: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Returns the distinct values, which climb, and which of them each is; without sorting where all are the same.
+
+    A rank that loads what it saved finds one rank's chunks in one file.
+    """
+    if len(values) and (values == values[0]).all():
+        return values[:1], np.zeros(len(values), dtype=np.int64)
+    found, which = np.unique(values, return_inverse=True)
+    return found.astype(np.int64, copy=False), which.astype(np.int64, copy=False)

@@ -134,7 +134,7 @@ class QueryService:
         page = np.where(entry < 0, -1, np.searchsorted(contents.bounds, entry, side="right") - 1)
         held: list[Hits] = []
         held_count = 0
-        for number in np.unique(page[page >= start[0]]).tolist():
+        for number in sorted({number for number in page.tolist() if number >= start[0]}):
             tensor = np.flatnonzero(page == number)
             index = self._page(contents, number)
             slices = sliced(find(index, question, tensor, entry[tensor] - contents.bounds[number]), PART_CHUNKS)
@@ -159,7 +159,7 @@ class QueryService:
         first_ranks = ranks // limits.SEGMENT_RANKS * limits.SEGMENT_RANKS
         segments: dict[int, Sequence[tuple[bytes, bytes]]] = {}
         absent = []
-        for first in np.unique(first_ranks).tolist():
+        for first in sorted(set(first_ranks.tolist())):
             held = self._segments.get((info.name, first))
             if held is None:
                 absent.append(first)
