@@ -29,7 +29,7 @@ class Planned:
         later_s: Further ones in the same process, each by a planner that knows nothing.
         read_s: Of the first, the time of DCP's ``read_metadata``; 0 for ours.
         item_count: Read items of a plan.
-        added_bytes: Resident memory that the plans added at their peak.
+        added_bytes: Resident memory that the first one added at its peak, DCP's with what it read.
         moved_bytes: Bytes that a plan read or received; 0 where nobody counts them.
     """
 
@@ -110,9 +110,10 @@ def _by_shardbook(source: Callable[[], Any], job: Job, rank: int, plans: int) ->
 
     before_bytes = _settled()
     first_s, plan = planned()
+    added_bytes = peak_rss_bytes() - before_bytes
     # Not what is left over of earlier ones, nor what dropping them takes.
     later = tuple(planned()[0] for _ in range(plans - 1))
-    return Planned(first_s, later, 0.0, len(plan.items), peak_rss_bytes() - before_bytes, 0)
+    return Planned(first_s, later, 0.0, len(plan.items), added_bytes, 0)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def sizes_of(matrix: Int64Array, ndims: Int64Array) -> list[torch.Size]:
     rows = np.flatnonzero(~same)
     cut = ndims[rows]
     distinct: list[torch.Size] = [torch.Size()] * len(rows)
-    for ndim in np.unique(cut).tolist():
+    for ndim in set(cut.tolist()):
         at = np.flatnonzero(cut == ndim)
         made = map(torch.Size, matrix[rows[at], :ndim].tolist())
         if len(at) == len(rows):
