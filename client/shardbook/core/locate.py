@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from shardbook.core.extents import (
     decode_volatile,
     volatile_entry_count,
 )
+from shardbook.core.ragged import bounds_of
 from shardbook.core.table import EntryKind
 from shardbook.errors import InvalidArgumentError
 
@@ -47,6 +50,46 @@ class Located:
     checksum: Int64Array
     requires_grad: BoolArray
     pin_memory: BoolArray
+
+
+def pages_of(
+    structure: CheckpointStructure, located: Located, limit: int
+) -> Iterator[tuple[slice, CheckpointStructure, Located]]:
+    """Yields consecutive entries with about ``limit`` chunks at a time, as views, and which chunks those are.
+
+    Key paths and warnings, which belong to the whole, are not in them.
+    """
+    firsts = structure.firsts.tolist()
+    for first, end in itertools.pairwise(bounds_of(structure.chunk_counts.tolist(), limit)):
+        rows, entries = slice(firsts[first], firsts[end]), slice(first, end)
+        yield rows, _cut(structure, entries, rows), _cut(located, entries, rows)
+
+
+_Columns = TypeVar("_Columns", CheckpointStructure, Located)
+
+
+def _cut(columns: _Columns, entries: slice, rows: slice) -> _Columns:
+    """Returns some entries and their chunks, which ``rows`` are."""
+    changed: dict[str, object] = {name: getattr(columns, name)[rows] for name in _OF_CHUNKS[type(columns)]}
+    changed |= {name: getattr(columns, name)[entries] for name in _OF_ENTRIES[type(columns)]}
+    if isinstance(columns, CheckpointStructure):
+        changed |= {"key_paths": None, "warnings": ()}
+    return replace(columns, **changed)
+
+
+#: Columns with a row a chunk, and with one an entry.
+_OF_CHUNKS: Final[dict[type, tuple[str, ...]]] = {
+    CheckpointStructure: (
+        "offsets", "sizes", "owner", "position", "file", "base", "var_lo", "var_hi", "length",
+    ),
+    Located: ("start", "length", "transform_index", "hints", "attributes", "checksum"),
+}  # fmt: skip
+_OF_ENTRIES: Final[dict[type, tuple[str, ...]]] = {
+    CheckpointStructure: (
+        "fqns", "kinds", "dtypes", "layouts", "memory_formats", "ndims", "shapes", "winner_entry", "chunk_counts",
+    ),
+    Located: ("requires_grad", "pin_memory"),
+}  # fmt: skip
 
 
 def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, bytes]]) -> Located:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardbook.core.checkpoint import CheckpointStructure, RankFiles
-from shardbook.core.chunk_index import ChunkIndex, bounds_of, joined, without_chunks_of
+from shardbook.core.chunk_index import ChunkIndex, joined, without_chunks_of
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.found import FoundPart
 from shardbook.core.locate import locate
-from shardbook.core.ragged import rows_of
+from shardbook.core.ragged import bounds_of, rows_of
 from shardbook.core.table import EntryKind
 from shardbook.core.wanted import Wanted, misfit, widened
 

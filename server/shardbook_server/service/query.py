@@ -17,13 +17,14 @@ import numpy as np
 from shardbook.core import limits
 from shardbook.core.blocks import decode_blocks
 from shardbook.core.checkpoint import RankFiles
-from shardbook.core.chunk_index import ChunkIndex, bounds_of
+from shardbook.core.chunk_index import ChunkIndex
 from shardbook.core.columns import Int64Array, decode_name
 from shardbook.core.extents import decode_segment
 from shardbook.core.found import encode_part
 from shardbook.core.head import decode_head
 from shardbook.core.names import CheckpointName
 from shardbook.core.query import Hits, find, place, sliced
+from shardbook.core.ragged import bounds_of
 from shardbook.core.wanted import Wanted, decode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError, UnavailableError
 from shardbook_server.service import present
