@@ -17,6 +17,7 @@ import pickle
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ from shardbook.v1 import metadata_pb2, metadata_pb2_grpc
 #: The rank whose plan is measured, of as many as there are.
 RANK: Final = 5
 PARTS: Final = ("plan", "latency", "at-once", "everything")
+#: Plans of a process of the others'.
+DCP_PLANS: Final = 3
+MANIFEST_PLANS: Final = 6
 #: Times less than DCP's read_metadata and local plan, with the garbage collector on and off.
 PLAN_GOALS: Final = {"c": (2500, 600)}
 MEMORY_GOAL: Final = Goal("<=", 5)
@@ -82,8 +86,8 @@ class Sizes:
 
 FULL: Final = Sizes(
     {
-        "a": (Workload.standard("a"), 2),
-        "b": (Workload.standard("b"), 2),
+        "a": (Workload.standard("a"), 1),
+        "b": (Workload.standard("b"), 1),
         "c": (Workload.standard("c"), 2),
         "405B": (llama_405b(), 1),
     },
@@ -91,7 +95,7 @@ FULL: Final = Sizes(
     latency=("c", 300),
     crowd="c",
     fleet="405B",
-    everything=("c", 2),
+    everything=("c", 1),
 )
 QUICK: Final = Sizes(
     {"a": (Workload.standard("a"), 1), "405B / 16": (llama_405b(scale=16), 0)},
@@ -176,24 +180,24 @@ def _dump(job: Workload, path: Path) -> None:
 
 def measure_plans(report: Report, place: Place, rounds: int, plans: int) -> None:
     """Adds what a plan costs one rank, each contender in processes of its own."""
-    for world, job in (("same", place.job), ("half", halved(place.job))):
-        contenders: dict[str, Callable[[], Planned]] = {
-            "DCP, gc on": partial(_in_process, by_dcp, place.dumped, job, RANK, True, 3),
-            "DCP, gc off": partial(_in_process, by_dcp, place.dumped, job, RANK, False, 3),
-            "service": partial(_in_process, by_service, place.server.address, place.loadable.ref, job, RANK, plans),
-            "manifest": partial(_in_process, by_manifest, place.loadable.directory, job, RANK, min(plans, 6)),
-        }
-        # The server's first answer of all is told apart: it decodes what every later one is answered from.
-        runs = {what: [run() for _ in range(rounds)] for what, run in contenders.items()}
+    worlds = {"same": place.job, "half": halved(place.job)}
+    runs: dict[str, dict[str, list[Planned]]] = {world: defaultdict(list) for world in worlds}
+    for _ in range(rounds):
+        for collector in (True, False):
+            found = in_fresh_process(by_dcp, place.dumped, list(worlds.values()), RANK, collector, DCP_PLANS).value
+            for world, planned in zip(worlds, found, strict=True):
+                runs[world][f"DCP, gc {'on' if collector else 'off'}"].append(planned)
+        for world, job in worlds.items():
+            own = runs[world]
+            asked = place.server.address, place.loadable.ref, job, RANK, plans
+            own["service"].append(in_fresh_process(by_service, *asked).value)
+            read = place.loadable.directory, job, RANK, min(plans, MANIFEST_PLANS)
+            own["manifest"].append(in_fresh_process(by_manifest, *read).value)
+    for world, job in worlds.items():
         moved = _moved_bytes(place, job)
-        for what, found in runs.items():
-            _plan_row(report, place, world, what, found, moved.get(what))
-        _plan_ratios(report, f"{place.name}, {world} ranks", runs, place.name if world == "same" else "")
-
-
-def _in_process(work: Callable[..., Planned], *arguments: object) -> Planned:
-    planned: Planned = in_fresh_process(work, *arguments).value
-    return planned
+        for what, made in runs[world].items():
+            _plan_row(report, place, world, what, made, moved.get(what))
+        _plan_ratios(report, f"{place.name}, {world} ranks", runs[world], place.name if world == "same" else "")
 
 
 def _moved_bytes(place: Place, job: Job) -> dict[str, int]:
@@ -349,7 +353,7 @@ def measure(report: Report, sizes: Sizes, parts: Sequence[str] = PARTS, only: Se
         dumps = ("plan" in parts and rounds > 0) or ("everything" in parts and name == sizes.everything[0])
         with ready(name, job, dumps=dumps) as place:
             if "at-once" in parts and name == sizes.fleet:
-                measure_at_once(report, place, in_flight=128, times=2, bound_s=60 if name == "405B" else None)
+                measure_at_once(report, place, in_flight=128, times=1, bound_s=60 if name == "405B" else None)
             if "plan" in parts and rounds:
                 measure_plans(report, place, rounds, sizes.plans)
             if "latency" in parts and name == sizes.latency[0]:

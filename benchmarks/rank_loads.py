@@ -13,6 +13,7 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +42,29 @@ class Planned:
     moved_bytes: int
 
 
-def by_dcp(directory: Path, job: Job, rank: int, collector: bool, plans: int) -> Planned:
-    """Plans as DCP does; ``plans`` are made of metadata that is read once."""
+def by_dcp(directory: Path, jobs: Sequence[Job], rank: int, collector: bool, plans: int) -> list[Planned]:
+    """Plans as DCP does, for a rank of each of some jobs; the metadata is read once and counts for each."""
     from torch.distributed.checkpoint.default_planner import create_default_local_load_plan
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     from benchmarks.rank_states import state_dict_of
 
-    state = state_dict_of(job, rank)
-    reader = FileSystemReader(directory)
+    reader, state = FileSystemReader(directory), state_dict_of(jobs[0], rank)
+    moved_bytes = (directory / ".metadata").stat().st_size
+    found = []
     with garbage_collector(enabled=collector):
         before_bytes = _settled()
         begin_s = time.perf_counter()
         metadata = reader.read_metadata()
         read_s = time.perf_counter() - begin_s
-        plan = create_default_local_load_plan(state, metadata)
-        first_s = time.perf_counter() - begin_s
-        added_bytes = peak_rss_bytes() - before_bytes
-        later = tuple(_seconds(lambda: create_default_local_load_plan(state, metadata)) for _ in range(plans - 1))
-    moved_bytes = (directory / ".metadata").stat().st_size
-    return Planned(first_s, later, read_s, len(plan.items), added_bytes, moved_bytes)
+        for job in jobs:
+            state = state if job is jobs[0] else state_dict_of(job, rank)
+            item_count = len(create_default_local_load_plan(state, metadata).items)
+            added_bytes = peak_rss_bytes() - before_bytes
+            times = [_seconds(partial(create_default_local_load_plan, state, metadata)) for _ in range(plans)]
+            first_s = read_s + times[0]
+            found.append(Planned(first_s, tuple(times[1:]), read_s, item_count, added_bytes, moved_bytes))
+    return found
 
 
 def by_service(address: str, ref: str, job: Job, rank: int, plans: int) -> Planned:

@@ -30,7 +30,9 @@ class _Sharding:
 
 
 def state_dict_of(job: Job, rank: int) -> dict[str, Any]:
-    """Returns what a rank loads into; makes this process that rank, which it can be once."""
+    """Returns what a rank loads into; makes this process that rank."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=job.ranks, store=FakeStore())
     plan = plan_of_rank(job, rank)
     sharding = _of_layout(job, rank) if isinstance(job, Layout) else _of_workload(job)

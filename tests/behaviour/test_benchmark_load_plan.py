@@ -61,7 +61,7 @@ def test_every_contender_is_measured(capsys: pytest.CaptureFixture[str]) -> None
     assert all(row["first_s"] > 0 and row["bytes"] > 0 for row in plans)
     at_once = [row for row in result["rows"] if row["what"].startswith("at once")]
     assert {16} == {row["calls"] for row in at_once}
-    assert 8 == len(at_once)
+    assert 6 == len(at_once)
     assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in at_once)
     assert 4 == sum(row["what"].startswith("everything") for row in result["rows"])
     assert all(value > 0 for name, value in result["ratios"].items() if "memory" not in name)

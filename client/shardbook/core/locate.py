@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final, TypeVar
 
 import numpy as np
 
@@ -62,34 +61,47 @@ def pages_of(
     firsts = structure.firsts.tolist()
     for first, end in itertools.pairwise(bounds_of(structure.chunk_counts.tolist(), limit)):
         rows, entries = slice(firsts[first], firsts[end]), slice(first, end)
-        yield rows, _cut(structure, entries, rows), _cut(located, entries, rows)
+        yield rows, _cut_structure(structure, entries, rows), _cut_located(located, entries, rows)
 
 
-_Columns = TypeVar("_Columns", CheckpointStructure, Located)
+def _cut_structure(columns: CheckpointStructure, entries: slice, rows: slice) -> CheckpointStructure:
+    return replace(
+        columns,
+        fqns=columns.fqns[entries],
+        kinds=columns.kinds[entries],
+        dtypes=columns.dtypes[entries],
+        layouts=columns.layouts[entries],
+        memory_formats=columns.memory_formats[entries],
+        ndims=columns.ndims[entries],
+        shapes=columns.shapes[entries],
+        winner_entry=columns.winner_entry[entries],
+        chunk_counts=columns.chunk_counts[entries],
+        offsets=columns.offsets[rows],
+        sizes=columns.sizes[rows],
+        owner=columns.owner[rows],
+        position=columns.position[rows],
+        file=columns.file[rows],
+        base=columns.base[rows],
+        var_lo=columns.var_lo[rows],
+        var_hi=columns.var_hi[rows],
+        length=columns.length[rows],
+        key_paths=None,
+        warnings=(),
+    )
 
 
-def _cut(columns: _Columns, entries: slice, rows: slice) -> _Columns:
-    """Returns some entries and their chunks, which ``rows`` are."""
-    changed: dict[str, object] = {name: getattr(columns, name)[rows] for name in _OF_CHUNKS[type(columns)]}
-    changed |= {name: getattr(columns, name)[entries] for name in _OF_ENTRIES[type(columns)]}
-    if isinstance(columns, CheckpointStructure):
-        changed |= {"key_paths": None, "warnings": ()}
-    return replace(columns, **changed)
-
-
-#: Columns with a row a chunk, and with one an entry.
-_OF_CHUNKS: Final[dict[type, tuple[str, ...]]] = {
-    CheckpointStructure: (
-        "offsets", "sizes", "owner", "position", "file", "base", "var_lo", "var_hi", "length",
-    ),
-    Located: ("start", "length", "transform_index", "hints", "attributes", "checksum"),
-}  # fmt: skip
-_OF_ENTRIES: Final[dict[type, tuple[str, ...]]] = {
-    CheckpointStructure: (
-        "fqns", "kinds", "dtypes", "layouts", "memory_formats", "ndims", "shapes", "winner_entry", "chunk_counts",
-    ),
-    Located: ("requires_grad", "pin_memory"),
-}  # fmt: skip
+def _cut_located(columns: Located, entries: slice, rows: slice) -> Located:
+    return replace(
+        columns,
+        start=columns.start[rows],
+        length=columns.length[rows],
+        transform_index=columns.transform_index[rows],
+        hints=columns.hints[rows],
+        attributes=columns.attributes[rows],
+        checksum=columns.checksum[rows],
+        requires_grad=columns.requires_grad[entries],
+        pin_memory=columns.pin_memory[entries],
+    )
 
 
 def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, bytes]]) -> Located:
@@ -210,6 +222,8 @@ def _volatile(structure: CheckpointStructure, volatile: Sequence[bytes]) -> tupl
     """requires_grad and pin_memory of every entry, from the owner of its first chunk."""
     requires_grad = np.zeros(structure.entry_count, dtype=np.bool_)
     pin_memory = np.zeros(structure.entry_count, dtype=np.bool_)
+    if not any(volatile):
+        return requires_grad, pin_memory
     held = np.flatnonzero(structure.chunk_counts > 0)
     winner = _Which(structure.owner[structure.firsts[:-1][held]], len(volatile))
     for rank in np.unique(winner.number).tolist():

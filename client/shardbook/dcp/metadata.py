@@ -38,6 +38,13 @@ from shardbook.dcp._names import dtype_of, layout_of, memory_format_of
 from shardbook.dcp._torch import StorageInfo
 from shardbook.dcp.headers import storage_meta_of
 
+#: Objects of a class share the names of their attributes when one that had them was there before: with a dict each,
+#: those that are made by thousands before any has an attribute would take three times the memory.
+_FIRST: Final = (
+    ChunkStorageMetadata(offsets=torch.Size(), sizes=torch.Size()),
+    MetadataIndex("", torch.Size(), 0),
+    StorageInfo("", 0, 0),
+)
 #: Chunks of which objects are made at a time.
 _PAGE_CHUNKS: Final = 1 << 16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from shardbook.dcp.metadata import paused_gc, run, set_transforms, sizes_of
 from shardbook.dcp.state_boxes import StateBoxes
 
 _ZERO = torch.Size((0,))
+#: As in ``shardbook.dcp.metadata``, so that items share the names of their attributes.
+_FIRST: Final = ReadItem(LoadItemType.TENSOR, MetadataIndex(""), _ZERO, MetadataIndex(""), _ZERO, _ZERO)
 
 
 def read_items(found: FoundChunks, boxes: StateBoxes) -> tuple[list[ReadItem], list[MetadataIndex]]:
