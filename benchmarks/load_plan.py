@@ -1,10 +1,11 @@
-"""What a rank waits for before it reads its first byte: DCP's plan, and Shardbook's by service and by directory.
+"""What a rank waits for before it reads its first byte: DCP's plan, and Shardbook's by service, cache and directory.
 
 The ranks are simulated, their state dicts hold real DTensors (``benchmarks.rank_states``); every contender plans in a
 process of its own, with the same sharding as the save and with half the ranks. What is in each time:
 ``benchmarks.rank_loads``. DCP reads the ``.metadata`` that its own coordinator dumps; of the 405B shape, for which that
 takes minutes and more memory than there is, the one that Shardbook exports, which is smaller and faster to read.
 "First" is the first plan of a process and makes its connection; "later" ones in the same process know no more than it.
+"Service" keeps nothing on disk. "Warm cache" finds there what another process of the host has asked before.
 
 "At once": many ranks ask over many connections (``benchmarks.readers``), beside as many empty calls. "Everything" is
 all of torch's ``Metadata``. The service is a server process on SQLite.
@@ -43,13 +44,14 @@ from benchmarks.rank_loads import (
     everything_by_pickle,
     everything_by_service,
     latencies_s,
+    warm,
 )
 from benchmarks.readers import PROCESSES, Times, readers
 from benchmarks.simulated import Server, make_database, running_server
 from benchmarks.workload import Workload
 from shardbook.client import Client
 from shardbook.core.names import CheckpointName
-from shardbook.core.wanted import encode_wanted
+from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook.v1 import metadata_pb2, metadata_pb2_grpc
 
 #: The rank whose plan is measured, of as many as there are.
@@ -117,6 +119,7 @@ class Place:
         loadable: Its directory and its name.
         server: The server.
         dumped: Directory of the ``.metadata`` that DCP reads.
+        cache: Where readers keep answers; empty.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Place:
     loadable: Loadable
     server: Server
     dumped: Path
+    cache: Path
 
     @property
     def resource(self) -> str:
@@ -167,7 +171,7 @@ def ready(name: str, job: Job, *, dumps: bool) -> Iterator[Place]:
             del manifest
         # Started anew, so that its memory is what answering takes.
         with running_server(database, free_port()) as server:
-            yield Place(name, job, loadable, server, dumped)
+            yield Place(name, job, loadable, server, dumped, Path(folder) / "cache")
 
 
 def _dump(job: Workload, path: Path) -> None:
@@ -182,6 +186,7 @@ def measure_plans(report: Report, place: Place, rounds: int, plans: int) -> None
     """Adds what a plan costs one rank, each contender in processes of its own."""
     worlds = {"same": place.job, "half": halved(place.job)}
     runs: dict[str, dict[str, list[Planned]]] = {world: defaultdict(list) for world in worlds}
+    warm(place.server.address, place.loadable.ref, list(worlds.values()), RANK, place.cache)
     for _ in range(rounds):
         for collector in (True, False):
             found = in_fresh_process(by_dcp, place.dumped, list(worlds.values()), RANK, collector, DCP_PLANS).value
@@ -191,6 +196,7 @@ def measure_plans(report: Report, place: Place, rounds: int, plans: int) -> None
             own = runs[world]
             asked = place.server.address, place.loadable.ref, job, RANK, plans
             own["service"].append(in_fresh_process(by_service, *asked).value)
+            own["warm cache"].append(in_fresh_process(by_service, *asked, place.cache).value)
             read = place.loadable.directory, job, RANK, min(plans, MANIFEST_PLANS)
             own["manifest"].append(in_fresh_process(by_manifest, *read).value)
     for world, job in worlds.items():
@@ -201,12 +207,18 @@ def measure_plans(report: Report, place: Place, rounds: int, plans: int) -> None
 
 
 def _moved_bytes(place: Place, job: Job) -> dict[str, int]:
-    wanted = question_of(plan_of_rank(job, RANK))
-    request = metadata_pb2.QueryChunksRequest(name=place.resource, wanted=encode_wanted(wanted))
     with grpc.insecure_channel(place.server.address) as channel:
-        answer = metadata_pb2_grpc.MetadataServiceStub(channel).QueryChunks(request, timeout=60)
-        moved_bytes = request.ByteSize() + answer.ByteSize()
-    return {"service": moved_bytes, "manifest": place.loadable.manifest_bytes}
+        stub = metadata_pb2_grpc.MetadataServiceStub(channel)
+
+        def moved(wanted: Wanted) -> int:
+            request = metadata_pb2.QueryChunksRequest(name=place.resource, wanted=encode_wanted(wanted))
+            return request.ByteSize() + stub.QueryChunks(request, timeout=60).ByteSize()
+
+        return {
+            "service": moved(question_of(plan_of_rank(job, RANK))),
+            "warm cache": moved(Wanted.all_of(())),
+            "manifest": place.loadable.manifest_bytes,
+        }
 
 
 def _plan_row(
@@ -233,15 +245,14 @@ def _plan_ratios(report: Report, key: str, runs: dict[str, list[Planned]], goal_
     if len(set.union(*counts.values())) > 1:
         raise RuntimeError(f"plans of {key} differ: {counts}")
     ours = [seconds for run in runs["service"] for seconds in run.later_s]
-    first_s = statistics.median(run.first_s for run in runs["service"])
     goals = PLAN_GOALS.get(goal_of, ())
     for at, collector in enumerate(("gc on", "gc off")):
         dcp_s = statistics.median(run.first_s for run in runs[f"DCP, {collector}"])
         goal = Goal(">=", goals[at]) if goals else None
         report.ratio(f"{key}: DCP, {collector} / service", dcp_s / statistics.median(ours), goal)
-        report.ratio(f"{key}: DCP, {collector} / service, first plan of a process", dcp_s / first_s)
-        manifest_s = statistics.median(run.first_s for run in runs["manifest"])
-        report.ratio(f"{key}: DCP, {collector} / manifest, first plan of a process", dcp_s / manifest_s)
+        for what in ("service", "warm cache", "manifest"):
+            first_s = statistics.median(run.first_s for run in runs[what])
+            report.ratio(f"{key}: DCP, {collector} / {what}, first plan of a process", dcp_s / first_s)
     added = max(run.added_bytes for run in runs["service"]) / 1e6
     report.ratio(f"{key}: memory added by the service's plans, MB", added, MEMORY_GOAL if goals else None)
 

@@ -15,10 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.common import garbage_collector, peak_rss_bytes, reset_peak_rss, rss_bytes
-from benchmarks.loadable import Job
+from benchmarks.loadable import Job, plan_of_rank, question_of
+
+#: Bound of the cache of answers, as by default.
+CACHE_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,41 @@ def by_dcp(directory: Path, jobs: Sequence[Job], rank: int, collector: bool, pla
     return found
 
 
-def by_service(address: str, ref: str, job: Job, rank: int, plans: int) -> Planned:
-    """Plans by asking the service, over one connection; every plan asks what ``ref`` means."""
+def by_service(address: str, ref: str, job: Job, rank: int, plans: int, cache: Path | None = None) -> Planned:
+    """Plans by asking the service, over one connection; every plan asks what ``ref`` means.
+
+    Raises:
+        RuntimeError: An answer was not in ``cache``, where there is one.
+    """
+    from shardbook._disk_cache import DiskCache
     from shardbook.client import Client
     from shardbook.core.names import CheckpointName
     from shardbook.sources import ServiceSource
     from shardbook.stores import Stores
 
     client, name, stores = Client(address), CheckpointName.parse(ref), Stores()
-    return _by_shardbook(lambda: ServiceSource(client, name, stores, 60.0), job, rank, plans)
+    kept = None if cache is None else DiskCache(str(cache), CACHE_BYTES)
+    before = _entries_of(cache)
+    planned = _by_shardbook(lambda: ServiceSource(client, name, stores, 60.0, kept), job, rank, plans)
+    if _entries_of(cache) != before:
+        raise RuntimeError("the cache was not warm")
+    return planned
+
+
+def warm(address: str, ref: str, jobs: Sequence[Job], rank: int, cache: Path) -> None:
+    """Leaves in ``cache`` what a rank of each of some jobs asks, as another process of its host would have."""
+    from shardbook._answers import Answers
+    from shardbook._disk_cache import DiskCache
+    from shardbook.client import Client
+    from shardbook.core.names import CheckpointName
+
+    answers = Answers(Client(address), DiskCache(str(cache), CACHE_BYTES), 60.0)
+    for job in jobs:
+        answers.chunks(CheckpointName.parse(ref), question_of(plan_of_rank(job, rank)))
+
+
+def _entries_of(cache: Path | None) -> set[Path]:
+    return set() if cache is None else {path for path in cache.rglob("*") if path.is_file()}
 
 
 def by_manifest(directory: Path, job: Job, rank: int, plans: int) -> Planned:

@@ -47,13 +47,13 @@ def test_what_ranks_ask_is_there(job: Job, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_every_contender_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rule: DCP with gc on and off, service and directory, in both worlds; questions at once, and everything."""
+    """Rule: DCP with gc on and off, service, cache and directory, in both worlds; questions at once; everything."""
     report = new_report(SMALL)
     measure(report, SMALL)
     assert 0 == report.finish(check=False)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     plans = [row for row in result["rows"] if "first_s" in row]
-    contenders = ["DCP, gc on", "DCP, gc off", "service", "manifest"]
+    contenders = ["DCP, gc on", "DCP, gc off", "service", "warm cache", "manifest"]
     assert [(world, what) for world in ("same", "half") for what in contenders] == [
         (row["ranks"], row["what"]) for row in plans
     ]

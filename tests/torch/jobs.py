@@ -286,14 +286,14 @@ def compare_plans(rank: Rank, layout: str, path: str, ref: str, server: str) -> 
     from shardbook import Client
     from shardbook.core.names import CheckpointName
     from shardbook.dcp.lazy import LazyMetadata
-    from shardbook.dcp.loading import _directory_metadata
+    from shardbook.dcp.loading import lazy_directory_metadata
     from shardbook.sources import ServiceSource
     from shardbook.stores import Stores
     from tests.torch.test_load_planner import planned
 
     metadata = FileSystemReader(path).read_metadata()
     own = LazyMetadata(ServiceSource(Client(server), CheckpointName.parse(ref), Stores(), 30.0))
-    lazy = _directory_metadata(FileSystemReader(path), trusted=False)
+    lazy = lazy_directory_metadata(FileSystemReader(path), trusted=False)
     assert isinstance(lazy, LazyMetadata)
     expected = planned(DefaultLoadPlanner(), LAYOUTS[layout](rank), metadata)
     wrong = []
@@ -314,3 +314,24 @@ def save_by_hugging_face(rank: Rank, layout: str, path: str) -> None:
     """Saves a layout's tensors with torch's Hugging Face writer, each rank its shards."""
     state = {key: value for key, value in fill(LAYOUTS[layout](rank)).items() if isinstance(value, torch.Tensor)}
     torch_save(state, storage_writer=HuggingFaceStorageWriter(path, save_distributed=True))
+
+
+def load_counted(rank: Rank, ref: str) -> tuple[list[str], list[bool]]:
+    """Loads what every rank holds in the same way, on all ranks at once.
+
+    Returns:
+        What is wrong; and for each call, whether places of chunks came.
+    """
+    came: list[bool] = []
+    call = _transport.Transport.call
+
+    def noting(transport: _transport.Transport, rpc: Any, request: Any, **options: Any) -> Any:
+        response = call(transport, rpc, request, **options)
+        came.append(bool(response.places or response.found))
+        return response
+
+    state = spoil(LAYOUTS["plain"](rank))
+    dist.barrier()
+    with mock.patch.object(_transport.Transport, "call", noting):
+        dcp.load(state, ref)
+    return wrong_pieces(state), came

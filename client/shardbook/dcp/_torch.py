@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-from collections.abc import Iterator
-from typing import Any, Final
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
@@ -25,6 +27,9 @@ from torch.distributed.tensor import DTensor
 
 #: What a process group is taken to allow when it does not say, seconds.
 _USUAL_GROUP_TIMEOUT_S: Final = 600.0
+
+#: What marks a local tensor as parts of a larger one; None before torch 2.14.
+_CHECKPOINTABLE: Final[Any] = getattr(checkpoint, "CheckpointableTensor", None)
 
 #: Returns the mesh and the placements of a DTensor, in one call.
 mesh_and_placements: Final = operator.attrgetter("_spec.mesh", "_spec.placements")
@@ -75,6 +80,16 @@ def storage_reader_for(storage_reader: StorageReader | None, checkpoint_id: Any)
     return _storage_setup(storage_reader, checkpoint_id, reader=True)
 
 
+def plain_fsspec(filesystem: Any) -> Any | None:
+    """Returns the fsspec filesystem behind torch's own adapter; None where something else opens its files."""
+    adapters = sys.modules.get("torch.distributed.checkpoint._fsspec_filesystem")  # who has one has imported it
+    if adapters is None or "create_stream" in vars(filesystem):
+        return None
+    adapter = adapters.FileSystem
+    is_plain = isinstance(filesystem, adapter) and type(filesystem).create_stream is adapter.create_stream
+    return filesystem.fs if is_plain else None
+
+
 def flat_names(state_dict: dict[str, Any]) -> set[str]:
     """Returns every name under which a planner may look for a value of a state dict: flat, as 2.3 had it, or plain."""
     names = set(state_dict)
@@ -86,6 +101,15 @@ def flat_names(state_dict: dict[str, Any]) -> set[str]:
 def has_plain_part(tensor: DTensor) -> bool:
     """Returns True when the part that this rank holds follows from shape, mesh and placements alone."""
     return type(tensor._local_tensor) is torch.Tensor  # noqa: SLF001
+
+
+def global_size(tensor: Any) -> Sequence[int]:
+    """Returns the shape that a tensor of any kind has in a checkpoint, elements."""
+    # The protocol is looked up last: to ask it takes microseconds a tensor.
+    if _CHECKPOINTABLE is not None and hasattr(tensor, "global_shape") and isinstance(tensor, _CHECKPOINTABLE):
+        return tuple(cast("Any", tensor).global_shape)
+    size: torch.Size = tensor.size()
+    return size
 
 
 def chunk_list(tensor: Any) -> list[ChunkStorageMetadata]:
@@ -168,11 +192,13 @@ __all__ = [
     "dtensor_parts",
     "flat_names",
     "flattened_as_2_3",
+    "global_size",
     "group_timeout_s",
     "has_plain_part",
     "highest",
     "identity_of",
     "mesh_and_placements",
+    "plain_fsspec",
     "rebuild_dtensor",
     "rebuild_sharded_tensor",
     "set_element",

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from shardbook.core.ragged import firsts_of, rows_of, within_group
 from shardbook.core.wanted import Wanted, padded
-from shardbook.dcp._torch import ShardedTensor, chunk_list, has_plain_part, mesh_and_placements
+from shardbook.dcp._torch import ShardedTensor, chunk_list, global_size, has_plain_part, mesh_and_placements
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class _Forms:
                     self._of_dtensors[key] = number
             return number
         if _is_tensor(value):
-            return self._add(value.size(), chunk_list(value))
+            return self._add(global_size(value), chunk_list(value))
         return 0
 
     def _add(self, shape: Sequence[int], boxes: Sequence[ChunkStorageMetadata]) -> int:
