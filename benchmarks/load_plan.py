@@ -5,6 +5,7 @@ process of its own, with the same sharding as the save and with half the ranks. 
 ``benchmarks.rank_loads``. DCP reads the ``.metadata`` that its own coordinator dumps; of the 405B shape, for which that
 takes minutes and more memory than there is, the one that Shardbook exports, which is smaller and faster to read.
 "First" is the first plan of a process and makes its connection; "later" ones in the same process know no more than it.
+What a first call of gRPC takes in memory, whatever it asks, is told apart.
 "Service" keeps nothing on disk. "Warm cache" finds there what another process of the host has asked before.
 
 "At once": many ranks ask over many connections (``benchmarks.readers``), beside as many empty calls. "Everything" is
@@ -236,6 +237,7 @@ def _plan_row(
         read_metadata_s=round(statistics.median(run.read_s for run in runs), 5) or None,
         items=runs[0].item_count,
         added_rss_MB=round(max(run.added_bytes for run in runs) / 1e6, 1),
+        grpc_rss_MB=round(max(run.connection_bytes for run in runs) / 1e6, 1) or None,
         bytes=moved_bytes or runs[0].moved_bytes,
     )
 
@@ -254,7 +256,7 @@ def _plan_ratios(report: Report, key: str, runs: dict[str, list[Planned]], goal_
             first_s = statistics.median(run.first_s for run in runs[what])
             report.ratio(f"{key}: DCP, {collector} / {what}, first plan of a process", dcp_s / first_s)
     added = max(run.added_bytes for run in runs["service"]) / 1e6
-    report.ratio(f"{key}: memory added by the service's plans, MB", added, MEMORY_GOAL if goals else None)
+    report.ratio(f"{key}: memory added by the service's plan, beside gRPC's, MB", added, MEMORY_GOAL if goals else None)
 
 
 # ---------------------------------------------------------------- questions

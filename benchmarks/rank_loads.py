@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from benchmarks.common import garbage_collector, peak_rss_bytes, reset_peak_rss, rss_bytes
 from benchmarks.loadable import Job, plan_of_rank, question_of
+from shardbook.core.wanted import Wanted
 
 #: Bound of the cache of answers, as by default.
 CACHE_BYTES: Final = 1 << 30
@@ -29,11 +30,12 @@ class Planned:
     """Plans that one process made.
 
     Attributes:
-        first_s: The first one, with whatever the process does for the first time.
+        first_s: The first one, with whatever the process does for the first time, and the connection.
         later_s: Further ones in the same process, each by a planner that knows nothing.
         read_s: Of the first, the time of DCP's ``read_metadata``; 0 for ours.
         item_count: Read items of a plan.
         added_bytes: Resident memory that the first one added at its peak, DCP's with what it read.
+        connection_bytes: Resident memory that gRPC took before, for the first call of the process.
         moved_bytes: Bytes that a plan read or received; 0 where nobody counts them.
     """
 
@@ -43,6 +45,7 @@ class Planned:
     item_count: int
     added_bytes: int
     moved_bytes: int
+    connection_bytes: int = 0
 
 
 def by_dcp(directory: Path, jobs: Sequence[Job], rank: int, collector: bool, plans: int) -> list[Planned]:
@@ -85,7 +88,11 @@ def by_service(address: str, ref: str, job: Job, rank: int, plans: int, cache: P
     client, name, stores = Client(address), CheckpointName.parse(ref), Stores()
     kept = None if cache is None else DiskCache(str(cache), CACHE_BYTES)
     before = _entries_of(cache)
-    planned = _by_shardbook(lambda: ServiceSource(client, name, stores, 60.0, kept), job, rank, plans)
+
+    def connect() -> None:
+        client.query_chunks(name, Wanted.all_of(()))
+
+    planned = _by_shardbook(lambda: ServiceSource(client, name, stores, 60.0, kept), job, rank, plans, connect)
     if _entries_of(cache) != before:
         raise RuntimeError("the cache was not warm")
     return planned
@@ -126,7 +133,9 @@ def by_manifest(directory: Path, job: Job, rank: int, plans: int) -> Planned:
     return _by_shardbook(source, job, rank, plans)
 
 
-def _by_shardbook(source: Callable[[], Any], job: Job, rank: int, plans: int) -> Planned:
+def _by_shardbook(
+    source: Callable[[], Any], job: Job, rank: int, plans: int, connect: Callable[[], None] = lambda: None
+) -> Planned:
     from benchmarks.rank_states import state_dict_of
     from shardbook.dcp.lazy import LazyMetadata
     from shardbook.dcp.load_planner import ShardbookLoadPlanner
@@ -141,12 +150,15 @@ def _by_shardbook(source: Callable[[], Any], job: Job, rank: int, plans: int) ->
         plan = planner.create_local_plan()
         return time.perf_counter() - begin_s, plan
 
+    idle_bytes = _settled()
+    connected_s = _seconds(connect)
+    connection_bytes = peak_rss_bytes() - idle_bytes
     before_bytes = _settled()
     first_s, plan = planned()
     added_bytes = peak_rss_bytes() - before_bytes
     # Not what is left over of earlier ones, nor what dropping them takes.
     later = tuple(planned()[0] for _ in range(plans - 1))
-    return Planned(first_s, later, 0.0, len(plan.items), added_bytes, 0)
+    return Planned(connected_s + first_s, later, 0.0, len(plan.items), added_bytes, 0, connection_bytes)
 
 
 @dataclass(frozen=True)
