@@ -77,6 +77,7 @@ class Sizes:
         crowd: Which job's ranks ask 64 at a time.
         fleet: Which job's ranks all ask.
         everything: Which job's ``Metadata`` is made as a whole, and how often.
+        worlds: What ranks load: as many as saved, or half of them.
     """
 
     jobs: dict[str, tuple[Job, int]]
@@ -85,6 +86,7 @@ class Sizes:
     crowd: str
     fleet: str
     everything: tuple[str, int]
+    worlds: tuple[str, ...] = ("same", "half")
 
 
 FULL: Final = Sizes(
@@ -107,6 +109,7 @@ QUICK: Final = Sizes(
     crowd="a",
     fleet="405B / 16",
     everything=("a", 1),
+    worlds=("same",),
 )
 
 
@@ -183,9 +186,10 @@ def _dump(job: Workload, path: Path) -> None:
 # ---------------------------------------------------------------- one rank's plan
 
 
-def measure_plans(report: Report, place: Place, rounds: int, plans: int) -> None:
+def measure_plans(report: Report, place: Place, rounds: int, sizes: Sizes) -> None:
     """Adds what a plan costs one rank, each contender in processes of its own."""
-    worlds = {"same": place.job, "half": halved(place.job)}
+    plans = sizes.plans
+    worlds = {world: place.job if world == "same" else halved(place.job) for world in sizes.worlds}
     runs: dict[str, dict[str, list[Planned]]] = {world: defaultdict(list) for world in worlds}
     warm(place.server.address, place.loadable.ref, list(worlds.values()), RANK, place.cache)
     for _ in range(rounds):
@@ -368,7 +372,7 @@ def measure(report: Report, sizes: Sizes, parts: Sequence[str] = PARTS, only: Se
             if "at-once" in parts and name == sizes.fleet:
                 measure_at_once(report, place, in_flight=128, times=1, bound_s=60 if name == "405B" else None)
             if "plan" in parts and rounds:
-                measure_plans(report, place, rounds, sizes.plans)
+                measure_plans(report, place, rounds, sizes)
             if "latency" in parts and name == sizes.latency[0]:
                 measure_latency(report, place, sizes.latency[1])
             if "at-once" in parts and name == sizes.crowd:
