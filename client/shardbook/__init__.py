@@ -47,6 +47,7 @@ from shardbook.errors import (
 if TYPE_CHECKING:
     from shardbook.catalog import Checkpoint, CheckpointState, Run, RunPart, StoredMetadata, TensorInfo
     from shardbook.client import Client
+    from shardbook.comparing import CheckpointDiff, diff
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
     from shardbook.reading import read, read_many
@@ -65,6 +66,8 @@ _HOME = {
     "TensorInfo": "shardbook.catalog",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
+    "CheckpointDiff": "shardbook.comparing",
+    "diff": "shardbook.comparing",
     "VerifyReport": "shardbook.verifying",
     "verify": "shardbook.verifying",
 }
@@ -83,6 +86,8 @@ __all__ = [
     "TensorInfo",
     "read",
     "read_many",
+    "CheckpointDiff",
+    "diff",
     "VerifyReport",
     "verify",
     "AlreadyExistsError",

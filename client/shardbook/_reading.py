@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shardbook._patterns import listing_place
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
 from shardbook.chunks import CheckpointChunks
@@ -12,15 +13,18 @@ from shardbook.core.columns import encode_name, unframe
 from shardbook.core.digest import digest_of
 from shardbook.core.found import decode_part, merge
 from shardbook.core.limits import MAX_PAGE_SIZE
-from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
+from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError
-from shardbook.v1 import catalog_pb2, metadata_pb2
+from shardbook.status import RunStatus, ServerInfo
+from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
 
 GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
 QUERY_CHUNKS = Rpc("QueryChunks", lambda on: on.metadata.QueryChunks)
 LIST_TENSORS = Rpc("ListTensors", lambda on: on.metadata.ListTensors)
+GET_SERVER_INFO = Rpc("GetServerInfo", lambda on: on.metadata.GetServerInfo)
+GET_RUN_STATUS = Rpc("GetRunStatus", lambda on: on.registration.GetRunStatus)
 GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
 LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
 GET_CHECKPOINT = Rpc("GetCheckpoint", lambda on: on.catalog.GetCheckpoint)
@@ -181,6 +185,28 @@ class ReadingCalls:
         request = catalog_pb2.GetRunRequest(name=str(name))
         return Run.of(self._transport.call(GET_RUN, request, deadline_s=deadline_s).run)
 
+    def get_server_info(self, *, deadline_s: float | None = None) -> ServerInfo:
+        """Returns who answers: release, kind of database, and the time there."""
+        request = metadata_pb2.GetServerInfoRequest()
+        return ServerInfo.of(self._transport.call(GET_SERVER_INFO, request, deadline_s=deadline_s))
+
+    def get_run_status(
+        self, run: RunName | str, part: str | None = None, *, deadline_s: float | None = None
+    ) -> RunStatus:
+        """Returns where the saves of a run stand: what is open and who is missing, and the last commit.
+
+        Args:
+            run: The run.
+            part: One part; None for all.
+            deadline_s: Seconds for the call.
+
+        Raises:
+            NotFoundError: There is no such run or part.
+        """
+        name = run if isinstance(run, RunName) else RunName.parse(run)
+        request = registration_pb2.GetRunStatusRequest(run=str(name), part=part or "")
+        return RunStatus.of(name.ref, self._transport.call(GET_RUN_STATUS, request, deadline_s=deadline_s))
+
     def list_runs(
         self, project: str | None = None, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None
     ) -> Iterator[Run]:
@@ -209,24 +235,36 @@ class ReadingCalls:
         *,
         part: str | None = None,
         show_all: bool = False,
+        filter: str = "",  # noqa: A002 - its name in the API
+        order_by: str = "",
         page_size: int = MAX_PAGE_SIZE,
         deadline_s: float | None = None,
     ) -> Iterator[Checkpoint]:
-        """Yields the checkpoints of a run, newest first.
+        """Yields the checkpoints of a run, or of all runs that a pattern names.
 
         Args:
-            run: The run.
+            run: ``project/run``; ``*`` stands for anything: ``llm/*``, ``llm/8b-*``, ``*/*``.
             part: One part; None for all.
             show_all: True for open, failed, expired and superseded attempts too.
+            filter: Which of them: ``metrics.val_loss < 2 AND labels.stage = "eval"``, see docs/filters.md.
+            order_by: Fields to order by: ``metrics.val_loss desc, step``. By default the newest session and step come
+                first in one run, and the newest in several.
             page_size: Checkpoints a call, at most 1,000.
             deadline_s: Seconds for each page.
 
         Raises:
-            NotFoundError: There is no such run.
+            NotFoundError: There is no such run; a pattern may name none.
+            InvalidArgumentError: The filter or order cannot be read; ``metadata`` has the ``position``.
         """
-        name = run if isinstance(run, RunName) else RunName.parse(run)
-        parent = f"{name}/parts/-" if part is None else str(PartName(name, part))
-        request = catalog_pb2.ListCheckpointsRequest(parent=parent, page_size=page_size, show_all=show_all)
+        place, conditions = listing_place(run, part)
+        request = catalog_pb2.ListCheckpointsRequest(
+            parent=place,
+            page_size=page_size,
+            show_all=show_all,
+            # AND binds least, and the caller's filter comes first: positions in errors are right.
+            filter=" AND ".join([*([filter] if filter.strip() else []), *conditions]),
+            order_by=order_by,
+        )
         while True:
             page = self._transport.call(LIST_CHECKPOINTS, request, deadline_s=deadline_s)
             yield from map(Checkpoint.of, page.checkpoints)

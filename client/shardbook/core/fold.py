@@ -95,7 +95,8 @@ def fold(records: Sequence[RegistrationRecord]) -> FoldedAttempt:
         _check_registration(record, infos[number]) for record, number in zip(by_rank, rank_index.tolist(), strict=True)
     )
     registrations = [(record.extents, record.volatile) for record in by_rank]
-    folded = fold_decoded(identity, decoded, digests, registrations, structures.used(distinct))
+    said = next((record.said for record in by_rank if record.said), b"")
+    folded = fold_decoded(identity, decoded, digests, registrations, structures.used(distinct), said=said)
     return replace(folded, written_bytes=written_bytes)
 
 
@@ -106,6 +107,7 @@ def fold_decoded(
     registrations: Sequence[tuple[bytes, bytes]],
     blobs: tuple[StoredBlob, ...],
     metadata_header: bytes = b"",
+    said: bytes = b"",
 ) -> FoldedAttempt:
     """Assembles and validates an attempt of which one process knows everything.
 
@@ -116,6 +118,7 @@ def fold_decoded(
         registrations: Payloads of extents and volatile properties, likewise.
         blobs: Every table, plan and structure, each once.
         metadata_header: See ``shardbook.core.head``; empty for saves by Shardbook.
+        said: What is said of the checkpoint, see ``shardbook.core.description``.
 
     Raises:
         InvalidGeometryError: The chunks do not make whole tensors.
@@ -134,6 +137,7 @@ def fold_decoded(
         structure_digests=tuple(digests),
         blobs=blobs,
         metadata_header=metadata_header,
+        said=said,
     )
     return FoldedAttempt(manifest, checkpoint, locate(checkpoint, registrations))
 

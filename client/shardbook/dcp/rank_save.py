@@ -27,6 +27,7 @@ from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import WrittenChecksums
+from shardbook.dcp.describing import milliseconds
 from shardbook.dcp.directory import write_record
 from shardbook.dcp.failing import raise_failure_of_others, tell_failure
 from shardbook.dcp.finishing import Finisher, Outcome
@@ -87,6 +88,8 @@ class RankSave:
         self._closed: Checkpoint | None = None
         #: When this rank began to register, and to wait for the others.
         self._registering_s = 0.0
+        #: What this rank took to plan, to write and to leave its record, milliseconds.
+        self._phase_ms: tuple[int, ...] = ()
         #: Why the service does not know of this save; empty while it does.
         self._unregistered = ""
         #: The session was found fenced before the data was written; raised once the data is on storage.
@@ -111,6 +114,7 @@ class RankSave:
         written_s = time.monotonic()
         with self._reporting("register"):
             write_record(self._files, record)
+        self._phase_ms = milliseconds(began_s, planned_s, written_s, time.monotonic())
         if self._fenced is not None:
             raise self._fenced
         record = self._register(record)
@@ -312,6 +316,7 @@ class RankSave:
             structure,
             extents,
             (written.items.requires_grad, written.items.pin_memory),
+            self._prepared.record_said(),
         )
 
     def _register(self, record: RegistrationRecord) -> RegistrationRecord:
@@ -324,9 +329,10 @@ class RankSave:
         wait_s = min(self._prepared.options.timeout_s, self._attempt.first_wait_s) if waits else 0.0
         try:
             try:
-                self._closed = self._submitter.register(record, wait_s=wait_s)
+                self._closed = self._submitter.register(record, wait_s=wait_s, phase_ms=self._phase_ms)
             except SessionUnknownError:
-                self._closed = self._reconnect(self._submitter).register(record, wait_s=wait_s)
+                submitter = self._reconnect(self._submitter)
+                self._closed = submitter.register(record, wait_s=wait_s, phase_ms=self._phase_ms)
                 record = self._of_new_session(record, self._submitter.session)
             self._prepared.on_registered()
             self._runtime.outage_told = False
