@@ -12,7 +12,7 @@ Columns are kept as narrow as their values allow, constant ones as a single valu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -337,16 +337,3 @@ def joined(structures: Sequence[CheckpointStructure]) -> CheckpointStructure:
         var_hi=np.concatenate([one.var_hi for one in structures]),
         length=np.concatenate([one.length for one in structures]),
     )
-
-
-def bounds_of(counts: Iterable[int], limit: int) -> list[int]:
-    """Returns where to cut consecutive entries into pages of about ``limit`` chunks; the first is 0, the last T."""
-    bounds, held, at = [0], 0, 0
-    for at, count in enumerate(counts, 1):
-        held += count
-        if held >= limit:
-            bounds.append(at)
-            held = 0
-    if bounds[-1] != at:
-        bounds.append(at)
-    return bounds

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +19,7 @@ from shardbook.core.extents import (
     decode_volatile,
     volatile_entry_count,
 )
+from shardbook.core.ragged import bounds_of
 from shardbook.core.table import EntryKind
 from shardbook.errors import InvalidArgumentError
 
@@ -47,6 +49,59 @@ class Located:
     checksum: Int64Array
     requires_grad: BoolArray
     pin_memory: BoolArray
+
+
+def pages_of(
+    structure: CheckpointStructure, located: Located, limit: int
+) -> Iterator[tuple[slice, CheckpointStructure, Located]]:
+    """Yields consecutive entries with about ``limit`` chunks at a time, as views, and which chunks those are.
+
+    Key paths and warnings, which belong to the whole, are not in them.
+    """
+    firsts = structure.firsts.tolist()
+    for first, end in itertools.pairwise(bounds_of(structure.chunk_counts.tolist(), limit)):
+        rows, entries = slice(firsts[first], firsts[end]), slice(first, end)
+        yield rows, _cut_structure(structure, entries, rows), _cut_located(located, entries, rows)
+
+
+def _cut_structure(columns: CheckpointStructure, entries: slice, rows: slice) -> CheckpointStructure:
+    return replace(
+        columns,
+        fqns=columns.fqns[entries],
+        kinds=columns.kinds[entries],
+        dtypes=columns.dtypes[entries],
+        layouts=columns.layouts[entries],
+        memory_formats=columns.memory_formats[entries],
+        ndims=columns.ndims[entries],
+        shapes=columns.shapes[entries],
+        winner_entry=columns.winner_entry[entries],
+        chunk_counts=columns.chunk_counts[entries],
+        offsets=columns.offsets[rows],
+        sizes=columns.sizes[rows],
+        owner=columns.owner[rows],
+        position=columns.position[rows],
+        file=columns.file[rows],
+        base=columns.base[rows],
+        var_lo=columns.var_lo[rows],
+        var_hi=columns.var_hi[rows],
+        length=columns.length[rows],
+        key_paths=None,
+        warnings=(),
+    )
+
+
+def _cut_located(columns: Located, entries: slice, rows: slice) -> Located:
+    return replace(
+        columns,
+        start=columns.start[rows],
+        length=columns.length[rows],
+        transform_index=columns.transform_index[rows],
+        hints=columns.hints[rows],
+        attributes=columns.attributes[rows],
+        checksum=columns.checksum[rows],
+        requires_grad=columns.requires_grad[entries],
+        pin_memory=columns.pin_memory[entries],
+    )
 
 
 def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, bytes]]) -> Located:
@@ -167,6 +222,8 @@ def _volatile(structure: CheckpointStructure, volatile: Sequence[bytes]) -> tupl
     """requires_grad and pin_memory of every entry, from the owner of its first chunk."""
     requires_grad = np.zeros(structure.entry_count, dtype=np.bool_)
     pin_memory = np.zeros(structure.entry_count, dtype=np.bool_)
+    if not any(volatile):
+        return requires_grad, pin_memory
     held = np.flatnonzero(structure.chunk_counts > 0)
     winner = _Which(structure.owner[structure.firsts[:-1][held]], len(volatile))
     for rank in np.unique(winner.number).tolist():

@@ -10,6 +10,7 @@ from shardbook_server.service.types import AttemptLocation
 from shardbook_server.service.views import CheckpointInfo, CheckpointState
 from shardbook_server.storage import aliases as alias_rows
 from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import named as named_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection
@@ -105,10 +106,21 @@ def resolve_committed(connection: Connection, name: CheckpointName) -> Checkpoin
 
 def committed_info(connection: Connection, name: CheckpointName) -> tuple[CheckpointRow, CheckpointInfo]:
     """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above."""
-    checkpoint_id = resolve(connection, name)
-    listed = checkpoint_rows.find_listed(connection, [checkpoint_id])[checkpoint_id]
+    listed = _find_at_once(connection, name)
+    if listed is None:
+        checkpoint_id = resolve(connection, name)
+        listed = checkpoint_rows.find_listed(connection, [checkpoint_id])[checkpoint_id]
     _check_committed(listed.row, name)
     return listed.row, checkpoint_of(listed)
+
+
+def _find_at_once(connection: Connection, name: CheckpointName) -> ListedCheckpoint | None:
+    """Returns what the names mean that loaders use, by one statement; None for other names and what is not there."""
+    if name.id.alias == LATEST:
+        return named_rows.find_latest(connection, name.part)
+    if name.id.step is None or name.id.session is not None:
+        return None
+    return named_rows.find_live(connection, name.part, name.id.step)
 
 
 def _check_committed(row: CheckpointRow, name: CheckpointName) -> None:
