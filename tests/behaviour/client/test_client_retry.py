@@ -109,7 +109,8 @@ def test_a_server_that_is_not_there_is_given_up_long_before_a_long_deadline(
     began_s = time.monotonic()
     with pytest.raises(errors.UnavailableError, match="cannot reach a Shardbook server"):
         client.get_metadata("a/b@1", deadline_s=300)
-    assert 2.0 < time.monotonic() - began_s < 15
+    # A wait of up to 2 s that would end beyond the 3 s is not begun.
+    assert 1.0 < time.monotonic() - began_s < 15
     assert 1 == sum("no Shardbook server answers" in one.getMessage() for one in caplog.records)
 
 
