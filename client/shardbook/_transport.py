@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, TypeVar, cast
@@ -163,6 +163,22 @@ class Transport:
                 return self._attempt(rpc, request, remaining_s, guarded)
 
             return self._until_deadline(attempt, limit_s, guarded)
+
+    def pages(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> Iterator[R]:
+        """Yields the pages of a listing; ``request`` is of the first one, and is used for the others.
+
+        Args:
+            rpc: A call with a ``page_token`` in its request and a ``next_page_token`` in its answer.
+            request: Its request.
+            deadline_s: As ``call`` has it, for each page.
+        """
+        following: Any = request
+        while True:
+            page = self.call(rpc, request, deadline_s=deadline_s)
+            yield page
+            following.page_token = cast("Any", page).next_page_token
+            if not following.page_token:
+                return
 
     def call_patiently(
         self,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.checkpoint import BOX_COLUMNS, CHUNK_COLUMNS, ENTRY_COLUMNS, CheckpointStructure, chosen
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.grid import prove_even
 from shardbook.core.ragged import firsts_of, group_reduce, rows_of, within_group
@@ -28,8 +28,8 @@ from shardbook.core.wanted import widened
 
 Column = npt.NDArray[np.integer[Any]]
 _WIDTHS = (np.uint8, np.uint16, np.uint32)
-#: Columns of a chunk besides its box.
-CHUNK_COLUMNS = ("owner", "position", "file", "base", "var_lo", "var_hi", "length")
+#: What rows of geometry are padded with.
+_PADDING = {"shapes": 1, "offsets": 0, "sizes": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,15 +298,7 @@ def without_chunks_of(entries: BoolArray, structure: CheckpointStructure) -> Che
     return replace(
         structure,
         chunk_counts=np.where(entries, 0, structure.chunk_counts),
-        offsets=structure.offsets[kept],
-        sizes=structure.sizes[kept],
-        owner=structure.owner[kept],
-        position=structure.position[kept],
-        file=structure.file[kept],
-        base=structure.base[kept],
-        var_lo=structure.var_lo[kept],
-        var_hi=structure.var_hi[kept],
-        length=structure.length[kept],
+        **chosen(structure, (*BOX_COLUMNS, *CHUNK_COLUMNS), kept),
         key_paths=None,
     )
 
@@ -316,24 +308,15 @@ def joined(structures: Sequence[CheckpointStructure]) -> CheckpointStructure:
     if len(structures) == 1:
         return structures[0]
     width = max(one.shapes.shape[1] for one in structures)
+
+    def column(name: str) -> Any:
+        columns = [getattr(one, name) for one in structures]
+        if name in _PADDING:
+            columns = [widened(one, width, _PADDING[name]) for one in columns]
+        return np.concatenate(columns)
+
     return replace(
         structures[0],
+        **{name: column(name) for name in (*ENTRY_COLUMNS, *BOX_COLUMNS, *CHUNK_COLUMNS)},
         fqns=tuple(itertools.chain.from_iterable(one.fqns for one in structures)),
-        kinds=np.concatenate([one.kinds for one in structures]),
-        dtypes=np.concatenate([one.dtypes for one in structures]),
-        layouts=np.concatenate([one.layouts for one in structures]),
-        memory_formats=np.concatenate([one.memory_formats for one in structures]),
-        ndims=np.concatenate([one.ndims for one in structures]),
-        shapes=np.concatenate([widened(one.shapes, width, 1) for one in structures]),
-        winner_entry=np.concatenate([one.winner_entry for one in structures]),
-        chunk_counts=np.concatenate([one.chunk_counts for one in structures]),
-        offsets=np.concatenate([widened(one.offsets, width, 0) for one in structures]),
-        sizes=np.concatenate([widened(one.sizes, width, 1) for one in structures]),
-        owner=np.concatenate([one.owner for one in structures]),
-        position=np.concatenate([one.position for one in structures]),
-        file=np.concatenate([one.file for one in structures]),
-        base=np.concatenate([one.base for one in structures]),
-        var_lo=np.concatenate([one.var_lo for one in structures]),
-        var_hi=np.concatenate([one.var_hi for one in structures]),
-        length=np.concatenate([one.length for one in structures]),
     )

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
-from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.checkpoint import BOX_COLUMNS, CHUNK_COLUMNS, ENTRY_COLUMNS, CheckpointStructure, chosen
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.extents import (
     HINT_POSITION,
@@ -22,6 +23,10 @@ from shardbook.core.extents import (
 from shardbook.core.ragged import bounds_of
 from shardbook.core.table import EntryKind
 from shardbook.errors import InvalidArgumentError
+
+#: Columns of ``Located``: of entries, and of chunks.
+_ENTRY_FACTS: Final = ("requires_grad", "pin_memory")
+_CHUNK_FACTS: Final = ("start", "length", "transform_index", "hints", "attributes", "checksum")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,41 +72,16 @@ def pages_of(
 def _cut_structure(columns: CheckpointStructure, entries: slice, rows: slice) -> CheckpointStructure:
     return replace(
         columns,
+        **chosen(columns, ENTRY_COLUMNS, entries),
+        **chosen(columns, (*BOX_COLUMNS, *CHUNK_COLUMNS), rows),
         fqns=columns.fqns[entries],
-        kinds=columns.kinds[entries],
-        dtypes=columns.dtypes[entries],
-        layouts=columns.layouts[entries],
-        memory_formats=columns.memory_formats[entries],
-        ndims=columns.ndims[entries],
-        shapes=columns.shapes[entries],
-        winner_entry=columns.winner_entry[entries],
-        chunk_counts=columns.chunk_counts[entries],
-        offsets=columns.offsets[rows],
-        sizes=columns.sizes[rows],
-        owner=columns.owner[rows],
-        position=columns.position[rows],
-        file=columns.file[rows],
-        base=columns.base[rows],
-        var_lo=columns.var_lo[rows],
-        var_hi=columns.var_hi[rows],
-        length=columns.length[rows],
         key_paths=None,
         warnings=(),
     )
 
 
 def _cut_located(columns: Located, entries: slice, rows: slice) -> Located:
-    return replace(
-        columns,
-        start=columns.start[rows],
-        length=columns.length[rows],
-        transform_index=columns.transform_index[rows],
-        hints=columns.hints[rows],
-        attributes=columns.attributes[rows],
-        checksum=columns.checksum[rows],
-        requires_grad=columns.requires_grad[entries],
-        pin_memory=columns.pin_memory[entries],
-    )
+    return replace(columns, **chosen(columns, _CHUNK_FACTS, rows), **chosen(columns, _ENTRY_FACTS, entries))
 
 
 def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, bytes]]) -> Located:

@@ -66,8 +66,7 @@ class MetadataService:
         """
         parsed = CheckpointName.parse(name, "name")
         with self._database.read() as connection:
-            row = present.resolve_committed(connection, parsed)
-            info = present.checkpoint_info(connection, row.id)
+            row, info = present.committed_info(connection, parsed)
             head, ids = b"", []
             if info.structure_digest != held_structure_digest:
                 structure_id = _structure_id(row.structure_id)

@@ -15,14 +15,20 @@ from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection
 from shardbook_server.storage.descriptions import NOTHING_SAID, Said
+from shardbook_server.storage.runs import PartRow
 
 
 def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
     """Returns a checkpoint as it is answered; raises NotFoundError."""
+    return checkpoint_of(listed_by_id(connection, checkpoint_id))
+
+
+def listed_by_id(connection: Connection, checkpoint_id: int) -> ListedCheckpoint:
+    """Returns a checkpoint with its names and what its structure says; raises NotFoundError."""
     listed = checkpoint_rows.find_listed(connection, [checkpoint_id]).get(checkpoint_id)
     if listed is None:
         raise NotFoundError("there is no such checkpoint")
-    return checkpoint_of(listed)
+    return listed
 
 
 def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> CheckpointInfo:
@@ -61,6 +67,14 @@ def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> Checkp
     )
 
 
+def existing_part(connection: Connection, name: PartName) -> PartRow:
+    """Returns a part; raises NotFoundError."""
+    part = run_rows.find_parts(connection, [name]).get(name)
+    if part is None:
+        raise NotFoundError(f"{name.ref} does not exist: nothing was ever saved to it")
+    return part
+
+
 def resolve(connection: Connection, name: CheckpointName) -> int:
     """Returns the checkpoint that a name means.
 
@@ -70,16 +84,14 @@ def resolve(connection: Connection, name: CheckpointName) -> int:
     Raises:
         NotFoundError: It means none.
     """
-    part = run_rows.find_parts(connection, [name.part]).get(name.part)
-    if part is None:
-        raise NotFoundError(f"{name.part.ref} does not exist: nothing was ever saved to it")
+    part = existing_part(connection, name.part)
     found = _resolve(connection, part, name.id)
     if found is None:
         raise NotFoundError(_why_absent(connection, part, name), metadata={"name": str(name)})
     return found
 
 
-def _why_absent(connection: Connection, part: run_rows.PartRow, name: CheckpointName) -> str:
+def _why_absent(connection: Connection, part: PartRow, name: CheckpointName) -> str:
     listing = f"`shardbook ls {name.part.ref}"
     if name.id.alias == LATEST:
         return f"{name.ref} does not exist: nothing of it is committed; {listing} --all` lists every attempt"
@@ -108,8 +120,7 @@ def committed_info(connection: Connection, name: CheckpointName) -> tuple[Checkp
     """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above."""
     listed = _find_at_once(connection, name)
     if listed is None:
-        checkpoint_id = resolve(connection, name)
-        listed = checkpoint_rows.find_listed(connection, [checkpoint_id])[checkpoint_id]
+        listed = listed_by_id(connection, resolve(connection, name))
     _check_committed(listed.row, name)
     return listed.row, checkpoint_of(listed)
 
@@ -137,7 +148,7 @@ def committed_by_id(connection: Connection, checkpoint_id: int) -> CheckpointRow
     return row
 
 
-def _resolve(connection: Connection, part: run_rows.PartRow, name: CheckpointId) -> int | None:
+def _resolve(connection: Connection, part: PartRow, name: CheckpointId) -> int | None:
     if name.alias is not None:
         if name.alias == LATEST:
             return part.latest_id
