@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sqlalchemy import (
+    REAL,
     BigInteger,
     Column,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    func,
     literal_column,
     text,
 )
@@ -39,6 +42,8 @@ Int64 = BigInteger().with_variant(Integer(), "sqlite")
 #: Small number or flag (0 or 1).
 Small = SmallInteger().with_variant(Integer(), "sqlite")
 Digest = LargeBinary(32)
+#: 64-bit floating point number; SQLite's STRICT tables know it as REAL.
+Number = Double().with_variant(REAL(), "sqlite")
 #: Name that listings are ordered by: by code point, as SQLite does, whatever the database's language.
 Name = Text().with_variant(Text(collation="C"), "postgresql")
 
@@ -99,6 +104,8 @@ parts = Table(
     Column("last_session", Int64, nullable=False),
     Column("latest_id", Int64),
     UniqueConstraint("run_id", "name"),
+    # Listings ordered by part.
+    Index("ix_parts_name", "name", "id"),
     **_STRICT,
 )
 
@@ -173,6 +180,78 @@ checkpoints = Table(
     # Whoever drops a structure is asked whether a checkpoint has it.
     Index("ix_checkpoints_structure_id", "structure_id"),
     **_NEVER_REUSED,
+)
+
+#: When a checkpoint was saved: what was recorded afterwards says when it was written.
+SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.create_time_us)
+
+# Orders of listings across runs; what is live is listed apart from what is not.
+Index("ix_checkpoints_by_session", checkpoints.c.live, checkpoints.c.session, checkpoints.c.step, checkpoints.c.id)
+Index("ix_checkpoints_by_step", checkpoints.c.live, checkpoints.c.step, checkpoints.c.id)
+Index("ix_checkpoints_by_time", checkpoints.c.live, SAVE_TIME, checkpoints.c.id)
+Index("ix_checkpoints_by_size", checkpoints.c.live, checkpoints.c.size_bytes, checkpoints.c.id)
+Index("ix_checkpoints_by_world", checkpoints.c.live, checkpoints.c.world_size, checkpoints.c.id)
+Index("ix_checkpoints_by_state", checkpoints.c.live, checkpoints.c.state, checkpoints.c.id)
+Index("ix_checkpoints_by_part", checkpoints.c.live, checkpoints.c.part_id, checkpoints.c.id)
+
+#: What people and jobs call checkpoints. The index is for filters and orders, across runs.
+labels = Table(
+    "labels",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("value", Name, nullable=False),
+    Index("ix_labels_value", "name", "value", "checkpoint_id"),
+    **_CLUSTERED,
+)
+
+#: Measured values. ``part_id`` is the checkpoint's: for the best of a part.
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("part_id", ForeignKey("parts.id"), nullable=False),
+    Column("value", Number, nullable=False),
+    Index("ix_metrics_value", "name", "value", "checkpoint_id"),
+    Index("ix_metrics_part", "part_id", "name", "value", "checkpoint_id"),
+    **_CLUSTERED,
+)
+
+#: What else is known of a checkpoint, each as JSON: a person's note, who wrote it, how long that took.
+descriptions = Table(
+    "descriptions",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("note", Text, nullable=False),
+    Column("writer", Text, nullable=False),
+    Column("timing", Text, nullable=False),
+    **_STRICT,
+)
+
+#: What the ranks of a committed checkpoint took and wrote, as packed columns.
+rank_stats = Table(
+    "rank_stats",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("payload", LargeBinary, nullable=False),
+    **_STRICT,
+)
+
+#: Names of checkpoints that can be moved; ``latest`` is in ``parts``. One that follows a metric has its name, and may
+#: mean no checkpoint yet.
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("part_id", ForeignKey("parts.id"), primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("checkpoint_id", ForeignKey("checkpoints.id")),
+    Column("metric", Text, nullable=False),
+    Column("direction", Small, nullable=False),
+    Column("protected", Small, nullable=False),
+    Column("update_time_us", Int64, nullable=False),
+    Index("ix_aliases_checkpoint_id", "checkpoint_id"),
+    **_CLUSTERED,
 )
 
 #: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``, 0 for other kinds.
@@ -269,6 +348,8 @@ registrations = Table(
     Column("size_bytes", Int64, nullable=False),
     Column("extents", LargeBinary, nullable=False),
     Column("volatile", LargeBinary, nullable=False),
+    # Milliseconds by phase; none from ranks of an older release, or in an older server.
+    Column("phases", LargeBinary),
     **_CLUSTERED,
 )
 
@@ -281,7 +362,8 @@ extent_segments = Table(
     **_STRICT,
 )
 
-#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``.
+#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``. ``alias`` is the name of the
+#: one that was moved.
 events = Table(
     "events",
     metadata,
@@ -290,6 +372,7 @@ events = Table(
     Column("kind", Small, nullable=False),
     Column("part_id", Int64, nullable=False),
     Column("checkpoint_id", Int64, nullable=False),
+    Column("alias", Text),
     **_STRICT,
 )
 
