@@ -154,6 +154,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         _checksum,
     ),
     Setting(
+        "git_commit",
+        "SHARDBOOK_GIT_COMMIT",
+        "",
+        "Commit of the training code, kept with every checkpoint that is saved.",
+        str,
+    ),
+    Setting(
         "stores",
         "SHARDBOOK_STORES",
         "",
@@ -176,6 +183,7 @@ class ClientConfig:
         outage_first_s: What an outage may cost the first save, seconds.
         outage_later_s: What it may cost every later save, seconds.
         checksum: What saves keep of every item's bytes, unless they say.
+        git_commit: Commit of the training code; empty when it is not known.
         stores: Named storage roots.
 
     Raises:
@@ -190,6 +198,7 @@ class ClientConfig:
     outage_first_s: float = FIRST_S
     outage_later_s: float = LATER_S
     checksum: Checksum = Checksum.NONE
+    git_commit: str = ""
     stores: Stores = field(default_factory=Stores)
 
     def __post_init__(self) -> None:

@@ -103,6 +103,34 @@ def check_note(text: str, field: str = "note") -> str:
     return "" if note is None else stored
 
 
+def pack_said(labels: Mapping[str, str], metrics: Mapping[str, float], note: str, writer: Mapping[str, str]) -> bytes:
+    """Returns what is said of a checkpoint as records and manifests hold it; empty when nothing is."""
+    values = {"labels": dict(labels), "metrics": dict(metrics), "note": note, "writer": dict(writer)}
+    known = {name: value for name, value in values.items() if value}
+    return json.dumps(known, sort_keys=True).encode() if known else b""
+
+
+def unpack_said(content: bytes) -> tuple[dict[str, str], dict[str, float], str, dict[str, str]]:
+    """Returns labels, metrics, note and writer that ``pack_said`` packed.
+
+    Raises:
+        InvalidArgumentError: They are damaged, or none that may be stored.
+    """
+    if not content:
+        return {}, {}, "", {}
+    try:
+        known = json.loads(content)
+        writer = check_labels(known.get("writer", {}), "writer")
+        return (
+            check_labels(known.get("labels", {})),
+            check_metrics(known.get("metrics", {})),
+            check_note(known.get("note", "")),
+            writer,
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidArgumentError(f"what is said of the checkpoint is damaged: {error}", field="said") from error
+
+
 def decode_note(text: str) -> Any:
     """Returns the value of a stored note; None for none."""
     return json.loads(text) if text else None

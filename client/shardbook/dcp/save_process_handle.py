@@ -108,11 +108,12 @@ class SaveProcess:
             number=number,
             attempt=prepared.attempt,
             checkpoint_id=prepared.checkpoint_id,
-            options=prepared.options,
+            options=replace(prepared.options, labels=None, metrics=None, note=None),
             sessions=self._runtime.sessions,
             lease_ttl_s=self._runtime.lease_ttl_s,
             directory=_directory(),
             places=packed.places,
+            said=prepared.said,
         )
         with self._lock:
             if self._is_closed:

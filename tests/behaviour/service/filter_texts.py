@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
-from tests.behaviour.service.catalogue_rows import START_US, Saved
+from benchmarks.catalogue_rows import START_US, Saved
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.catalogue_rows import Saved, store
 from shardbook.errors import InvalidArgumentError
 from shardbook_server.service.filters import parse_filter, parse_order
 from shardbook_server.service.places import parse_parent, part_ids_of
@@ -18,7 +19,6 @@ from shardbook_server.storage import listing
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.filters import AllOf, AnyOf, Compare, Field, Match, Not, Present
 from shardbook_server.storage.listing import Listing, OrderBy
-from tests.behaviour.service.catalogue_rows import Saved, store
 from tests.behaviour.service.filter_texts import Judge, conditions, some_rows
 from tests.databases import Databases, opened
 
