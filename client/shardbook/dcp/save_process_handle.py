@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing import reduction, spawn
 from multiprocessing.connection import Connection
 from typing import Final
