@@ -136,7 +136,7 @@ def decode_note(text: str) -> Any:
     return json.loads(text) if text else None
 
 
-def check_name(name: str, field: str) -> str:
+def check_name(name: object, field: str) -> str:
     """Returns ``name`` when it may be the key of a label or the name of a metric."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidArgumentError(

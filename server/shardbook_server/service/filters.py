@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken, v_args
+from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_args
 from lark.exceptions import VisitError
 
 from shardbook.core import limits
@@ -276,14 +276,13 @@ def _time_us(text: str, at: int) -> int:
 
 
 def _unexpected(error: UnexpectedInput, text: str) -> InvalidArgumentError:
-    at = error.pos_in_stream if isinstance(error.pos_in_stream, int) else len(text)
-    if isinstance(error, UnexpectedToken) and error.token.type == "$END":
-        return _refused("the filter ends too early", len(text))
     if isinstance(error, UnexpectedToken):
-        return _refused(f"{str(error.token)[:80]!a} is not expected here", at)
-    if isinstance(error, UnexpectedCharacters):
-        return _refused(f"{text[at : at + 1]!a} is not expected here", at)
-    return _refused("it cannot be read from here on", at)
+        if error.token.type == "$END":
+            return _refused("the filter ends too early", len(text))
+        return _refused(f"{str(error.token)[:80]!a} is not expected here", error.token.start_pos or 0)
+    # Its type says that it has none.
+    at = min(getattr(error, "pos_in_stream", 0), len(text))
+    return _refused(f"{text[at : at + 1]!a} is not expected here", at)
 
 
 def _refused(what: str, position: int) -> InvalidArgumentError:

@@ -7,13 +7,13 @@ Text is compared by code point, capitals apart from small letters, the same on b
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, false, func, not_, or_, select, true
 
-from shardbook_server.storage.tables import SAVE_TIME, checkpoints, labels, metrics, parts, projects, runs
+from shardbook_server.storage.tables import checkpoints, labels, metrics, parts, projects, runs
 
 #: Fields by name that are columns of a checkpoint.
 COLUMNS: Final[Mapping[str, ColumnElement[Any]]] = {
@@ -22,7 +22,7 @@ COLUMNS: Final[Mapping[str, ColumnElement[Any]]] = {
     "session": checkpoints.c.session,
     "world_size": checkpoints.c.world_size,
     "bytes": checkpoints.c.size_bytes,
-    "create_time": SAVE_TIME,
+    "create_time": checkpoints.c.save_time_us,
 }
 #: Fields by name that are names of what the checkpoint belongs to.
 PLACES: Final = ("project", "run", "part")
@@ -92,7 +92,8 @@ class Not:
     condition: Condition
 
 
-Condition = Compare | Match | Present | AllOf | AnyOf | Not
+Comparison = Compare | Match | Present
+Condition = Comparison | AllOf | AnyOf | Not
 
 
 def predicate(connection: Connection, condition: Condition) -> ColumnElement[bool]:
@@ -108,8 +109,12 @@ def predicate(connection: Connection, condition: Condition) -> ColumnElement[boo
             return or_(false(), *(predicate(connection, one) for one in conditions))
         case Not(one):
             return not_(predicate(connection, one))
-        case Compare(field) | Match(field) | Present(field):
-            pass
+        case _:
+            return _compared(connection, condition)
+
+
+def _compared(connection: Connection, condition: Comparison) -> ColumnElement[bool]:
+    field = condition.field
     if field.name in COLUMNS:
         return _judged(connection, condition, COLUMNS[field.name])
     if field.name in PLACES:
@@ -124,7 +129,7 @@ def predicate(connection: Connection, condition: Condition) -> ColumnElement[boo
     return func.coalesce(_judged(connection, condition, value), false())
 
 
-def parts_where(connection: Connection, conditions: list[Compare | Match]) -> Select[int]:
+def parts_where(connection: Connection, conditions: Sequence[Comparison]) -> Select[int]:
     """Returns the statement that finds the parts whose names meet conditions on places."""
     columns = {"project": projects.c.name, "run": runs.c.name, "part": parts.c.name}
     statement = select(parts.c.id)
@@ -157,30 +162,22 @@ def candidates(connection: Connection, condition: Condition, live: tuple[int, ..
         None when no index finds them.
     """
     match condition:
-        case Compare(field, "!="):
-            # Nearly everything, mostly.
+        case Compare(operator="!=") | AllOf() | AnyOf() | Not():
+            # The first of them is nearly everything, mostly.
             return None
-        case Match(field, (prefix, *_)) if not prefix:
+        case Match(pieces=(prefix, *_)) if not prefix:
             return None
-        case Compare(field) | Match(field) | Present(field):
-            pass
-        case _:
-            return None
+    field = condition.field
+    of_live = select(checkpoints.c.id).where(checkpoints.c.live.in_(live))
     if field.name in PLACES:
-        part_ids = parts_where(connection, [condition]) if isinstance(condition, Compare | Match) else None
-        return (
-            None
-            if part_ids is None
-            else select(checkpoints.c.id).where(checkpoints.c.live.in_(live), checkpoints.c.part_id.in_(part_ids))
-        )
+        return of_live.where(checkpoints.c.part_id.in_(parts_where(connection, [condition])))
     if field.name in COLUMNS:
-        bound = _range(condition, COLUMNS[field.name])
-        return select(checkpoints.c.id).where(checkpoints.c.live.in_(live), bound)
+        return of_live.where(_range(condition, COLUMNS[field.name]))
     table = labels if field.name == LABELS else metrics
     return select(table.c.checkpoint_id).where(table.c.name == field.key, _range(condition, table.c.value))
 
 
-def _judged(connection: Connection, condition: Condition, value: Any) -> ColumnElement[bool]:
+def _judged(connection: Connection, condition: Comparison, value: Any) -> ColumnElement[bool]:
     match condition:
         case Compare(_, name, wanted):
             return _OPERATORS[name](value, wanted)
@@ -191,7 +188,7 @@ def _judged(connection: Connection, condition: Condition, value: Any) -> ColumnE
             return present
 
 
-def _range(condition: Condition, column: ColumnElement[Any]) -> ColumnElement[bool]:
+def _range(condition: Comparison, column: ColumnElement[Any]) -> ColumnElement[bool]:
     """Returns the range of an index that holds everything that meets a comparison."""
     match condition:
         case Compare(_, name, wanted):

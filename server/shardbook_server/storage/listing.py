@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from sqlalchemy import Alias, ColumnElement, Connection, Select, and_, func, literal, or_, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, or_, select, tuple_
+from sqlalchemy.sql.selectable import NamedFromClause
 
 from shardbook_server.storage.filters import (
     COLUMNS,
@@ -99,7 +100,7 @@ class _Lister:
         self._connection = connection
         self._listing = listing
         #: Labels and metrics that the order needs, each a table of its own.
-        self._values: dict[Field, Alias] = {
+        self._values: dict[Field, NamedFromClause[Any]] = {
             one.field: (labels if one.field.name == LABELS else metrics).alias()
             for one in listing.order
             if one.field.name in (LABELS, METRICS)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     REAL,
     BigInteger,
     Column,
+    Computed,
     Double,
     ForeignKey,
     Index,
@@ -23,10 +24,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    func,
     literal_column,
     text,
 )
+from sqlalchemy.types import TypeEngine
 
 metadata = MetaData(
     naming_convention={
@@ -43,7 +44,7 @@ Int64 = BigInteger().with_variant(Integer(), "sqlite")
 Small = SmallInteger().with_variant(Integer(), "sqlite")
 Digest = LargeBinary(32)
 #: 64-bit floating point number; SQLite's STRICT tables know it as REAL.
-Number = Double().with_variant(REAL(), "sqlite")
+Number: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
 #: Name that listings are ordered by: by code point, as SQLite does, whatever the database's language.
 Name = Text().with_variant(Text(collation="C"), "postgresql")
 
@@ -166,6 +167,8 @@ checkpoints = Table(
     Column("failed_rank", Integer),
     Column("failed_host", Text),
     Column("failed_phase", Text),
+    # When it was saved: what was recorded afterwards says when it was written.
+    Column("save_time_us", Int64, Computed("coalesce(write_time_us, create_time_us)")),
     # Also the order of listings: newest session and step first.
     UniqueConstraint("part_id", "session", "step", "attempt", "incarnation", name="uq_checkpoints_attempt"),
     Index(
@@ -179,20 +182,16 @@ checkpoints = Table(
     Index("ix_checkpoints_staged", "part_id", sqlite_where=text("staged = 1"), postgresql_where=text("staged = 1")),
     # Whoever drops a structure is asked whether a checkpoint has it.
     Index("ix_checkpoints_structure_id", "structure_id"),
+    # Orders of listings across runs; what is live is listed apart from what is not.
+    Index("ix_checkpoints_by_session", "live", "session", "step", "id"),
+    Index("ix_checkpoints_by_step", "live", "step", "id"),
+    Index("ix_checkpoints_by_time", "live", "save_time_us", "id"),
+    Index("ix_checkpoints_by_size", "live", "size_bytes", "id"),
+    Index("ix_checkpoints_by_world", "live", "world_size", "id"),
+    Index("ix_checkpoints_by_state", "live", "state", "id"),
+    Index("ix_checkpoints_by_part", "live", "part_id", "id"),
     **_NEVER_REUSED,
 )
-
-#: When a checkpoint was saved: what was recorded afterwards says when it was written.
-SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.create_time_us)
-
-# Orders of listings across runs; what is live is listed apart from what is not.
-Index("ix_checkpoints_by_session", checkpoints.c.live, checkpoints.c.session, checkpoints.c.step, checkpoints.c.id)
-Index("ix_checkpoints_by_step", checkpoints.c.live, checkpoints.c.step, checkpoints.c.id)
-Index("ix_checkpoints_by_time", checkpoints.c.live, SAVE_TIME, checkpoints.c.id)
-Index("ix_checkpoints_by_size", checkpoints.c.live, checkpoints.c.size_bytes, checkpoints.c.id)
-Index("ix_checkpoints_by_world", checkpoints.c.live, checkpoints.c.world_size, checkpoints.c.id)
-Index("ix_checkpoints_by_state", checkpoints.c.live, checkpoints.c.state, checkpoints.c.id)
-Index("ix_checkpoints_by_part", checkpoints.c.live, checkpoints.c.part_id, checkpoints.c.id)
 
 #: What people and jobs call checkpoints. The index is for filters and orders, across runs.
 labels = Table(
