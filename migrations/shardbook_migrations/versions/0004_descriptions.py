@@ -19,10 +19,10 @@ _NUMBER: TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
 _SMALL = sa.SmallInteger().with_variant(sa.Integer(), "sqlite")
 _STRICT: Final[dict[str, Any]] = {"sqlite_strict": True}
 _CLUSTERED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_with_rowid": False}
-_ORDERS: Final[dict[str, list[str]]] = {
+_ORDERS: Final[dict[str, list[str | sa.TextClause]]] = {
     "session": ["live", "session", "step", "id"],
     "step": ["live", "step", "id"],
-    "time": ["live", "save_time_us", "id"],
+    "time": ["live", sa.text("coalesce(write_time_us, create_time_us)"), "id"],
     "size": ["live", "size_bytes", "id"],
     "world": ["live", "world_size", "id"],
     "state": ["live", "state", "id"],
@@ -36,9 +36,6 @@ def upgrade() -> None:
     _aliases()
     op.add_column("registrations", sa.Column("phases", sa.LargeBinary))
     op.add_column("events", sa.Column("alias", sa.Text))
-    op.add_column(
-        "checkpoints", sa.Column("save_time_us", _INT64, sa.Computed("coalesce(write_time_us, create_time_us)"))
-    )
     op.create_index("ix_parts_name", "parts", ["name", "id"])
     for name, columns in _ORDERS.items():
         op.create_index(f"ix_checkpoints_by_{name}", "checkpoints", columns)
@@ -49,7 +46,6 @@ def downgrade() -> None:
     for name in reversed(_ORDERS):
         op.drop_index(f"ix_checkpoints_by_{name}", "checkpoints")
     op.drop_index("ix_parts_name", "parts")
-    op.drop_column("checkpoints", "save_time_us")
     op.drop_column("events", "alias")
     op.drop_column("registrations", "phases")
     for name in ("aliases", "rank_stats", "descriptions", "metrics", "labels"):

@@ -46,7 +46,8 @@ def checkpoint_of(listed: ListedCheckpoint) -> CheckpointInfo:
         chunk_count=listed.chunk_count,
         bytes_entry_count=listed.bytes_entry_count,
         size_bytes=row.size_bytes,
-        create_time_us=row.save_time_us,
+        # What was recorded afterwards has two times: people want to know when it was saved.
+        create_time_us=row.create_time_us if row.write_time_us is None else row.write_time_us,
         commit_time_us=row.commit_time_us,
         warnings=tuple(json.loads(listed.warnings)),
         failure=row.failure,

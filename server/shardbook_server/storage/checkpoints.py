@@ -56,7 +56,6 @@ class CheckpointRow:
     failed_rank: int | None
     failed_host: str | None
     failed_phase: str | None
-    save_time_us: int
 
     @property
     def key(self) -> Key:

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, false, func, not_, or_, select, true
 
-from shardbook_server.storage.tables import checkpoints, labels, metrics, parts, projects, runs
+from shardbook_server.storage.dialect import unindexed
+from shardbook_server.storage.tables import SAVE_TIME, checkpoints, labels, metrics, parts, projects, runs
 
 #: Fields by name that are columns of a checkpoint.
 COLUMNS: Final[Mapping[str, ColumnElement[Any]]] = {
@@ -22,7 +23,7 @@ COLUMNS: Final[Mapping[str, ColumnElement[Any]]] = {
     "session": checkpoints.c.session,
     "world_size": checkpoints.c.world_size,
     "bytes": checkpoints.c.size_bytes,
-    "create_time": checkpoints.c.save_time_us,
+    "create_time": SAVE_TIME,
 }
 #: Fields by name that are names of what the checkpoint belongs to.
 PLACES: Final = ("project", "run", "part")
@@ -96,29 +97,42 @@ Comparison = Compare | Match | Present
 Condition = Comparison | AllOf | AnyOf | Not
 
 
-def predicate(connection: Connection, condition: Condition) -> ColumnElement[bool]:
+#: Columns that hold values of fields, where they are at hand: of a label or metric by a join.
+Values = Mapping[Field, ColumnElement[Any]]
+
+
+def predicate(connection: Connection, condition: Condition, values: Values) -> ColumnElement[bool]:
     """Returns the condition on a row of ``checkpoints``.
 
-    Labels and metrics are looked up by the checkpoint's own key, one at a time: which rows are looked at is decided by
-    whoever lists, and by no planner that turns a lookup into a join.
+    Which rows are looked at is decided by whoever lists. So labels and metrics are looked up by the checkpoint's own
+    key, one at a time, which no planner turns into a join; and SQLite, which knows nothing of what columns hold, is
+    kept from using an index for a column that the order does not begin with.
+
+    Args:
+        connection: Says which database it is.
+        condition: The condition.
+        values: Columns to take as they are.
     """
     match condition:
         case AllOf(conditions):
-            return and_(true(), *(predicate(connection, one) for one in conditions))
+            return and_(true(), *(predicate(connection, one, values) for one in conditions))
         case AnyOf(conditions):
-            return or_(false(), *(predicate(connection, one) for one in conditions))
+            return or_(false(), *(predicate(connection, one, values) for one in conditions))
         case Not(one):
-            return not_(predicate(connection, one))
+            return not_(predicate(connection, one, values))
         case _:
-            return _compared(connection, condition)
+            return _compared(connection, condition, values)
 
 
-def _compared(connection: Connection, condition: Comparison) -> ColumnElement[bool]:
+def _compared(connection: Connection, condition: Comparison, values: Values) -> ColumnElement[bool]:
     field = condition.field
+    if field in values:
+        return _judged(connection, condition, values[field])
     if field.name in COLUMNS:
-        return _judged(connection, condition, COLUMNS[field.name])
+        return _judged(connection, condition, unindexed(connection, COLUMNS[field.name]))
     if field.name in PLACES:
-        return checkpoints.c.part_id.in_(parts_where(connection, [condition]))
+        part_id = unindexed(connection, checkpoints.c.part_id)
+        return part_id.in_(parts_where(connection, [condition]))
     table = labels if field.name == LABELS else metrics
     value = (
         select(table.c.value)

@@ -22,6 +22,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, or_, select, tuple_
 from sqlalchemy.sql.selectable import NamedFromClause
 
+from shardbook_server.storage.dialect import unindexed
 from shardbook_server.storage.filters import (
     COLUMNS,
     LABELS,
@@ -41,11 +42,13 @@ from shardbook_server.storage.tables import IS_LIVE, checkpoints, labels, metric
 Key = tuple[str | int | float, ...]
 
 #: Rows that are looked up and sorted rather than found in order: what takes a few milliseconds.
-FEW: Final = 2_500
+FEW: Final = 1_000
 #: Conditions that are asked for how many rows they hold.
 _ASKED: Final = 8
 #: Parts that are walked one by one and merged.
 _MERGED_PARTS: Final = 16
+#: As in ``shardbook.v1.CheckpointState``.
+_COMMITTED: Final = 2
 _SESSION: Final = Field("session")
 _STEP: Final = Field("step")
 
@@ -84,8 +87,14 @@ class Listing:
 
     @property
     def live(self) -> tuple[int, ...]:
-        """Values of ``live`` that are listed."""
-        return (1, 0) if self.show_all else (1,)
+        """Values of ``live`` that are listed. What is live is committed."""
+        if not self.show_all:
+            return (1,)
+        for one in conjuncts(self.condition):
+            match one:
+                case Compare(Field("state"), sign, state) if (sign == "=") is (state != _COMMITTED):
+                    return (0,)
+        return (1, 0)
 
 
 def page(connection: Connection, listing: Listing, after: Key | None, count: int) -> list[Key]:
@@ -107,9 +116,16 @@ class _Lister:
         }
 
     def page(self, after: Key | None, count: int) -> list[Key]:
-        few = self._few()
-        branches = self._walks() if few is None else [self._looked_up(few)]
-        pages = [self._read(branch, after, count) for branch in branches]
+        few, found = self._few()
+        if few is not None and found == 0:
+            return []
+        if few is None:
+            columns = [column for column, _ in self._keys]
+            pages = [self._read(branch, columns, after, count) for branch in self._walks()]
+        else:
+            # Sorted when it is all there: or a planner might walk along the order, and look for those few.
+            matching = self._looked_up(few).cte("matching").prefix_with("MATERIALIZED")
+            pages = [self._read(select(matching), list(matching.c), after, count)]
         if len(pages) == 1:
             return pages[0]
         downs = [down for _, down in self._keys]
@@ -117,26 +133,28 @@ class _Lister:
 
     # ------------------------------------------------------------------ few match
 
-    def _few(self) -> Select[Any] | None:
-        """Returns the statement of the condition that the fewest rows may meet, if those are few."""
+    def _few(self) -> tuple[Select[Any] | None, int]:
+        """Returns the statement of the condition that the fewest rows may meet, if those are few, and how many."""
         asked: list[Select[Any]] = []
         for one in list(conjuncts(self._listing.condition))[:_ASKED]:
             statement = candidates(self._connection, one, self._listing.live)
             if statement is not None:
                 asked.append(statement)
-        if not self._walks_parts and self._place is not None:
+        place = self._place(checkpoints.c.part_id)
+        if not self._walks_parts and place is not None:
             live = checkpoints.c.live.in_(self._listing.live)
-            asked.append(select(checkpoints.c.id).where(self._place, live))
+            asked.append(select(checkpoints.c.id).where(place, live))
         fewest, chosen = FEW, None
         for statement in asked:
             bounded = statement.limit(fewest + 1).subquery()
             found = self._connection.scalar(select(func.count()).select_from(bounded)) or 0
             if found <= fewest:
                 fewest, chosen = found, statement
-        return chosen
+                if found == 0:
+                    break
+        return chosen, fewest
 
     def _looked_up(self, few: Select[Any]) -> Select[Any]:
-        # The limit keeps SQLite from making one join of it, which it might begin at the other end.
         (found,) = few.limit(FEW).subquery().c
         return self._placed(self._base.join(found.table, found == checkpoints.c.id))
 
@@ -164,16 +182,16 @@ class _Lister:
 
     # ------------------------------------------------------------------ both
 
-    @cached_property
-    def _place(self) -> ColumnElement[bool] | None:
+    def _place(self, part_id: ColumnElement[int]) -> ColumnElement[bool] | None:
         if self._listing.part_ids is not None and len(self._listing.part_ids) <= _MERGED_PARTS:
-            return checkpoints.c.part_id.in_(self._listing.part_ids)
+            return part_id.in_(self._listing.part_ids)
         if self._listing.places:
-            return checkpoints.c.part_id.in_(parts_where(self._connection, list(self._listing.places)))
+            return part_id.in_(parts_where(self._connection, list(self._listing.places)))
         return None
 
     def _placed(self, statement: Select[Any]) -> Select[Any]:
-        return statement if self._place is None else statement.where(self._place)
+        place = self._place(unindexed(self._connection, checkpoints.c.part_id))
+        return statement if place is None else statement.where(place)
 
     @cached_property
     def _base(self) -> Select[Any]:
@@ -190,8 +208,15 @@ class _Lister:
         if not listing.show_all:
             statement = statement.where(IS_LIVE)
         if listing.condition is not None:
-            statement = statement.where(predicate(self._connection, listing.condition))
+            statement = statement.where(predicate(self._connection, listing.condition, self._at_hand))
         return statement
+
+    @property
+    def _at_hand(self) -> dict[Field, ColumnElement[Any]]:
+        """Columns whose values the index of the order has: conditions on them bound the walk."""
+        first = self._listing.order[0].field
+        columns = {first: COLUMNS[first.name]} if first.name in COLUMNS else {}
+        return columns | {field: values.c.value for field, values in self._values.items()}
 
     @cached_property
     def _keys(self) -> list[tuple[ColumnElement[Any], bool]]:
@@ -211,23 +236,25 @@ class _Lister:
         own = self._values[first.field].c.checkpoint_id if first.field in self._values else checkpoints.c.id
         return [*keys, (own, last.descending)]
 
-    def _read(self, branch: Select[Any], after: Key | None, count: int) -> list[Key]:
-        statement = branch.order_by(*(column.desc() if down else column.asc() for column, down in self._keys))
+    def _read(
+        self, statement: Select[Any], columns: Sequence[ColumnElement[Any]], after: Key | None, count: int
+    ) -> list[Key]:
+        downs = [down for _, down in self._keys]
+        order = (column.desc() if down else column.asc() for column, down in zip(columns, downs, strict=True))
         if after is not None:
-            statement = statement.where(_behind(self._keys, after))
-        return [tuple(row) for row in self._connection.execute(statement.limit(count))]
+            statement = statement.where(_behind(columns, downs, after))
+        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count))]
 
 
-def _behind(keys: Sequence[tuple[ColumnElement[Any], bool]], after: Key) -> ColumnElement[bool]:
+def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool], after: Key) -> ColumnElement[bool]:
     """Returns the condition that a row comes behind another one."""
-    columns = [column for column, _ in keys]
     values = [literal(value, column.type) for column, value in zip(columns, after, strict=True)]
-    if len({down for _, down in keys}) == 1:
+    if len(set(downs)) == 1:
         mine, other = tuple_(*columns), tuple_(*values)
-        behind: ColumnElement[bool] = mine < other if keys[0][1] else mine > other
+        behind: ColumnElement[bool] = mine < other if downs[0] else mine > other
         return behind
     steps = []
-    for at, (column, down) in enumerate(keys):
+    for at, (column, down) in enumerate(zip(columns, downs, strict=True)):
         equal = [before == value for before, value in zip(columns[:at], values, strict=False)]
         steps.append(and_(*equal, column < values[at] if down else column > values[at]))
     return or_(*steps)

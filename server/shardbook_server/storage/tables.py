@@ -13,7 +13,6 @@ from sqlalchemy import (
     REAL,
     BigInteger,
     Column,
-    Computed,
     Double,
     ForeignKey,
     Index,
@@ -24,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    func,
     literal_column,
     text,
 )
@@ -167,8 +167,6 @@ checkpoints = Table(
     Column("failed_rank", Integer),
     Column("failed_host", Text),
     Column("failed_phase", Text),
-    # When it was saved: what was recorded afterwards says when it was written.
-    Column("save_time_us", Int64, Computed("coalesce(write_time_us, create_time_us)")),
     # Also the order of listings: newest session and step first.
     UniqueConstraint("part_id", "session", "step", "attempt", "incarnation", name="uq_checkpoints_attempt"),
     Index(
@@ -185,7 +183,7 @@ checkpoints = Table(
     # Orders of listings across runs; what is live is listed apart from what is not.
     Index("ix_checkpoints_by_session", "live", "session", "step", "id"),
     Index("ix_checkpoints_by_step", "live", "step", "id"),
-    Index("ix_checkpoints_by_time", "live", "save_time_us", "id"),
+    Index("ix_checkpoints_by_time", "live", text("coalesce(write_time_us, create_time_us)"), "id"),
     Index("ix_checkpoints_by_size", "live", "size_bytes", "id"),
     Index("ix_checkpoints_by_world", "live", "world_size", "id"),
     Index("ix_checkpoints_by_state", "live", "state", "id"),
@@ -374,6 +372,9 @@ events = Table(
     Column("alias", Text),
     **_STRICT,
 )
+
+#: When a checkpoint was saved: what was recorded afterwards says when it was written. As an index has it.
+SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.create_time_us)
 
 # Conditions of the partial indexes. The values are spelled out: no planner uses such an index for a bound parameter.
 IS_LIVE: Final = checkpoints.c.live == literal_column("1")
