@@ -41,6 +41,8 @@ def test_the_catalogue_has_what_was_said(
     assert found.timing is not None
     assert ["plan", "write", "register"] == [one.phase for one in found.timing.phases]
     assert 0 < sum(one.slowest_s for one in found.timing.phases) < 60
+    Client(server).follow_metric(f"{session.run}@best", "val_loss", "min")
+    assert loads(f"{session.run}@best")
     [rank] = Client(server).list_ranks(result.ref)
     assert found.size_bytes == rank.size_bytes == found.timing.largest_rank_bytes
 

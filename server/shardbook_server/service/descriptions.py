@@ -19,7 +19,7 @@ from shardbook_server.storage import events as event_rows
 from shardbook_server.storage import sessions as session_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection, Database
-from shardbook_server.storage.descriptions import DescriptionRow, Said
+from shardbook_server.storage.descriptions import NOTHING_SAID, DescriptionRow, Said
 from shardbook_server.storage.sessions import SessionRow
 
 
@@ -44,7 +44,7 @@ class DescriptionService:
             now_us = self._database.now_us(connection)
             checkpoint_id = present.resolve(connection, parsed)
             row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
-            held = description_rows.find_said(connection, [row.id]).get(row.id, Said())
+            held = description_rows.find_said(connection, [row.id]).get(row.id, NOTHING_SAID)
             self._labels(connection, row, held.labels, changes)
             measured = self._metrics(connection, row, held.metrics, changes)
             if "note" in changes.paths:
@@ -96,16 +96,10 @@ def describe(connection: Connection, row: CheckpointRow, description: Descriptio
 def described(connection: Connection, listed: Sequence[ListedCheckpoint]) -> list[CheckpointInfo]:
     """Returns checkpoints as they are answered, with their labels, metrics and aliases."""
     found = description_rows.find_said(connection, [one.row.id for one in listed])
-    infos = []
     for one in listed:
-        said = found.get(one.row.id, Said())
-        names = [*said.aliases, LATEST] if one.row.id == one.latest_id else said.aliases
-        infos.append(
-            dataclasses.replace(
-                present.checkpoint_of(one), labels=said.labels, metrics=said.metrics, aliases=tuple(sorted(names))
-            )
-        )
-    return infos
+        if one.row.id == one.latest_id:
+            found.setdefault(one.row.id, Said()).aliases.append(LATEST)
+    return [present.checkpoint_of(one, found.get(one.row.id, NOTHING_SAID)) for one in listed]
 
 
 def full_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:

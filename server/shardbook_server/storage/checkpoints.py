@@ -267,7 +267,7 @@ def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedC
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
-        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some)))]
+        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some))).all()]
         found.update({listed.row.id: listed for listed in rows})
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from sqlalchemy import Connection, Table, delete, insert, literal_column, select, union_all, update
 
@@ -30,6 +31,10 @@ class Said:
     aliases: list[str] = field(default_factory=list)
 
 
+#: Nothing is said.
+NOTHING_SAID: Final = Said()
+
+
 def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, Said]:
     """Returns what is said of checkpoints, in one statement; those of which nothing is are left out."""
     found: dict[int, Said] = {}
@@ -43,7 +48,7 @@ def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int
             select(table.c.checkpoint_id, table.c.name, *shown).where(table.c.checkpoint_id.in_(some))
             for table, *shown in columns
         ]
-        for checkpoint_id, name, kind, value, number in connection.execute(union_all(*parts)):
+        for checkpoint_id, name, kind, value, number in connection.execute(union_all(*parts)).all():
             said = found.setdefault(checkpoint_id, Said())
             if kind == 1:
                 said.labels[name] = value

@@ -242,7 +242,7 @@ class _Lister:
         order = (column.desc() if down else column.asc() for column, down in zip(columns, downs, strict=True))
         if after is not None:
             statement = statement.where(_behind(columns, downs, after))
-        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count))]
+        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count)).all()]
 
 
 def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool], after: Key) -> ColumnElement[bool]:
