@@ -2,7 +2,9 @@
 
 Each question is asked for its first page and for one further on, 50 checkpoints a page, through the service that the
 calls use: parsing, statements and answers, without gRPC. Checkpoints have two labels, half of them a metric, one in a
-thousand a rare label and a rare metric; one in five is an attempt that failed.
+thousand a rare label and a rare metric; one in five is an attempt that failed. Two questions are known to be long
+walks, and have no goal: conditions that each hold of many and seldom together, and an order of two fields that sorts
+all rows of which the first is equal.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Question:
     filter_text: str = ""
     order_by: str = ""
     show_all: bool = False
+    has_goal: bool = True
 
 
 QUESTIONS: Final = (
@@ -60,7 +63,7 @@ QUESTIONS: Final = (
     Question("everything by size", order_by="bytes desc"),
     Question("everything by part", order_by="part"),
     Question("everything by label", order_by="labels.team"),
-    Question("everything by world size and step", order_by="world_size desc, step"),
+    Question("everything by world size and step", order_by="world_size desc, step", has_goal=False),
     Question("common label", filter_text='labels.team = "red"'),
     Question("rare label", filter_text='labels.keep = "yes"'),
     Question("rare label by size", filter_text="labels.keep:*", order_by="bytes"),
@@ -75,7 +78,11 @@ QUESTIONS: Final = (
     Question("text in a label", filter_text='labels.team:"ree"'),
     Question("failed", filter_text="state = FAILED", show_all=True),
     Question("nothing", filter_text="step = 12345678"),
-    Question("two that seldom meet", filter_text='labels.seed = "7" AND labels.team = "red" AND world_size = 512'),
+    Question(
+        "two that seldom meet",
+        filter_text='labels.seed = "7" AND labels.team = "red" AND world_size = 512',
+        has_goal=False,
+    ),
 )
 
 
@@ -129,7 +136,7 @@ def _ask(report: Report, place: str, services: Services, question: Question, rou
         p99_ms=round(everything[int(0.99 * len(everything))], 2),
     )
     median_ms = max(statistics.median(first_ms), statistics.median(further_ms))
-    report.ratio(f"{place}: {question.name}, median ms", median_ms, MEDIAN_MS)
+    report.ratio(f"{place}: {question.name}, median ms", median_ms, MEDIAN_MS if question.has_goal else None)
 
 
 def _timed(page: Callable[[str], tuple[int, str]], token: str, rounds: int) -> tuple[list[float], int]:

@@ -26,7 +26,7 @@ _ORDERS: Final[dict[str, list[str | sa.TextClause]]] = {
     "size": ["live", "size_bytes", "id"],
     "world": ["live", "world_size", "id"],
     "state": ["live", "state", "id"],
-    "part": ["live", "part_id", "id"],
+    "part": ["part_id", "id"],
 }
 
 

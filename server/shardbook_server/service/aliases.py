@@ -170,14 +170,6 @@ def follow(connection: Connection, part_id: int, now_us: int) -> list[Event]:
     return events
 
 
-def names_of(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
-    """Returns the aliases that mean checkpoints, by checkpoint, in alphabetical order, ``latest`` among them."""
-    names = {one: list(found) for one, found in alias_rows.find_names(connection, checkpoint_ids).items()}
-    for one in run_rows.find_latest(connection, checkpoint_ids):
-        names.setdefault(one, []).append(LATEST)
-    return {one: tuple(sorted(found)) for one, found in names.items()}
-
-
 def _settable(text: str, field: str) -> AliasName:
     name = AliasName.parse(text, field)
     if name.alias == LATEST:

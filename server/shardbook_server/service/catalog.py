@@ -118,7 +118,7 @@ class CatalogService:
             listing = Listing(part_ids, place.conditions, condition, order, show_all)
             keys = page(connection, listing, None if position is None else tuple(position), count + 1)
             listed = checkpoint_rows.find_listed(connection, [int(key[-1]) for key in keys[:count]])
-            items = described(connection, [present.checkpoint_of(listed[int(key[-1])]) for key in keys[:count]])
+            items = described(connection, [listed[int(key[-1])] for key in keys[:count]])
         token = self._tokens.make(scope, keys[count - 1]) if len(keys) > count else ""
         return Page(tuple(items), token)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from shardbook.core import limits
-from shardbook.core.names import CheckpointName
-from shardbook.errors import InvalidArgumentError
+from shardbook.core.names import LATEST, CheckpointName
+from shardbook.errors import InvalidArgumentError, NotFoundError
 from shardbook_server.service import aliases, present
 from shardbook_server.service.describing import Changes, Description, Writer
 from shardbook_server.service.timing import timing_from_json
@@ -17,9 +17,9 @@ from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import descriptions as description_rows
 from shardbook_server.storage import events as event_rows
 from shardbook_server.storage import sessions as session_rows
-from shardbook_server.storage.checkpoints import CheckpointRow
+from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection, Database
-from shardbook_server.storage.descriptions import DescriptionRow
+from shardbook_server.storage.descriptions import NOTHING_SAID, DescriptionRow, Said
 from shardbook_server.storage.sessions import SessionRow
 
 
@@ -44,8 +44,9 @@ class DescriptionService:
             now_us = self._database.now_us(connection)
             checkpoint_id = present.resolve(connection, parsed)
             row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
-            self._labels(connection, row, changes)
-            measured = self._metrics(connection, row, changes)
+            held = description_rows.find_said(connection, [row.id]).get(row.id, NOTHING_SAID)
+            self._labels(connection, row, held.labels, changes)
+            measured = self._metrics(connection, row, held.metrics, changes)
             if "note" in changes.paths:
                 description_rows.set_note(connection, row.id, changes.note)
             events = aliases.follow(connection, row.part_id, now_us) if measured else []
@@ -54,8 +55,7 @@ class DescriptionService:
             return info
 
     @staticmethod
-    def _labels(connection: Connection, row: CheckpointRow, changes: Changes) -> None:
-        held = description_rows.find_labels(connection, [row.id]).get(row.id, {})
+    def _labels(connection: Connection, row: CheckpointRow, held: Mapping[str, str], changes: Changes) -> None:
         named = changes.named("labels", held) or set()
         wanted = {key: value for key, value in changes.labels.items() if key in named}
         _check_total(set(held) - named | set(wanted), "labels", limits.MAX_LABELS)
@@ -63,8 +63,7 @@ class DescriptionService:
         description_rows.set_labels(connection, row.id, wanted)
 
     @staticmethod
-    def _metrics(connection: Connection, row: CheckpointRow, changes: Changes) -> bool:
-        held = description_rows.find_metrics(connection, [row.id]).get(row.id, {})
+    def _metrics(connection: Connection, row: CheckpointRow, held: Mapping[str, float], changes: Changes) -> bool:
         named = changes.named("metrics", held) or set()
         wanted = {key: value for key, value in changes.metrics.items() if key in named}
         _check_total(set(held) - named | set(wanted), "metrics", limits.MAX_METRICS)
@@ -94,26 +93,22 @@ def describe(connection: Connection, row: CheckpointRow, description: Descriptio
     description_rows.insert_description(connection, row.id, DescriptionRow(description.note, text, timing))
 
 
-def described(connection: Connection, infos: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
-    """Returns checkpoints with their labels, metrics and aliases."""
-    ids = [info.checkpoint_id for info in infos]
-    labels, metrics = description_rows.find_labels(connection, ids), description_rows.find_metrics(connection, ids)
-    names = aliases.names_of(connection, ids)
-    return [
-        dataclasses.replace(
-            info,
-            labels=labels.get(info.checkpoint_id, {}),
-            metrics=metrics.get(info.checkpoint_id, {}),
-            aliases=names.get(info.checkpoint_id, ()),
-        )
-        for info in infos
-    ]
+def described(connection: Connection, listed: Sequence[ListedCheckpoint]) -> list[CheckpointInfo]:
+    """Returns checkpoints as they are answered, with their labels, metrics and aliases."""
+    found = description_rows.find_said(connection, [one.row.id for one in listed])
+    for one in listed:
+        if one.row.id == one.latest_id:
+            found.setdefault(one.row.id, Said()).aliases.append(LATEST)
+    return [present.checkpoint_of(one, found.get(one.row.id, NOTHING_SAID)) for one in listed]
 
 
 def full_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
     """Returns a checkpoint with all that is said of it, also what listings leave out; raises NotFoundError."""
-    info = described(connection, [present.checkpoint_info(connection, checkpoint_id)])[0]
-    row = description_rows.find_description(connection, info.checkpoint_id)
+    listed = checkpoint_rows.find_listed(connection, [checkpoint_id]).get(checkpoint_id)
+    if listed is None:
+        raise NotFoundError("there is no such checkpoint")
+    info = described(connection, [listed])[0]
+    row = description_rows.find_description(connection, checkpoint_id)
     writer = Writer(**json.loads(row.writer)) if row.writer else Writer()
     return dataclasses.replace(info, note=row.note, writer=writer, timing=timing_from_json(row.timing))
 

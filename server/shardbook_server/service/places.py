@@ -63,9 +63,7 @@ def part_ids_of(connection: Connection, place: Place) -> list[int]:
     run = place.one_run
     if run is None:
         raise InvalidArgumentError("name one project and run: only the part may be -", field="parent")
-    row = run_rows.find_run(connection, run)
-    found = [] if row is None else run_rows.list_parts(connection, row.id)
-    ids = [part_id for part_id, name in found if place.part in (None, name)]
+    ids = [part_id for part_id, name in run_rows.list_parts(connection, run) if place.part in (None, name)]
     if not ids:
         what = run.ref if place.part is None else PartName(run, place.part).ref
         raise NotFoundError(f"{what} does not exist; `shardbook runs` lists what there is")

@@ -13,6 +13,7 @@ from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection
+from shardbook_server.storage.descriptions import NOTHING_SAID, Said
 
 
 def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
@@ -23,8 +24,8 @@ def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInf
     return checkpoint_of(listed)
 
 
-def checkpoint_of(listed: ListedCheckpoint) -> CheckpointInfo:
-    """Returns a checkpoint as it is answered."""
+def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> CheckpointInfo:
+    """Returns a checkpoint as it is answered, with what is said of it."""
     row = listed.row
     part = PartName(RunName(listed.project, listed.run), listed.part)
     full = CheckpointId.full(row.step, row.session, row.attempt, row.incarnation)
@@ -53,6 +54,9 @@ def checkpoint_of(listed: ListedCheckpoint) -> CheckpointInfo:
         failure=row.failure,
         structure_digest=listed.structure_digest,
         recovered=row.recovered,
+        labels=said.labels,
+        metrics=said.metrics,
+        aliases=tuple(sorted(said.aliases)),
     )
 
 

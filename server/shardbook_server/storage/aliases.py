@@ -52,17 +52,6 @@ def find_following(connection: Connection, part_id: int) -> list[AliasRow]:
     return [_alias(row) for row in connection.execute(select(aliases).where(*where).order_by(aliases.c.name))]
 
 
-def find_names(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, list[str]]:
-    """Returns the names of the aliases that mean checkpoints, by checkpoint, sorted; without ``latest``."""
-    found: dict[int, list[str]] = {}
-    columns = (aliases.c.checkpoint_id, aliases.c.name)
-    for some in slices(checkpoint_ids):
-        statement = select(*columns).where(aliases.c.checkpoint_id.in_(some)).order_by(aliases.c.name)
-        for checkpoint_id, name in connection.execute(statement):
-            found.setdefault(checkpoint_id, []).append(name)
-    return found
-
-
 def page_of_aliases(
     connection: Connection, part_ids: Sequence[int], after: tuple[int, str] | None, count: int
 ) -> list[AliasRow]:

@@ -76,6 +76,7 @@ class ListedCheckpoint:
     chunk_count: int
     bytes_entry_count: int
     warnings: str
+    latest_id: int | None
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedC
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
-        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some)))]
+        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some))).all()]
         found.update({listed.row.id: listed for listed in rows})
     return found
 
@@ -314,8 +315,9 @@ _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.bytes_entry_count, 0),
     func.coalesce(checkpoint_structures.c.warnings, "[]"),
 )
+_SHOWN = (projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE, parts.c.latest_id)
 _LISTED: Select[*tuple[Any, ...]] = (
-    select(checkpoints, projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE)
+    select(checkpoints, *_SHOWN)
     .select_from(checkpoints)
     .join(parts, parts.c.id == checkpoints.c.part_id)
     .join(runs, runs.c.id == parts.c.run_id)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
-from sqlalchemy import Connection, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, insert, literal_column, select, union_all, update
 
 from shardbook_server.storage.dialect import insert_ignore
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import descriptions, labels, metrics, rank_stats
+from shardbook_server.storage.tables import aliases, descriptions, labels, metrics, rank_stats
 
 
 @dataclass(frozen=True)
@@ -21,24 +22,40 @@ class DescriptionRow:
     timing: str = ""
 
 
-def find_labels(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, dict[str, str]]:
-    """Returns labels by checkpoint, by name; those without any are left out."""
-    found: dict[int, dict[str, str]] = {}
-    for some in slices(checkpoint_ids):
-        statement = select(labels).where(labels.c.checkpoint_id.in_(some)).order_by(labels.c.checkpoint_id)
-        for checkpoint_id, name, value in connection.execute(statement.order_by(labels.c.name)):
-            found.setdefault(checkpoint_id, {})[name] = value
-    return found
+@dataclass(frozen=True)
+class Said:
+    """What a listing shows of a checkpoint: labels and metrics by name, and names of aliases without ``latest``."""
+
+    labels: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    aliases: list[str] = field(default_factory=list)
 
 
-def find_metrics(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Returns metrics by checkpoint, by name; those without any are left out."""
-    columns = (metrics.c.checkpoint_id, metrics.c.name, metrics.c.value)
-    found: dict[int, dict[str, float]] = {}
+#: Nothing is said.
+NOTHING_SAID: Final = Said()
+
+
+def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, Said]:
+    """Returns what is said of checkpoints, in one statement; those of which nothing is are left out."""
+    found: dict[int, Said] = {}
     for some in slices(checkpoint_ids):
-        statement = select(*columns).where(metrics.c.checkpoint_id.in_(some))
-        for checkpoint_id, name, value in connection.execute(statement.order_by(*columns[:2])):
-            found.setdefault(checkpoint_id, {})[name] = value
+        columns = [
+            (labels, literal_column("1"), labels.c.value, literal_column("0.0")),
+            (metrics, literal_column("2"), literal_column("''"), metrics.c.value),
+            (aliases, literal_column("3"), literal_column("''"), literal_column("0.0")),
+        ]
+        parts = [
+            select(table.c.checkpoint_id, table.c.name, *shown).where(table.c.checkpoint_id.in_(some))
+            for table, *shown in columns
+        ]
+        for checkpoint_id, name, kind, value, number in connection.execute(union_all(*parts)).all():
+            said = found.setdefault(checkpoint_id, Said())
+            if kind == 1:
+                said.labels[name] = value
+            elif kind == 2:
+                said.metrics[name] = number
+            else:
+                said.aliases.append(name)
     return found
 
 

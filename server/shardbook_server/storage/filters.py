@@ -164,31 +164,35 @@ def conjuncts(condition: Condition | None) -> Iterator[Condition]:
         yield condition
 
 
-def candidates(connection: Connection, condition: Condition, live: tuple[int, ...]) -> Select[int] | None:
-    """Returns the statement that finds by an index the keys of checkpoints that may meet a condition, and some more.
+def candidates(connection: Connection, condition: Condition | None, live: tuple[int, ...]) -> Iterator[Select[int]]:
+    """Yields statements that find by an index the keys of checkpoints that may meet a condition, and some more.
+
+    One for each field that all of them have something to say of; what is said of it from both sides is one range.
 
     Args:
         connection: Says which database it is.
-        condition: One of those that all have to be met.
+        condition: The condition.
         live: Values of ``live`` that are looked for.
-
-    Returns:
-        None when no index finds them.
     """
-    match condition:
-        case Compare(operator="!=") | AllOf() | AnyOf() | Not():
-            # The first of them is nearly everything, mostly.
-            return None
-        case Match(pieces=(prefix, *_)) if not prefix:
-            return None
-    field = condition.field
+    by_field: dict[Field, list[Comparison]] = {}
+    for one in conjuncts(condition):
+        match one:
+            case Compare(operator="!=") | AllOf() | AnyOf() | Not():
+                # The first of them is nearly everything, mostly.
+                continue
+            case Match(pieces=(prefix, *_)) if not prefix:
+                continue
+        by_field.setdefault(one.field, []).append(one)
     of_live = select(checkpoints.c.id).where(checkpoints.c.live.in_(live))
-    if field.name in PLACES:
-        return of_live.where(checkpoints.c.part_id.in_(parts_where(connection, [condition])))
-    if field.name in COLUMNS:
-        return of_live.where(_range(condition, COLUMNS[field.name]))
-    table = labels if field.name == LABELS else metrics
-    return select(table.c.checkpoint_id).where(table.c.name == field.key, _range(condition, table.c.value))
+    for field, compared in by_field.items():
+        if field.name in PLACES:
+            yield of_live.where(checkpoints.c.part_id.in_(parts_where(connection, compared)))
+        elif field.name in COLUMNS:
+            yield of_live.where(*(_range(one, COLUMNS[field.name]) for one in compared))
+        else:
+            table = labels if field.name == LABELS else metrics
+            ranges = (_range(one, table.c.value) for one in compared)
+            yield select(table.c.checkpoint_id).where(table.c.name == field.key, *ranges)
 
 
 def _judged(connection: Connection, condition: Comparison, value: Any) -> ColumnElement[bool]:

@@ -17,6 +17,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, literal_column, or_, select, tuple_
@@ -135,11 +136,7 @@ class _Lister:
 
     def _few(self) -> tuple[Select[Any] | None, int]:
         """Returns the statement of the condition that the fewest rows may meet, if those are few, and how many."""
-        asked: list[Select[Any]] = []
-        for one in list(conjuncts(self._listing.condition))[:_ASKED]:
-            statement = candidates(self._connection, one, self._listing.live)
-            if statement is not None:
-                asked.append(statement)
+        asked = list(islice(candidates(self._connection, self._listing.condition, self._listing.live), _ASKED))
         place = self._place(checkpoints.c.part_id)
         if not self._walks_parts and place is not None:
             live = checkpoints.c.live.in_(self._listing.live)
@@ -156,7 +153,7 @@ class _Lister:
 
     def _looked_up(self, few: Select[Any]) -> Select[Any]:
         (found,) = few.limit(FEW).subquery().c
-        return self._placed(self._base.join(found.table, found == checkpoints.c.id))
+        return self._placed(self._base().join(found.table, found == checkpoints.c.id))
 
     # ------------------------------------------------------------------ many match
 
@@ -174,9 +171,9 @@ class _Lister:
         listing, first = self._listing, self._listing.order[0].field
         if self._walks_parts:
             column = self._values[first].c.part_id if first.name == METRICS else checkpoints.c.part_id
-            return [self._base.where(column == part_id) for part_id in listing.part_ids or ()]
-        base = self._placed(self._base)
-        if first.name in (LABELS, METRICS) or not listing.show_all:
+            return [self._base().where(column == part_id) for part_id in listing.part_ids or ()]
+        base = self._placed(self._base(walks_all=first.name in COLUMNS))
+        if first.name not in COLUMNS or not listing.show_all:
             return [base]
         return [base.where(checkpoints.c.live == live) for live in listing.live]
 
@@ -193,8 +190,7 @@ class _Lister:
         place = self._place(unindexed(self._connection, checkpoints.c.part_id))
         return statement if place is None else statement.where(place)
 
-    @cached_property
-    def _base(self) -> Select[Any]:
+    def _base(self, *, walks_all: bool = False) -> Select[Any]:
         """Selects the key, from the tables that the order needs, of rows that meet the condition."""
         listing = self._listing
         columns = (column.label(f"key_{at}") for at, (column, _) in enumerate(self._keys))
@@ -204,10 +200,11 @@ class _Lister:
                 values, and_(values.c.checkpoint_id == checkpoints.c.id, values.c.name == field.key)
             )
         if any(one.field.name == "part" for one in listing.order):
-            statement = statement.join(parts, parts.c.id == checkpoints.c.part_id)
+            # From parts to checkpoints, whichever SQLite takes to be fewer: that is their order.
+            statement = statement.join(parts, checkpoints.c.part_id == unindexed(self._connection, parts.c.id))
         if not listing.show_all:
-            # Of a part SQLite would rather walk through what is live in all of them.
-            live = unindexed(self._connection, checkpoints.c.live) if self._walks_parts else checkpoints.c.live
+            # Where other columns lead the way SQLite would rather walk through everything that is live.
+            live = checkpoints.c.live if walks_all else unindexed(self._connection, checkpoints.c.live)
             statement = statement.where(live == literal_column("1"))
         if listing.condition is not None:
             statement = statement.where(predicate(self._connection, listing.condition, self._at_hand))
@@ -245,7 +242,7 @@ class _Lister:
         order = (column.desc() if down else column.asc() for column, down in zip(columns, downs, strict=True))
         if after is not None:
             statement = statement.where(_behind(columns, downs, after))
-        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count))]
+        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count)).all()]
 
 
 def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool], after: Key) -> ColumnElement[bool]:

@@ -124,15 +124,6 @@ def latest_of(connection: Connection, part_ids: Sequence[int]) -> list[tuple[int
     return found
 
 
-def find_latest(connection: Connection, checkpoint_ids: Sequence[int]) -> set[int]:
-    """Returns those of some checkpoints that ``latest`` of their part means."""
-    found: set[int] = set()
-    for some in slices(checkpoint_ids):
-        own = and_(checkpoints.c.part_id == parts.c.id, checkpoints.c.id == parts.c.latest_id)
-        found.update(connection.scalars(select(checkpoints.c.id).join(parts, own).where(checkpoints.c.id.in_(some))))
-    return found
-
-
 def page_of_projects(connection: Connection, after: str | None, count: int) -> list[tuple[str, int]]:
     """Returns (name, number of runs) of projects behind ``after``, by name."""
     run_count = select(func.count()).where(runs.c.project_id == projects.c.id).correlate(projects).scalar_subquery()
@@ -172,10 +163,16 @@ def page_of_runs(
     return [_run(row) for row in connection.execute(statement)]
 
 
-def list_parts(connection: Connection, run_id: int) -> list[tuple[int, str]]:
-    """Returns (id, name) of the parts of a run, by name."""
-    rows = connection.execute(select(parts.c.id, parts.c.name).where(parts.c.run_id == run_id).order_by(parts.c.name))
-    return [(part_id, name) for part_id, name in rows]
+def list_parts(connection: Connection, run: RunName) -> list[tuple[int, str]]:
+    """Returns (id, name) of the parts of a run, by name; none when there is no such run."""
+    statement = (
+        select(parts.c.id, parts.c.name)
+        .join(runs, runs.c.id == parts.c.run_id)
+        .join(projects, projects.c.id == runs.c.project_id)
+        .where(projects.c.name == run.project, runs.c.name == run.run)
+        .order_by(parts.c.name)
+    )
+    return [(part_id, name) for part_id, name in connection.execute(statement)]
 
 
 def part_statuses(connection: Connection, run_ids: Sequence[int]) -> list[PartStatusRow]:

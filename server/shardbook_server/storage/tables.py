@@ -172,7 +172,7 @@ checkpoints = Table(
     Index("ix_checkpoints_by_size", "live", "size_bytes", "id"),
     Index("ix_checkpoints_by_world", "live", "world_size", "id"),
     Index("ix_checkpoints_by_state", "live", "state", "id"),
-    Index("ix_checkpoints_by_part", "live", "part_id", "id"),
+    Index("ix_checkpoints_by_part", "part_id", "id"),
     **_NEVER_REUSED,
 )
 

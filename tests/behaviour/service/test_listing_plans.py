@@ -37,6 +37,8 @@ WALKED = {
     "by size": (PROJECT, "", "bytes desc", False, "ix_checkpoints_by_size"),
     "by world": (EVERYTHING, "", "world_size", True, "ix_checkpoints_by_world"),
     "by state": (EVERYTHING, "", "state", True, "ix_checkpoints_by_state"),
+    "by part": (PROJECT, "", "part", True, "ix_parts_name"),
+    "by part, what is live": (EVERYTHING, "", "part desc", False, "ix_checkpoints_by_part"),
     "by label": (EVERYTHING, "", "labels.team desc", False, "ix_labels_value"),
     "by metric": (PROJECT, "", "metrics.val_loss desc", False, "ix_metrics_value"),
     "label": (EVERYTHING, 'labels.team = "red"', "", False, "ix_checkpoints_by_time"),
@@ -139,6 +141,7 @@ def test_what_few_match_is_looked_up(stored: Database, filter_text: str, order_b
     """By the index of what few match, whatever the order: only those are sorted."""
     for plan in plans(stored, EVERYTHING, filter_text, order_by, show_all=False):
         assert LOOKED_UP[filter_text] in plan, plan
+        assert is_postgres(stored.url) or "checkpoints USING INTEGER PRIMARY KEY" in plan, plan
         assert re.search(r"MATERIALIZE matching|CTE matching", plan), plan
         # Nothing but what was found is scanned: rows are looked up by key.
         assert not re.search(r"(?:SCAN|Seq Scan on) (checkpoints|labels|metrics)\b", plan), plan
