@@ -35,9 +35,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "claims",
-        sa.Column(
-            "subscription_id", _INT64, sa.ForeignKey("subscriptions.id"), primary_key=True, autoincrement=False
-        ),
+        sa.Column("subscription_id", _INT64, sa.ForeignKey("subscriptions.id"), primary_key=True, autoincrement=False),
         sa.Column("checkpoint_id", _INT64, sa.ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
         sa.Column("claim", sa.LargeBinary(16), nullable=False),
         sa.Column("state", _SMALL, nullable=False),
