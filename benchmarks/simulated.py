@@ -52,9 +52,10 @@ class RankPayload:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of the registration when nothing else has to be sent: digest, extents, properties."""
+        """Bytes of the registration when nothing else has to be sent: digest, extents, properties, times of phases."""
         own = self.registration
-        return len(own.structure_digest) + len(own.extents) + len(own.volatile_properties)
+        times = registration_pb2.ShardRegistration(phase_ms=own.phase_ms)
+        return len(own.structure_digest) + len(own.extents) + len(own.volatile_properties) + times.ByteSize()
 
 
 def members_of(workload: Workload) -> list[Member]:

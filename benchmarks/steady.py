@@ -8,8 +8,8 @@ register and commit through one server on SQLite. After a cold save come ten mor
 - ``file an item``: ``single_file_per_rank=False``, 1,003 files a rank; one object grows likewise.
 - ``crc32c``: checksums are kept, 4 bytes an item that no two saves have in common. What they cost is said an item.
 
-Payload is what a registration consists of: digest, extents, properties. On the wire there is also who says it and
-where the files are, the same every time.
+Payload is what a registration consists of: digest, extents, properties, and what the rank took, in milliseconds. On the
+wire there is also who says it and where the files are, the same every time.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class Steady:
         registration = registration_pb2.ShardRegistration()
         registration.CopyFrom(payload.registration)
         registration.extents = encode_extents(Extents(lengths, checksums=checksums))
+        registration.phase_ms[:] = self._random.integers(100, (2_000, 60_000, 500)).tolist()
         return replace(payload, registration=registration)
 
     def _structures(self, workload: Workload) -> Iterator[RankStructure]:

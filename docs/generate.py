@@ -16,6 +16,7 @@ from shardbook.catalog import Checkpoint, Run, RunPart, TensorInfo
 from shardbook.cli.app import app as client_app
 from shardbook.cli.cat import PrintedTensor
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
+from shardbook.descriptions import Alias, PhaseTiming, Project, RankInfo, SaveTiming, Writer
 from shardbook.importing import ImportedCheckpoint
 from shardbook.sync import SyncedAttempt
 from shardbook.verifying import FileFault, VerifyReport
@@ -36,9 +37,12 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 
 | command | object |
 |---|---|
+| `shardbook projects` | `{"projects": [project], "more": bool}` |
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
-| `shardbook show` | `{"checkpoint": checkpoint}` |
+| `shardbook show` | `{"checkpoint": checkpoint}`; with `--ranks` also `"ranks": [rank]` |
+| `shardbook label`, `metric`, `note` | `{"checkpoint": checkpoint}` |
+| `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook cat` | `{"tensors": [printed tensor], "output": path of the file, or null}` |
 | `shardbook verify` | `{"report": report}` |
@@ -49,6 +53,12 @@ _OBJECTS = (
     ("run", Run),
     ("part of a run", RunPart),
     ("checkpoint", Checkpoint),
+    ("writer", Writer),
+    ("timing", SaveTiming),
+    ("timing of a phase", PhaseTiming),
+    ("rank", RankInfo),
+    ("alias", Alias),
+    ("project", Project),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),
     ("report", VerifyReport),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from shardbook._patterns import listing_place
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
 from shardbook.chunks import CheckpointChunks
@@ -12,7 +13,7 @@ from shardbook.core.columns import encode_name, unframe
 from shardbook.core.digest import digest_of
 from shardbook.core.found import decode_part, merge
 from shardbook.core.limits import MAX_PAGE_SIZE
-from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
+from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError
 from shardbook.v1 import catalog_pb2, metadata_pb2
@@ -209,24 +210,36 @@ class ReadingCalls:
         *,
         part: str | None = None,
         show_all: bool = False,
+        filter: str = "",  # noqa: A002 - its name in the API
+        order_by: str = "",
         page_size: int = MAX_PAGE_SIZE,
         deadline_s: float | None = None,
     ) -> Iterator[Checkpoint]:
-        """Yields the checkpoints of a run, newest first.
+        """Yields the checkpoints of a run, or of all runs that a pattern names.
 
         Args:
-            run: The run.
+            run: ``project/run``; ``*`` stands for anything: ``llm/*``, ``llm/8b-*``, ``*/*``.
             part: One part; None for all.
             show_all: True for open, failed, expired and superseded attempts too.
+            filter: Which of them: ``metrics.val_loss < 2 AND labels.stage = "eval"``, see docs/filters.md.
+            order_by: Fields to order by: ``metrics.val_loss desc, step``. By default the newest session and step come
+                first in one run, and the newest in several.
             page_size: Checkpoints a call, at most 1,000.
             deadline_s: Seconds for each page.
 
         Raises:
-            NotFoundError: There is no such run.
+            NotFoundError: There is no such run; a pattern may name none.
+            InvalidArgumentError: The filter or order cannot be read; ``metadata`` has the ``position``.
         """
-        name = run if isinstance(run, RunName) else RunName.parse(run)
-        parent = f"{name}/parts/-" if part is None else str(PartName(name, part))
-        request = catalog_pb2.ListCheckpointsRequest(parent=parent, page_size=page_size, show_all=show_all)
+        place, conditions = listing_place(run, part)
+        request = catalog_pb2.ListCheckpointsRequest(
+            parent=place,
+            page_size=page_size,
+            show_all=show_all,
+            # AND binds least, and the caller's filter comes first: positions in errors are right.
+            filter=" AND ".join([*([filter] if filter.strip() else []), *conditions]),
+            order_by=order_by,
+        )
         while True:
             page = self._transport.call(LIST_CHECKPOINTS, request, deadline_s=deadline_s)
             yield from map(Checkpoint.of, page.checkpoints)

@@ -6,22 +6,23 @@ only ever added. Times are RFC 3339 in UTC, missing ones null; sizes are bytes; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
+from shardbook._times import datetime_of, rfc3339
 from shardbook.core.blocks import decode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import decode_name
+from shardbook.core.description import decode_note
 from shardbook.core.extents import decode_segment
 from shardbook.core.head import MetadataHeader, decode_head, decode_metadata_header, default_header
 from shardbook.core.locate import Located, locate
 from shardbook.core.names import CheckpointName, RunName
 from shardbook.core.pickled_metadata import pickled_metadata
+from shardbook.descriptions import SaveTiming, Writer
 from shardbook.v1 import metadata_pb2, types_pb2
 
 Json = dict[str, Any]
@@ -74,6 +75,12 @@ class Checkpoint:
         warnings: Facts worth a person's attention.
         failure: Why it failed; empty unless it did.
         structure_digest: Digest of its structure, hex; empty until it is committed.
+        labels: What people and jobs call it, by key.
+        metrics: Measured values, by name.
+        aliases: Aliases that mean it now, ``latest`` among them.
+        note: A person's or job's JSON value; None for none, and in listings.
+        writer: Who and what wrote it; empty in listings.
+        timing: How long it took and what the ranks wrote; None when it is not known, and in listings.
     """
 
     name: str
@@ -98,6 +105,12 @@ class Checkpoint:
     warnings: tuple[str, ...]
     failure: str
     structure_digest: str
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    aliases: tuple[str, ...] = ()
+    note: Any = field(default=None, hash=False)
+    writer: Writer = Writer()  # noqa: RUF009 - frozen
+    timing: SaveTiming | None = None
 
     @classmethod
     def of(cls, message: types_pb2.Checkpoint) -> Checkpoint:
@@ -120,11 +133,17 @@ class Checkpoint:
             chunk_count=message.chunk_count,
             bytes_entry_count=message.bytes_entry_count,
             size_bytes=message.size_bytes,
-            create_time=_time(message.create_time),
-            commit_time=_time(message.commit_time),
+            create_time=datetime_of(message.create_time),
+            commit_time=datetime_of(message.commit_time),
             warnings=tuple(message.warnings),
             failure=message.failure,
             structure_digest=message.structure_digest.hex(),
+            labels=dict(sorted(message.labels.items())),
+            metrics=dict(sorted(message.metrics.items())),
+            aliases=tuple(message.aliases),
+            note=decode_note(message.note),
+            writer=Writer.of(message.writer),
+            timing=SaveTiming.of(message.timing) if message.HasField("timing") else None,
         )
 
     def to_json(self) -> Json:
@@ -132,9 +151,14 @@ class Checkpoint:
         return {
             **vars(self),
             "state": self.state.value,
-            "create_time": _rfc3339(self.create_time),
-            "commit_time": _rfc3339(self.commit_time),
+            "create_time": rfc3339(self.create_time),
+            "commit_time": rfc3339(self.commit_time),
             "warnings": list(self.warnings),
+            "labels": dict(self.labels),
+            "metrics": dict(self.metrics),
+            "aliases": list(self.aliases),
+            "writer": self.writer.to_json(),
+            "timing": None if self.timing is None else self.timing.to_json(),
         }
 
 
@@ -176,7 +200,7 @@ class RunPart:
             user=message.user,
             job_id=message.job_id,
             writing=message.writing,
-            last_seen_time=_time(message.last_seen_time),
+            last_seen_time=datetime_of(message.last_seen_time),
             latest=message.latest,
             latest_step=message.latest_step if message.latest else None,
             checkpoint_count=message.checkpoint_count,
@@ -184,7 +208,7 @@ class RunPart:
 
     def to_json(self) -> Json:
         """Returns every attribute under its own name."""
-        return {**vars(self), "last_seen_time": _rfc3339(self.last_seen_time)}
+        return {**vars(self), "last_seen_time": rfc3339(self.last_seen_time)}
 
 
 @dataclass(frozen=True)
@@ -209,7 +233,7 @@ class Run:
         return cls(
             name=message.name,
             ref=RunName.parse(message.name).ref,
-            create_time=_time(message.create_time),
+            create_time=datetime_of(message.create_time),
             parts=tuple(RunPart.of(part) for part in message.parts),
         )
 
@@ -218,7 +242,7 @@ class Run:
         return {
             "name": self.name,
             "ref": self.ref,
-            "create_time": _rfc3339(self.create_time),
+            "create_time": rfc3339(self.create_time),
             "parts": [part.to_json() for part in self.parts],
         }
 
@@ -308,13 +332,3 @@ class StoredMetadata:
         structure, located = self.columns()
         header = self.header(place.location if directory is None else directory)
         return pickled_metadata(structure, located, place.prefix, header)
-
-
-def _time(stamp: Timestamp) -> datetime | None:
-    if stamp.seconds == 0 and stamp.nanos == 0:
-        return None
-    return stamp.ToDatetime(tzinfo=UTC)
-
-
-def _rfc3339(time: datetime | None) -> str | None:
-    return None if time is None else time.isoformat(timespec="milliseconds").replace("+00:00", "Z")

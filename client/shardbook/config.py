@@ -194,6 +194,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         str,
     ),
     Setting(
+        "git_commit",
+        "SHARDBOOK_GIT_COMMIT",
+        "",
+        "Commit of the training code, kept with every checkpoint that is saved.",
+        str,
+    ),
+    Setting(
         "stores",
         "SHARDBOOK_STORES",
         "",
@@ -219,6 +226,7 @@ class ClientConfig:
         cache: Whether readers keep what the service answers.
         cache_bytes: Most that they keep, bytes; 0 for nothing.
         cache_dir: Where; empty for the user's cache directory, or the machine's temporary one where that is shared.
+        git_commit: Commit of the training code; empty when it is not known.
         stores: Named storage roots.
 
     Raises:
@@ -236,6 +244,7 @@ class ClientConfig:
     cache: bool = True
     cache_bytes: int = CACHE_BYTES
     cache_dir: str = ""
+    git_commit: str = ""
     stores: Stores = field(default_factory=Stores)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 from shardbook.client import Client
 from shardbook.core.columns import unframe
+from shardbook.core.description import unpack_said
 from shardbook.core.extents import decode_segment
 from shardbook.core.limits import MAX_BLOB_BYTES, MAX_RECORD_REGISTRATIONS
 from shardbook.core.manifest import AttemptIdentity, Manifest, StoredBlob
@@ -16,7 +17,7 @@ from shardbook.core.structure import BlobKind, reference_of
 from shardbook.errors import CorruptManifestError, InternalError, InvalidArgumentError
 from shardbook.stores import check_location
 from shardbook.v1 import registration_pb2 as pb
-from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, Blob, BlobRef
+from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, Blob, BlobRef, Description, Writer
 from shardbook.v1.types_pb2 import BlobKind as BlobKindNumber
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
 
@@ -52,12 +53,14 @@ class RecordedContent:
         pairs: Payloads of extents and volatile properties, likewise.
         blobs: Every table, plan and structure, each once.
         metadata_header: See ``shardbook.core.head``; empty for saves by Shardbook.
+        said: What is said of the checkpoint, see ``shardbook.core.description``; may be empty.
     """
 
     structure_digests: tuple[bytes, ...]
     pairs: tuple[tuple[bytes, bytes], ...]
     blobs: tuple[StoredBlob, ...]
     metadata_header: bytes = b""
+    said: bytes = b""
 
     @classmethod
     def of(cls, manifest: Manifest) -> RecordedContent:
@@ -70,7 +73,17 @@ class RecordedContent:
             raise CorruptManifestError(
                 f"a manifest has extents of {len(pairs)} ranks and structures of {len(manifest.structure_digests)}"
             )
-        return cls(manifest.structure_digests, pairs, manifest.blobs, manifest.metadata_header)
+        return cls(manifest.structure_digests, pairs, manifest.blobs, manifest.metadata_header, manifest.said)
+
+
+def description_of(said: bytes) -> Description:
+    """Returns what a record or manifest says of its checkpoint, as a call carries it; damaged, it says nothing."""
+    try:
+        labels, metrics, note, writer = unpack_said(said)
+        known = {name: value for name, value in writer.items() if name in Writer.DESCRIPTOR.fields_by_name}
+        return Description(labels=labels, metrics=metrics, note=note, writer=Writer(**known))
+    except InvalidArgumentError:
+        return Description()
 
 
 def record_attempt(client: Client, manifest: Manifest, location: str, *, recovered: bool) -> CheckpointMessage:
@@ -131,6 +144,8 @@ def record_content(
         del request.registrations[:]
         request.registrations.extend(part)
         request.complete = number == len(parts)
+        if request.complete:
+            request.description.CopyFrom(description_of(content.said))
         answer = _send(client, request, attempt)
     return answer.checkpoint
 

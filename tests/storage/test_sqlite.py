@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from sqlalchemy import exc, text
 
 from shardbook.errors import (
+    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
@@ -21,6 +23,7 @@ from shardbook.errors import (
 )
 from shardbook_server.storage import migrate, sqlite
 from shardbook_server.storage.database import Database
+from shardbook_server.storage.deadline import statements_until
 from shardbook_server.storage.failures import translate
 from shardbook_server.storage.sqlite import SqliteBackend
 from tests.databases import opened
@@ -46,6 +49,25 @@ def database(tmp_path: Path) -> Iterator[Database]:
     migrate.upgrade(url)
     with opened(url) as database:
         yield database
+
+
+def test_a_read_ends_at_its_call_s_deadline(database: Database) -> None:
+    """As Postgres's time limit has it; the connection is as good as before, for a call with time left and for none."""
+    endless = text("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+    with (
+        pytest.raises(DeadlineExceededError) as caught,
+        statements_until(time.monotonic() + 0.05),
+        database.read() as connection,
+    ):
+        connection.execute(endless)
+    assert "STATEMENT_TIMEOUT" == caught.value.reason
+    counted = text(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 300000) SELECT count(*) FROM n"
+    )
+    with statements_until(time.monotonic() + 60), database.read() as connection:
+        assert 300_000 == connection.scalar(counted)
+    with database.read() as connection:
+        assert 300_000 == connection.scalar(counted)
 
 
 @pytest.mark.parametrize(

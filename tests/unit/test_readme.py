@@ -23,6 +23,7 @@ PAGES = (
     "docs/RUNBOOK.md",
     "docs/SETTINGS.md",
     "docs/cli.md",
+    "docs/filters.md",
     "docs/decisions/README.md",
     "deploy/README.md",
 )

@@ -8,11 +8,24 @@ from typing import Annotated
 import typer
 
 from shardbook._version import __version__
-from shardbook.cli import cat, checkpoints, failures, imports, relay, runs, sync, tensors, verify
+from shardbook.cli import (
+    aliases,
+    cat,
+    checkpoints,
+    describing,
+    failures,
+    imports,
+    projects,
+    relay,
+    runs,
+    sync,
+    tensors,
+    verify,
+)
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
-A REF is project/run@1500, @1500.s3 (of session 3), @latest, or project/run:part@...
+A REF is project/run@1500, @1500.s3 (of session 3), @latest, @best or another alias, or project/run:part@...
 `shardbook cat` and `shardbook sync` take directories and URLs.
 SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
 
@@ -43,9 +56,14 @@ def _root(
     """Finds, describes, checks and recovers checkpoints."""
 
 
+app.command("projects", epilog=projects.EXAMPLES)(projects.list_projects)
 app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
 app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
 app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
+app.command("label", epilog=describing.LABEL_EXAMPLES)(describing.label)
+app.command("metric", epilog=describing.METRIC_EXAMPLES)(describing.metric)
+app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
+app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("cat", epilog=cat.EXAMPLES)(cat.cat)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)

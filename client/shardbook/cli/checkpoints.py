@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
 
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.cli import names, output
+from shardbook.cli.describing import note_text
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.core.names import RunName
+from shardbook.descriptions import RankInfo, SaveTiming
 
 LS_EXAMPLES = """\b
 Examples:
   shardbook ls llm/8b-v3
   shardbook ls llm/8b-v3 --all --limit 10
+  shardbook ls 'llm/*' --order-by metrics.val_loss --limit 1
+  shardbook ls '*/*' --filter 'labels.stage = eval AND step >= 1000 AND NOT metrics.val_loss > 2'
   shardbook ls llm/8b-v3 --json | jq -r '.checkpoints[].ref'"""
 SHOW_EXAMPLES = """\b
 Examples:
   shardbook show llm/8b-v3@latest
+  shardbook show llm/8b-v3@best --ranks
   shardbook show llm/8b-v3@1500.s3 --json | jq -r .checkpoint.location"""
 _COLUMNS = (
     ("STEP", True),
     ("STATE", False),
     ("REF", False),
-    ("LATEST", False),
+    ("ALIASES", False),
     ("WORLD", True),
     ("TENSORS", True),
     ("CHUNKS", True),
@@ -31,12 +39,27 @@ _COLUMNS = (
     ("CREATED", False),
     ("SESSION", True),
 )
+_RANK_COLUMNS = (("RANK", True), ("SIZE", True), ("PLAN S", True), ("WRITE S", True), ("REGISTER S", True))
 #: Columns that a narrow terminal does without, the first one first.
-_EXPENDABLE = ("SESSION", "CHUNKS", "TENSORS", "WORLD", "SIZE", "CREATED", "LATEST", "STATE", "STEP")
+_EXPENDABLE = ("SESSION", "CHUNKS", "TENSORS", "WORLD", "SIZE", "CREATED", "ALIASES", "STATE", "STEP")
 
 
 def list_checkpoints(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="project/run, or project/run:part for one part.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="project/run, project/run:part for one part, or a pattern: 'llm/*', '*/8b-*'."
+        ),
+    ],
+    filter_text: Annotated[
+        str, typer.Option("--filter", "-f", metavar="FILTER", help="Which of them (docs/filters.md).")
+    ] = "",
+    order_by: Annotated[
+        str,
+        typer.Option(
+            "--order-by", "-o", metavar="FIELDS", help="step, bytes, metrics.NAME, labels.KEY, ...; 'step desc' too."
+        ),
+    ] = "",
     show_all: Annotated[
         bool, typer.Option("--all", "-a", help="Open, failed, expired and superseded attempts too.")
     ] = False,
@@ -45,26 +68,41 @@ def list_checkpoints(
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """List the checkpoints of a run, newest first. A * marks what @latest means."""
-    name, part = names.run_of(run)
+    """List the checkpoints of one run or of several.
+
+    Those of a run come with the newest session and step first, those of several runs with the newest first, unless
+    --order-by says otherwise.
+    """
+    name, part = names.runs_of(run)
     client, _ = client_of(server, timeout_s)
-    found = client.list_checkpoints(name, part=part, show_all=show_all, page_size=page_size(limit))
+    found = client.list_checkpoints(
+        name, part=part, show_all=show_all, filter=filter_text, order_by=order_by, page_size=page_size(limit)
+    )
     checkpoints, more = take(found, limit)
-    # By part. The listing does not say: what @latest means need not be the newest one.
-    latest = {one.part: one.latest or None for one in client.get_run(name).parts if part in (None, one.part)}
     if as_json:
         rows = [checkpoint.to_json() for checkpoint in checkpoints]
+        # By part. The listing does not say: what @latest means need not be among what it shows.
+        latest = (
+            {one.part: one.latest or None for one in client.get_run(name).parts if part in (None, one.part)}
+            if isinstance(name, RunName)
+            else {}
+        )
         output.print_json({"checkpoints": rows, "more": more, "latest": latest})
         return
-    output.print_table(_COLUMNS, (_row(one, latest.get(one.part)) for one in checkpoints), expendable=_EXPENDABLE)
+    ordered = _described_fields(order_by)
+    columns = (*_COLUMNS[:4], *((field.partition(".")[2], field.startswith("metrics.")) for field in ordered))
+    columns = (*columns, *_COLUMNS[4:])
+    output.print_table(columns, (_row(one, ordered) for one in checkpoints), expendable=_EXPENDABLE)
     if not checkpoints and not show_all:
-        output.print_line(f"no committed checkpoints: `shardbook ls {run} --all` shows every attempt")
+        what = "such checkpoint is committed" if filter_text or order_by else "committed checkpoints"
+        output.print_line(f"no {what}: `shardbook ls {shlex.quote(run)} --all` shows every attempt")
     if more:
         output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all")
 
 
 def show_checkpoint(
     ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
+    ranks: Annotated[bool, typer.Option("--ranks", help="What each rank took and wrote, too.")] = False,
     as_json: AsJson = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
@@ -73,23 +111,46 @@ def show_checkpoint(
     name = names.checkpoint_of(ref)
     client, config = client_of(server, timeout_s)
     checkpoint = client.get_checkpoint(name)
+    by_rank = list(client.list_ranks(checkpoint.name)) if ranks else []
     if as_json:
-        output.print_json({"checkpoint": checkpoint.to_json()})
+        listed = {"ranks": [one.to_json() for one in by_rank]} if ranks else {}
+        output.print_json({"checkpoint": checkpoint.to_json(), **listed})
         return
     facts = _facts(checkpoint)
     here = config.stores.here(checkpoint.location)
     if here is not None and here != checkpoint.location:
         facts.insert(3, ("path here", here))
     output.print_facts(facts)
+    if ranks and not by_rank:
+        output.print_line("nothing is known of its ranks: an older server or client saved it")
+    elif ranks:
+        output.print_table(_RANK_COLUMNS, map(_rank_row, by_rank))
 
 
-def _row(checkpoint: Checkpoint, latest: str | None) -> tuple[str, ...]:
+def _rank_row(one: RankInfo) -> tuple[str, ...]:
+    times = (one.plan_s, one.write_s, one.register_s)
+    return (str(one.rank), output.size(one.size_bytes), *(f"{time_s:.3f}" for time_s in times))
+
+
+def _described_fields(order_by: str) -> list[str]:
+    """Returns the labels and metrics that are ordered by: they are worth a column."""
+    fields = [one.split()[0] for one in order_by.split(",") if one.strip()]
+    return [field for field in fields if field.startswith(("labels.", "metrics."))]
+
+
+def _value(checkpoint: Checkpoint, field: str) -> str:
+    kind, _, key = field.partition(".")
+    return checkpoint.labels.get(key, "-") if kind == "labels" else f"{checkpoint.metrics[key]:g}"
+
+
+def _row(checkpoint: Checkpoint, fields: Sequence[str]) -> tuple[str, ...]:
     proved = checkpoint.state is CheckpointState.COMMITTED
     return (
         str(checkpoint.step),
         state_of(checkpoint),
         checkpoint.ref,
-        "*" if checkpoint.name == latest else "-",
+        output.or_dash(", ".join(checkpoint.aliases)),
+        *(_value(checkpoint, field) for field in fields),
         output.count(checkpoint.world_size),
         output.count(checkpoint.tensor_count) if proved else "-",
         output.count(checkpoint.chunk_count) if proved else "-",
@@ -124,8 +185,40 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("committed", output.time(checkpoint.commit_time)),
         ("structure", output.or_dash(checkpoint.structure_digest)),
         ("name", checkpoint.name),
+        *_said(checkpoint),
     ]
     if checkpoint.failure:
         facts.append(("failure", checkpoint.failure))
     facts += [("warning", warning) for warning in checkpoint.warnings]
     return facts
+
+
+def _said(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yields what is said of a checkpoint, as far as anything is."""
+    if checkpoint.aliases:
+        yield "aliases", ", ".join(checkpoint.aliases)
+    for key, text in sorted(checkpoint.labels.items()):
+        yield f"label {key}", text
+    for key, value in sorted(checkpoint.metrics.items()):
+        yield f"metric {key}", f"{value:g}"
+    if checkpoint.note is not None:
+        yield "note", note_text(checkpoint.note)
+    writer = checkpoint.writer
+    if writer.host or writer.user:
+        job = f", job {writer.job_id}" if writer.job_id else ""
+        yield "written by", f"{writer.user or 'someone'} on {writer.host or 'some host'}{job}"
+    versions = [("Shardbook", writer.client_version), ("torch", writer.torch_version), ("git", writer.git_commit)]
+    if any(version for _, version in versions):
+        yield "written with", ", ".join(f"{name} {version}" for name, version in versions if version)
+    if checkpoint.timing is not None:
+        yield from _timing(checkpoint.timing)
+
+
+def _timing(timing: SaveTiming) -> Iterator[tuple[str, str]]:
+    for phase in timing.phases:
+        host = f" on {phase.slowest_host}" if phase.slowest_host else ""
+        slowest = f"slowest {phase.slowest_s:.3f} s, rank {phase.slowest_rank}{host}"
+        yield f"{phase.phase} time", f"{slowest}; median {phase.median_s:.3f} s"
+    yield "commit time", f"{timing.commit_s:.3f} s"
+    largest = f"most {output.size(timing.largest_rank_bytes)}, rank {timing.largest_rank}"
+    yield "bytes a rank", f"{largest}; median {output.size(timing.median_rank_bytes)}"

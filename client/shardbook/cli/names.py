@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardbook._patterns import is_pattern, listing_place
 from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
 from shardbook.errors import InvalidArgumentError
 
@@ -39,6 +40,19 @@ def run_of(text: str) -> tuple[RunName, str | None]:
         if _names_project(text):
             raise _project(text, "a run", field="run") from None
         raise
+
+
+def runs_of(text: str) -> tuple[RunName | str, str | None]:
+    """Returns the run, or the pattern of runs, that ``text`` names, and its part; None for all parts.
+
+    Raises:
+        InvalidArgumentError: It names none; the message says what it may be instead.
+    """
+    if not is_pattern(text):
+        return run_of(text)
+    pattern, _, part = text.partition(":")
+    listing_place(pattern, part or None)
+    return pattern, part or None
 
 
 def checkpoint_of(text: str) -> CheckpointName:

@@ -107,6 +107,7 @@ def fold(records: Sequence[RegistrationRecord]) -> FoldedAttempt:
         ),
         structure_digests=tuple(digests),
         blobs=structures.used(distinct),
+        said=next((record.said for record in by_rank if record.said), b""),
     )
     return FoldedAttempt(manifest, checkpoint, locate(checkpoint, registrations), written_bytes)
 

@@ -45,6 +45,18 @@ MAX_NAME_CHARS = 128
 MAX_LOCATION_BYTES = 4096
 #: Longest host, user, job id.
 MAX_LABEL_CHARS = 256
+#: Most labels and most metrics of a checkpoint, and the longest name of one; values of labels are as long as hosts.
+MAX_LABELS = 64
+MAX_METRICS = 64
+MAX_LABEL_NAME_CHARS = 63
+#: Most bytes of the JSON text of a note.
+MAX_NOTE_BYTES = 64 << 10
+#: Longest filter and order of a listing, most comparisons in a filter, how deep parentheses and NOT may nest, and most
+#: fields of an order.
+MAX_FILTER_CHARS = 2048
+MAX_COMPARISONS = 64
+MAX_FILTER_DEPTH = 16
+MAX_ORDER_FIELDS = 4
 #: Longest failure reason that a rank may report.
 MAX_REASON_CHARS = 2000
 #: Most warnings kept on a checkpoint, and most field violations of one error.

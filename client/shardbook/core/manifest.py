@@ -29,6 +29,8 @@ _RECORD, MANIFEST_KIND = "registration record", "manifest"
 #: Section with lengths and checksums of blocks and segments, for readers of ranges. Earlier releases wrote none, and
 #: pass over it.
 RANGES = "ranges"
+#: Section that is there when something is said of the checkpoint; likewise.
+_SAID = "said"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class RegistrationRecord:
         extents: Payload, see ``shardbook.core.extents``.
         volatile: Payload, see ``shardbook.core.extents``.
         blobs: The rank's table, plan and structure.
+        host: Host of the rank.
+        said: What the coordinator says of the checkpoint, see ``shardbook.core.description``; empty on other ranks.
     """
 
     identity: AttemptIdentity
@@ -136,6 +140,7 @@ class RegistrationRecord:
     volatile: bytes
     blobs: tuple[StoredBlob, ...]
     host: str = ""
+    said: bytes = b""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.identity.world_size:
@@ -150,7 +155,8 @@ class RegistrationRecord:
                 "rank": json.dumps({"rank": self.rank, "host": self.host}).encode(),
                 "registration": pack_list([self.structure_digest, self.extents, self.volatile]),
                 "blobs": _pack_blobs(self.blobs),
-            },
+            }
+            | _said(self.said),
         )
 
     @classmethod
@@ -171,6 +177,7 @@ class RegistrationRecord:
             extents=extents,
             volatile=volatile,
             blobs=_unpack_blobs(sections["blobs"]),
+            said=sections.get(_SAID, b""),
         )
 
 
@@ -187,6 +194,7 @@ class Manifest:
         structure_digests: By rank, 32 bytes each.
         blobs: Every table, plan and structure of the ranks, each once; what ``sync`` sends.
         metadata_header: See ``shardbook.core.head``; empty for saves by Shardbook.
+        said: What is said of the checkpoint, see ``shardbook.core.description``; may be empty.
     """
 
     identity: AttemptIdentity
@@ -197,6 +205,7 @@ class Manifest:
     structure_digests: tuple[bytes, ...]
     blobs: tuple[StoredBlob, ...]
     metadata_header: bytes = field(default=b"")
+    said: bytes = b""
 
     def to_bytes(self) -> bytes:
         """Returns the content of the manifest's file."""
@@ -212,7 +221,8 @@ class Manifest:
                 "blocks": pack_list(self.blocks),
                 "structures": _pack_digests(self.structure_digests),
                 "blobs": _pack_blobs(self.blobs),
-            },
+            }
+            | _said(self.said),
         )
 
     def read_blocks(self, rows: Sequence[int]) -> list[bytes]:
@@ -246,6 +256,7 @@ class Manifest:
             structure_digests=_unpack_digests(sections["structures"]),
             blobs=_unpack_blobs(sections["blobs"]),
             metadata_header=sections["metadata_header"],
+            said=sections.get(_SAID, b""),
         )
 
 
@@ -283,6 +294,10 @@ class StoredManifest(Protocol):
     def whole(self) -> Manifest:
         """Returns all of it."""
         ...
+
+
+def _said(content: bytes) -> dict[str, bytes]:
+    return {_SAID: content} if content else {}
 
 
 def _guarded(read: Callable[[], _T], kind: str) -> _T:

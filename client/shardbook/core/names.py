@@ -24,8 +24,10 @@ _SEGMENT = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{limits.MAX_NAME_CHARS - 1
 _RUN = re.compile(r"projects/([^/]*)/runs/([^/]*)")
 _PART = re.compile(r"projects/([^/]*)/runs/([^/]*)/parts/([^/]*)")
 _CHECKPOINT = re.compile(r"projects/([^/]*)/runs/([^/]*)/parts/([^/]*)/checkpoints/([^/]*)")
+_ALIAS_NAME = re.compile(r"projects/([^/]*)/runs/([^/]*)/parts/([^/]*)/aliases/([^/]*)")
 _ID = re.compile(r"([0-9]{1,19})(?:\.s([0-9]{1,19})(?:\.a([0-9]{1,10})(?:\.([0-9a-f]{12}))?)?)?")
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,62}")
+_ALIAS_FORM = "an alias: it begins with a letter and has letters, digits, '.', '_' and '-', such as llm/8b-v3@best"
 _REF = re.compile(r"([^/:@]*)/([^/:@]*)(?::([^/:@]*))?@([^/:@]*)")
 _RUN_REF = re.compile(r"([^/:@]*)/([^/:@]*)")
 
@@ -203,6 +205,41 @@ class CheckpointName:
         run = RunName(check_segment(match[1], field), check_segment(match[2], field))
         part = check_segment(DEFAULT_PART if match[3] is None else match[3], field)
         return cls(PartName(run, part), CheckpointId.parse(match[4], field))
+
+
+@dataclass(frozen=True, order=True)
+class AliasName:
+    """An alias of a part: a name for one of its checkpoints that can be moved."""
+
+    part: PartName
+    alias: str
+
+    def __post_init__(self) -> None:
+        if not _ALIAS.fullmatch(self.alias):
+            raise _no_name(self.alias, _ALIAS_FORM, "alias")
+
+    def __str__(self) -> str:
+        return f"{self.part}/aliases/{self.alias}"
+
+    @property
+    def ref(self) -> str:
+        """Short form, ``project/run@best``."""
+        return f"{self.part.ref}@{self.alias}"
+
+    @classmethod
+    def parse(cls, text: str, field: str = "name") -> AliasName:
+        """Returns the alias that a resource name or a ref names.
+
+        Raises:
+            InvalidArgumentError: It names none; the error is about ``field``.
+        """
+        match = _ALIAS_NAME.fullmatch(text)
+        if match is None:
+            match = _REF.fullmatch(text)
+        if match is None or not _ALIAS.fullmatch(match[4]):
+            raise _no_name(text, _ALIAS_FORM, field)
+        run = RunName(check_segment(match[1], field), check_segment(match[2], field))
+        return cls(PartName(run, check_segment(DEFAULT_PART if match[3] is None else match[3], field)), match[4])
 
 
 #: What people type; the same type, parsed from the same texts.

@@ -75,6 +75,9 @@ def async_save(
     export_metadata: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     checksum: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    note: Any = None,
 ) -> AsyncSaveResponse:
     """Copies a state dict and saves the copy in the background, without collectives.
 
@@ -115,7 +118,7 @@ def async_save(
             no_dist=no_dist,
         )
         return AsyncSaveResponse(*futures)
-    options = SaveOptions(strict, wait, export_metadata, timeout_s, checksum)
+    options = SaveOptions(strict, wait, export_metadata, timeout_s, checksum, labels, metrics, note)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     begin = _begin_in_process if async_checkpointer_type is AsyncCheckpointerType.PROCESS else _begin
     try:

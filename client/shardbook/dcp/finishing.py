@@ -32,6 +32,7 @@ from shardbook.errors import (
     SessionFencedError,
     ShardbookError,
 )
+from shardbook.recording import description_of
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 
@@ -229,7 +230,7 @@ class Finisher:
         checkpoint = None
         if self._submitter is not None and not unregistered:
             try:
-                checkpoint = self._commit(self._submitter)
+                checkpoint = self._commit(self._submitter, record.said)
             except ShardbookError as error:
                 if is_verdict(error):
                     raise explain(self._submitter, error) from error
@@ -243,9 +244,9 @@ class Finisher:
         missed.pop(place, None)
         return Outcome(SaveState.COMMITTED, self._describe(record, storage_meta), checkpoint)
 
-    def _commit(self, submitter: Submitter) -> types_pb2.Checkpoint:
+    def _commit(self, submitter: Submitter, said: bytes) -> types_pb2.Checkpoint:
         """Commits once every rank is registered, by itself or by the record it left."""
-        request = pb.CommitCheckpointRequest(key=submitter.key)
+        request = pb.CommitCheckpointRequest(key=submitter.key, description=description_of(said))
         others = OtherRanks(submitter, self._attempt, self._files)
         end_s = time.monotonic() + self._timeout_s
         look_s = _FIRST_LOOK_S

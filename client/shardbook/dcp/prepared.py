@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,6 +22,7 @@ from shardbook.dcp._torch import storage_writer_for
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import check_available
+from shardbook.dcp.describing import NOTHING_SAID, Said
 from shardbook.dcp.failing import give_up
 from shardbook.dcp.planner import check_planner
 from shardbook.dcp.runtime import Member, Runtime, current
@@ -43,6 +44,9 @@ class SaveOptions:
         export_metadata: Write DCP's own ``.metadata`` too.
         timeout_s: How long ranks wait for each other's data, seconds.
         checksum: ``crc32c`` or ``none``; None for what the client's settings say.
+        labels: Labels of the checkpoint, as the caller gave them.
+        metrics: Its metrics, likewise.
+        note: Its note, likewise.
     """
 
     strict: bool = False
@@ -50,6 +54,9 @@ class SaveOptions:
     export_metadata: bool = True
     timeout_s: float = DEFAULT_TIMEOUT_S
     checksum: str | None = None
+    labels: Mapping[str, str] | None = None
+    metrics: Mapping[str, float] | None = None
+    note: Any = None
 
     def __post_init__(self) -> None:
         if self.wait not in _WAITS:
@@ -86,6 +93,7 @@ class PreparedSave:
         files: The checkpoint's directory, for word of a failure; None when it cannot be had.
         claim: Keeps writer and planner from other saves.
         on_registered: Called when the service has this rank's registration.
+        said: What the caller says of the checkpoint.
     """
 
     runtime: Runtime
@@ -97,6 +105,7 @@ class PreparedSave:
     files: CheckpointFiles | None
     claim: Claim
     on_registered: Callable[[], None] = _nothing
+    said: Said = NOTHING_SAID
 
     @property
     def checksum(self) -> Checksum:
@@ -210,9 +219,10 @@ def _prepared(
 ) -> PreparedSave:
     checked = check_planner(DefaultSavePlanner() if planner is None else planner)
     writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
+    said = Said.of(options.labels, options.metrics, options.note)
     claim = Claim(storage_writer=writer, planner=checked)
     files = files_of(writer, attempt.path)
-    prepared = PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files, claim)
+    prepared = PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files, claim, said=said)
     try:
         check_available(prepared.checksum)
     except BaseException:

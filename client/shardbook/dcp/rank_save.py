@@ -28,6 +28,7 @@ from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import WrittenChecksums
+from shardbook.dcp.describing import milliseconds, said_by
 from shardbook.dcp.directory import write_record
 from shardbook.dcp.failing import raise_failure_of_others, tell_failure
 from shardbook.dcp.finishing import Finisher, Outcome
@@ -93,6 +94,8 @@ class RankSave:
         self._closed: Checkpoint | None = None
         #: When this rank began to register, and to wait for the others.
         self._registering_s = 0.0
+        #: What this rank took to plan, to write and to leave its record, milliseconds.
+        self._phase_ms: tuple[int, ...] = ()
         #: Why the service does not know of this save; empty while it does.
         self._unregistered = ""
         #: The session was found fenced before the data was written; raised once the data is on storage.
@@ -117,6 +120,7 @@ class RankSave:
         written_s = time.monotonic()
         with self._reporting("register"):
             write_record(self._files, record)
+        self._phase_ms = milliseconds(began_s, planned_s, written_s, time.monotonic())
         if self._fenced is not None:
             raise self._fenced
         record = self._register(record)
@@ -318,7 +322,14 @@ class RankSave:
             structure,
             extents,
             (written.items.requires_grad, written.items.pin_memory),
+            self._said(),
         )
+
+    def _said(self) -> bytes:
+        """What the coordinator says of the checkpoint, for the service and for the directory."""
+        if not self._attempt.member.is_coordinator:
+            return b""
+        return said_by(self._prepared.said, self._runtime.session, self._runtime.config.git_commit)
 
     def _register(self, record: RegistrationRecord) -> RegistrationRecord:
         """Registers what was written; returns the record, which says so under the session that it is registered in."""
@@ -330,9 +341,10 @@ class RankSave:
         wait_s = min(self._prepared.options.timeout_s, self._attempt.first_wait_s) if waits else 0.0
         try:
             try:
-                self._closed = self._submitter.register(record, wait_s=wait_s)
+                self._closed = self._submitter.register(record, wait_s=wait_s, phase_ms=self._phase_ms)
             except SessionUnknownError:
-                self._closed = self._reconnect(self._submitter).register(record, wait_s=wait_s)
+                submitter = self._reconnect(self._submitter)
+                self._closed = submitter.register(record, wait_s=wait_s, phase_ms=self._phase_ms)
                 record = self._of_new_session(record, self._submitter.session)
             self._prepared.on_registered()
             self._runtime.outage_told = False

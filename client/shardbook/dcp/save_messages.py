@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from shardbook.config import ClientConfig
 from shardbook.dcp.attempt import Attempt
+from shardbook.dcp.describing import Said
 from shardbook.dcp.handover import Place
 from shardbook.dcp.prepared import SaveOptions
 from shardbook.dcp.results import SaveResult
@@ -57,6 +58,7 @@ class SaveRequest:
         lease_ttl_s: How long a lease lives, seconds; 0 when the trainer does not know.
         directory: What relative paths start from.
         places: Where the objects lie in the memory.
+        said: What the caller says of the checkpoint; of the options' own it says nothing more.
     """
 
     number: int
@@ -67,6 +69,7 @@ class SaveRequest:
     lease_ttl_s: float
     directory: str
     places: dict[str, Place]
+    said: Said
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def _save(runtime: Runtime, trainer: _Trainer, request: SaveRequest, packed: Pac
         files=files,
         claim=Claim(),
         on_registered=tell,
+        said=request.said,
     )
     return RankSave(prepared).run(objects["state_dict"])
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing import reduction, spawn
 from multiprocessing.connection import Connection
 from typing import Final
@@ -108,11 +109,12 @@ class SaveProcess:
             number=number,
             attempt=prepared.attempt,
             checkpoint_id=prepared.checkpoint_id,
-            options=prepared.options,
+            options=replace(prepared.options, labels=None, metrics=None, note=None),
             sessions=self._runtime.sessions,
             lease_ttl_s=self._runtime.lease_ttl_s,
             directory=_directory(),
             places=packed.places,
+            said=prepared.said,
         )
         with self._lock:
             if self._is_closed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -40,6 +41,9 @@ def save(
     export_metadata: bool = True,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     checksum: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    note: Any = None,
 ) -> SaveResult:
     """Saves a state dict from every rank, as ``torch.distributed.checkpoint.save`` does, without collectives.
 
@@ -58,6 +62,10 @@ def save(
         timeout_s: How long ranks wait for each other's data, seconds.
         checksum: ``crc32c`` keeps a checksum of every item, computed while it is written; ``none`` keeps none. By
             default what ``SHARDBOOK_CHECKSUM`` says.
+        labels: What the catalogue is to call the checkpoint, by key; the coordinator's count. ``shardbook ls --filter
+            'labels.stage = "eval"'`` finds it again.
+        metrics: Measured values by name, the coordinator's; those that are NaN or infinite are left out.
+        note: Any JSON value to keep with the checkpoint, the coordinator's.
 
     Returns:
         How far the save has come. With the service away it is UNREGISTERED: the data and what describes it are on
@@ -82,7 +90,7 @@ def save(
             process_group=process_group,
             no_dist=no_dist,
         )
-    options = SaveOptions(strict, wait, export_metadata, timeout_s, checksum)
+    options = SaveOptions(strict, wait, export_metadata, timeout_s, checksum, labels, metrics, note)
     prepared = prepare(checkpoint_id, storage_writer, planner, process_group, no_dist, step, part, options)
     try:
         return perform(prepared, state_of(prepared, state_dict))

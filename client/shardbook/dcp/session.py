@@ -118,7 +118,7 @@ class Session:
             on_live=_ON_LIVE[self.on_live],
             resumed_from=self.resumed_from if part == self.part else "",
             host=host_name(),
-            user=_user_name(),
+            user=user_name(),
         )
 
 
@@ -253,7 +253,8 @@ def host_name() -> str:
     return label(socket.gethostname())
 
 
-def _user_name() -> str:
+def user_name() -> str:
+    """Returns who runs this process, for people."""
     try:
         return label(getpass.getuser())
     except (KeyError, OSError):  # containers often run under a uid that has no name

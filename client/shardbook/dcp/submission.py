@@ -68,6 +68,7 @@ def make_record(
     structure: RankStructure,
     extents: Extents,
     volatile: tuple[BoolArray, BoolArray],
+    said: bytes = b"",
 ) -> RegistrationRecord:
     """Returns all that this rank has to tell about an attempt, once its data is on storage."""
     encoded = encode_structure(structure, plan.plan.digest)
@@ -79,6 +80,7 @@ def make_record(
         volatile=encode_volatile(*volatile),
         blobs=(plan.table, plan.plan, StoredBlob(BlobKind.STRUCTURE, encoded.digest, encoded.payload)),
         host=host_name(),
+        said=said,
     )
 
 
@@ -129,12 +131,15 @@ class Submitter:
             return None
         return _dropped(answer.drop, plan.item_count)
 
-    def register(self, record: RegistrationRecord, *, wait_s: float = 0.0) -> types_pb2.Checkpoint | None:
+    def register(
+        self, record: RegistrationRecord, *, wait_s: float = 0.0, phase_ms: Sequence[int] = ()
+    ) -> types_pb2.Checkpoint | None:
         """Registers what a rank wrote: this one, or another one whose record was found on storage.
 
         Args:
             record: What it wrote.
             wait_s: How long to wait for the attempt to be closed, in the same call, seconds.
+            phase_ms: What this rank took to plan, to write and to leave its record, milliseconds.
 
         Returns:
             The checkpoint when it was closed in that time.
@@ -145,7 +150,7 @@ class Submitter:
         request = pb.RegisterShardsRequest(
             key=self.key,
             location=self.attempt.place(),
-            registration=registration_of(record),
+            registration=registration_of(record, phase_ms),
             host=record.host,
             blobs=self._unasked(record.blobs),
         )
@@ -228,13 +233,14 @@ _KINDS = {
 }
 
 
-def registration_of(record: RegistrationRecord) -> pb.ShardRegistration:
+def registration_of(record: RegistrationRecord, phase_ms: Sequence[int] = ()) -> pb.ShardRegistration:
     """Returns a record's registration as sent."""
     return pb.ShardRegistration(
         rank=record.rank,
         structure_digest=record.structure_digest,
         extents=record.extents,
         volatile_properties=record.volatile,
+        phase_ms=phase_ms,
     )
 
 

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class CatalogServiceStub(object):
-    """Finds runs and checkpoints.
+    """Finds and describes runs and checkpoints, and names them by alias.
     """
 
     def __init__(self, channel):
@@ -36,6 +36,11 @@ class CatalogServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
+        self.ListProjects = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ListProjects',
+                request_serializer=shardbook_dot_v1_dot_catalog__pb2.ListProjectsRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListProjectsResponse.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/shardbook.v1.CatalogService/GetRun',
                 request_serializer=shardbook_dot_v1_dot_catalog__pb2.GetRunRequest.SerializeToString,
@@ -56,11 +61,43 @@ class CatalogServiceStub(object):
                 request_serializer=shardbook_dot_v1_dot_catalog__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.UpdateCheckpoint = channel.unary_unary(
+                '/shardbook.v1.CatalogService/UpdateCheckpoint',
+                request_serializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ListRanks = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ListRanks',
+                request_serializer=shardbook_dot_v1_dot_catalog__pb2.ListRanksRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListRanksResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ListAliases',
+                request_serializer=shardbook_dot_v1_dot_catalog__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/shardbook.v1.CatalogService/SetAlias',
+                request_serializer=shardbook_dot_v1_dot_catalog__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_catalog__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/shardbook.v1.CatalogService/DeleteAlias',
+                request_serializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServiceServicer(object):
-    """Finds runs and checkpoints.
+    """Finds and describes runs and checkpoints, and names them by alias.
     """
+
+    def ListProjects(self, request, context):
+        """Lists projects by name, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetRun(self, request, context):
         """Returns one run.
@@ -84,7 +121,42 @@ class CatalogServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Lists the checkpoints of a run, newest first, a page at a time.
+        """Lists the checkpoints of one run or of many, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateCheckpoint(self, request, context):
+        """Changes what is said of a checkpoint: its labels, metrics and note.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRanks(self, request, context):
+        """Lists what the ranks of a committed checkpoint took and wrote.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """Lists the aliases of a part by name, `latest` among them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Makes an alias or moves it, by hand or so that it follows a metric.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Deletes an alias; the checkpoint stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +165,11 @@ class CatalogServiceServicer(object):
 
 def add_CatalogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'ListProjects': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProjects,
+                    request_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListProjectsRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_catalog__pb2.ListProjectsResponse.SerializeToString,
+            ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
                     request_deserializer=shardbook_dot_v1_dot_catalog__pb2.GetRunRequest.FromString,
@@ -113,6 +190,31 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     request_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_catalog__pb2.ListCheckpointsResponse.SerializeToString,
             ),
+            'UpdateCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateCheckpoint,
+                    request_deserializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointResponse.SerializeToString,
+            ),
+            'ListRanks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRanks,
+                    request_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListRanksRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_catalog__pb2.ListRanksResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=shardbook_dot_v1_dot_catalog__pb2.ListAliasesRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_catalog__pb2.ListAliasesResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=shardbook_dot_v1_dot_catalog__pb2.SetAliasRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_catalog__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'shardbook.v1.CatalogService', rpc_method_handlers)
@@ -122,8 +224,35 @@ def add_CatalogServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CatalogService(object):
-    """Finds runs and checkpoints.
+    """Finds and describes runs and checkpoints, and names them by alias.
     """
+
+    @staticmethod
+    def ListProjects(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ListProjects',
+            shardbook_dot_v1_dot_catalog__pb2.ListProjectsRequest.SerializeToString,
+            shardbook_dot_v1_dot_catalog__pb2.ListProjectsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetRun(request,
@@ -223,6 +352,141 @@ class CatalogService(object):
             '/shardbook.v1.CatalogService/ListCheckpoints',
             shardbook_dot_v1_dot_catalog__pb2.ListCheckpointsRequest.SerializeToString,
             shardbook_dot_v1_dot_catalog__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/UpdateCheckpoint',
+            shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointRequest.SerializeToString,
+            shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRanks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ListRanks',
+            shardbook_dot_v1_dot_catalog__pb2.ListRanksRequest.SerializeToString,
+            shardbook_dot_v1_dot_catalog__pb2.ListRanksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ListAliases',
+            shardbook_dot_v1_dot_catalog__pb2.ListAliasesRequest.SerializeToString,
+            shardbook_dot_v1_dot_catalog__pb2.ListAliasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/SetAlias',
+            shardbook_dot_v1_dot_catalog__pb2.SetAliasRequest.SerializeToString,
+            shardbook_dot_v1_dot_catalog__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/DeleteAlias',
+            shardbook_dot_v1_dot_catalog__pb2.DeleteAliasRequest.SerializeToString,
+            shardbook_dot_v1_dot_catalog__pb2.DeleteAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

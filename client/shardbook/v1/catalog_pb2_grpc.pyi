@@ -11,20 +11,37 @@ from shardbook.v1 import catalog_pb2
 
 class CatalogServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
+    ListProjects: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListProjectsRequest, catalog_pb2.ListProjectsResponse]
     GetRun: grpc.UnaryUnaryMultiCallable[catalog_pb2.GetRunRequest, catalog_pb2.GetRunResponse]
     ListRuns: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListRunsRequest, catalog_pb2.ListRunsResponse]
     GetCheckpoint: grpc.UnaryUnaryMultiCallable[catalog_pb2.GetCheckpointRequest, catalog_pb2.GetCheckpointResponse]
     ListCheckpoints: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListCheckpointsRequest, catalog_pb2.ListCheckpointsResponse]
+    UpdateCheckpoint: grpc.UnaryUnaryMultiCallable[catalog_pb2.UpdateCheckpointRequest, catalog_pb2.UpdateCheckpointResponse]
+    ListRanks: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListRanksRequest, catalog_pb2.ListRanksResponse]
+    ListAliases: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
+    SetAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
+    DeleteAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse]
 
 @type_check_only
 class CatalogServiceAsyncStub:
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
+    ListProjects: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListProjectsRequest, catalog_pb2.ListProjectsResponse]
     GetRun: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.GetRunRequest, catalog_pb2.GetRunResponse]
     ListRuns: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListRunsRequest, catalog_pb2.ListRunsResponse]
     GetCheckpoint: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.GetCheckpointRequest, catalog_pb2.GetCheckpointResponse]
     ListCheckpoints: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListCheckpointsRequest, catalog_pb2.ListCheckpointsResponse]
+    UpdateCheckpoint: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.UpdateCheckpointRequest, catalog_pb2.UpdateCheckpointResponse]
+    ListRanks: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListRanksRequest, catalog_pb2.ListRanksResponse]
+    ListAliases: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
+    SetAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
+    DeleteAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse]
 
 class CatalogServiceServicer:
+    def ListProjects(
+        self,
+        request: catalog_pb2.ListProjectsRequest,
+        context: grpc.aio.ServicerContext[catalog_pb2.ListProjectsRequest, catalog_pb2.ListProjectsResponse],
+    ) -> Awaitable[catalog_pb2.ListProjectsResponse]: ...
     def GetRun(
         self,
         request: catalog_pb2.GetRunRequest,
@@ -45,6 +62,31 @@ class CatalogServiceServicer:
         request: catalog_pb2.ListCheckpointsRequest,
         context: grpc.aio.ServicerContext[catalog_pb2.ListCheckpointsRequest, catalog_pb2.ListCheckpointsResponse],
     ) -> Awaitable[catalog_pb2.ListCheckpointsResponse]: ...
+    def UpdateCheckpoint(
+        self,
+        request: catalog_pb2.UpdateCheckpointRequest,
+        context: grpc.aio.ServicerContext[catalog_pb2.UpdateCheckpointRequest, catalog_pb2.UpdateCheckpointResponse],
+    ) -> Awaitable[catalog_pb2.UpdateCheckpointResponse]: ...
+    def ListRanks(
+        self,
+        request: catalog_pb2.ListRanksRequest,
+        context: grpc.aio.ServicerContext[catalog_pb2.ListRanksRequest, catalog_pb2.ListRanksResponse],
+    ) -> Awaitable[catalog_pb2.ListRanksResponse]: ...
+    def ListAliases(
+        self,
+        request: catalog_pb2.ListAliasesRequest,
+        context: grpc.aio.ServicerContext[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse],
+    ) -> Awaitable[catalog_pb2.ListAliasesResponse]: ...
+    def SetAlias(
+        self,
+        request: catalog_pb2.SetAliasRequest,
+        context: grpc.aio.ServicerContext[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse],
+    ) -> Awaitable[catalog_pb2.SetAliasResponse]: ...
+    def DeleteAlias(
+        self,
+        request: catalog_pb2.DeleteAliasRequest,
+        context: grpc.aio.ServicerContext[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse],
+    ) -> Awaitable[catalog_pb2.DeleteAliasResponse]: ...
 
 def add_CatalogServiceServicer_to_server(
     servicer: CatalogServiceServicer, server: grpc.Server | grpc.aio.Server

@@ -122,16 +122,18 @@ class PlanSaveResponse(_message.Message):
     def __init__(self, state: _Optional[_Union[PlanSaveResponse.State, str]] = ..., unknown: _Optional[_Iterable[_Union[_types_pb2.BlobRef, _Mapping[str, _Any]]]] = ..., drop: _Optional[bytes] = ..., planned_count: _Optional[int] = ...) -> None: ...
 
 class ShardRegistration(_message.Message):
-    __slots__ = ("rank", "structure_digest", "extents", "volatile_properties")
+    __slots__ = ("rank", "structure_digest", "extents", "volatile_properties", "phase_ms")
     RANK_FIELD_NUMBER: _ClassVar[int]
     STRUCTURE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
     VOLATILE_PROPERTIES_FIELD_NUMBER: _ClassVar[int]
+    PHASE_MS_FIELD_NUMBER: _ClassVar[int]
     rank: int
     structure_digest: bytes
     extents: bytes
     volatile_properties: bytes
-    def __init__(self, rank: _Optional[int] = ..., structure_digest: _Optional[bytes] = ..., extents: _Optional[bytes] = ..., volatile_properties: _Optional[bytes] = ...) -> None: ...
+    phase_ms: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, rank: _Optional[int] = ..., structure_digest: _Optional[bytes] = ..., extents: _Optional[bytes] = ..., volatile_properties: _Optional[bytes] = ..., phase_ms: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RegisterShardsRequest(_message.Message):
     __slots__ = ("key", "location", "registration", "blobs", "host", "wait")
@@ -200,12 +202,14 @@ class GetCheckpointProgressResponse(_message.Message):
     def __init__(self, progress: _Optional[_Union[_types_pb2.AttemptProgress, _Mapping[str, _Any]]] = ..., checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class CommitCheckpointRequest(_message.Message):
-    __slots__ = ("key", "wait")
+    __slots__ = ("key", "wait", "description")
     KEY_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     key: _types_pb2.AttemptKey
     wait: _duration_pb2.Duration
-    def __init__(self, key: _Optional[_Union[_types_pb2.AttemptKey, _Mapping[str, _Any]]] = ..., wait: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
+    description: _types_pb2.Description
+    def __init__(self, key: _Optional[_Union[_types_pb2.AttemptKey, _Mapping[str, _Any]]] = ..., wait: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ..., description: _Optional[_Union[_types_pb2.Description, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class CommitCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint",)
@@ -228,7 +232,7 @@ class AbortCheckpointResponse(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class RecordCheckpointRequest(_message.Message):
-    __slots__ = ("key", "location", "registrations", "registration_count", "blobs", "complete", "recovered", "write_time", "metadata_header")
+    __slots__ = ("key", "location", "registrations", "registration_count", "blobs", "complete", "recovered", "write_time", "metadata_header", "description")
     KEY_FIELD_NUMBER: _ClassVar[int]
     LOCATION_FIELD_NUMBER: _ClassVar[int]
     REGISTRATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +242,7 @@ class RecordCheckpointRequest(_message.Message):
     RECOVERED_FIELD_NUMBER: _ClassVar[int]
     WRITE_TIME_FIELD_NUMBER: _ClassVar[int]
     METADATA_HEADER_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     key: _types_pb2.AttemptKey
     location: _types_pb2.AttemptLocation
     registrations: _containers.RepeatedCompositeFieldContainer[ShardRegistration]
@@ -247,7 +252,8 @@ class RecordCheckpointRequest(_message.Message):
     recovered: bool
     write_time: _timestamp_pb2.Timestamp
     metadata_header: bytes
-    def __init__(self, key: _Optional[_Union[_types_pb2.AttemptKey, _Mapping[str, _Any]]] = ..., location: _Optional[_Union[_types_pb2.AttemptLocation, _Mapping[str, _Any]]] = ..., registrations: _Optional[_Iterable[_Union[ShardRegistration, _Mapping[str, _Any]]]] = ..., registration_count: _Optional[int] = ..., blobs: _Optional[_Iterable[_Union[_types_pb2.Blob, _Mapping[str, _Any]]]] = ..., complete: bool = ..., recovered: bool = ..., write_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., metadata_header: _Optional[bytes] = ...) -> None: ...
+    description: _types_pb2.Description
+    def __init__(self, key: _Optional[_Union[_types_pb2.AttemptKey, _Mapping[str, _Any]]] = ..., location: _Optional[_Union[_types_pb2.AttemptLocation, _Mapping[str, _Any]]] = ..., registrations: _Optional[_Iterable[_Union[ShardRegistration, _Mapping[str, _Any]]]] = ..., registration_count: _Optional[int] = ..., blobs: _Optional[_Iterable[_Union[_types_pb2.Blob, _Mapping[str, _Any]]]] = ..., complete: bool = ..., recovered: bool = ..., write_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., metadata_header: _Optional[bytes] = ..., description: _Optional[_Union[_types_pb2.Description, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class RecordCheckpointResponse(_message.Message):
     __slots__ = ("unknown", "checkpoint")

@@ -78,7 +78,21 @@ class BlobRef(_message.Message):
     def __init__(self, kind: _Optional[_Union[BlobKind, str]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("name", "ref", "step", "session", "attempt", "incarnation", "world_size", "state", "live", "location", "tensor_count", "chunk_count", "bytes_entry_count", "size_bytes", "create_time", "commit_time", "warnings", "failure", "structure_digest", "recovered")
+    __slots__ = ("name", "ref", "step", "session", "attempt", "incarnation", "world_size", "state", "live", "location", "tensor_count", "chunk_count", "bytes_entry_count", "size_bytes", "create_time", "commit_time", "warnings", "failure", "structure_digest", "recovered", "labels", "metrics", "aliases", "note", "writer", "timing")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     REF_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +113,12 @@ class Checkpoint(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     STRUCTURE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     RECOVERED_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
     name: str
     ref: str
     step: int
@@ -119,7 +139,83 @@ class Checkpoint(_message.Message):
     failure: str
     structure_digest: bytes
     recovered: bool
-    def __init__(self, name: _Optional[str] = ..., ref: _Optional[str] = ..., step: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., world_size: _Optional[int] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., live: bool = ..., location: _Optional[_Union[AttemptLocation, _Mapping[str, _Any]]] = ..., tensor_count: _Optional[int] = ..., chunk_count: _Optional[int] = ..., bytes_entry_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., commit_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., warnings: _Optional[_Iterable[str]] = ..., failure: _Optional[str] = ..., structure_digest: _Optional[bytes] = ..., recovered: bool = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    metrics: _containers.ScalarMap[str, float]
+    aliases: _containers.RepeatedScalarFieldContainer[str]
+    note: str
+    writer: Writer
+    timing: SaveTiming
+    def __init__(self, name: _Optional[str] = ..., ref: _Optional[str] = ..., step: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., world_size: _Optional[int] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., live: bool = ..., location: _Optional[_Union[AttemptLocation, _Mapping[str, _Any]]] = ..., tensor_count: _Optional[int] = ..., chunk_count: _Optional[int] = ..., bytes_entry_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., commit_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., warnings: _Optional[_Iterable[str]] = ..., failure: _Optional[str] = ..., structure_digest: _Optional[bytes] = ..., recovered: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., aliases: _Optional[_Iterable[str]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ..., timing: _Optional[_Union[SaveTiming, _Mapping[str, _Any]]] = ...) -> None: ...
+
+class Description(_message.Message):
+    __slots__ = ("labels", "metrics", "note", "writer")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.ScalarMap[str, str]
+    metrics: _containers.ScalarMap[str, float]
+    note: str
+    writer: Writer
+    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ...) -> None: ...
+
+class Writer(_message.Message):
+    __slots__ = ("host", "user", "job_id", "client_version", "torch_version", "git_commit")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TORCH_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GIT_COMMIT_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    user: str
+    job_id: str
+    client_version: str
+    torch_version: str
+    git_commit: str
+    def __init__(self, host: _Optional[str] = ..., user: _Optional[str] = ..., job_id: _Optional[str] = ..., client_version: _Optional[str] = ..., torch_version: _Optional[str] = ..., git_commit: _Optional[str] = ...) -> None: ...
+
+class SaveTiming(_message.Message):
+    __slots__ = ("phases", "commit", "largest_rank_bytes", "largest_rank", "median_rank_bytes")
+    PHASES_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_RANK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_RANK_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_RANK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    phases: _containers.RepeatedCompositeFieldContainer[PhaseTiming]
+    commit: _duration_pb2.Duration
+    largest_rank_bytes: int
+    largest_rank: int
+    median_rank_bytes: int
+    def __init__(self, phases: _Optional[_Iterable[_Union[PhaseTiming, _Mapping[str, _Any]]]] = ..., commit: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ..., largest_rank_bytes: _Optional[int] = ..., largest_rank: _Optional[int] = ..., median_rank_bytes: _Optional[int] = ...) -> None: ...
+
+class PhaseTiming(_message.Message):
+    __slots__ = ("phase", "slowest", "slowest_rank", "slowest_host", "median")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_RANK_FIELD_NUMBER: _ClassVar[int]
+    SLOWEST_HOST_FIELD_NUMBER: _ClassVar[int]
+    MEDIAN_FIELD_NUMBER: _ClassVar[int]
+    phase: str
+    slowest: _duration_pb2.Duration
+    slowest_rank: int
+    slowest_host: str
+    median: _duration_pb2.Duration
+    def __init__(self, phase: _Optional[str] = ..., slowest: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ..., slowest_rank: _Optional[int] = ..., slowest_host: _Optional[str] = ..., median: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("name", "create_time", "parts")

@@ -19,6 +19,7 @@ from shardbook_server.rpc.limits import LEASE_LOOK_S, RECENT_COUNT, RECENT_S
 from shardbook_server.rpc.uploads import Uploads
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.service.blobs import CheckedBlobs
+from shardbook_server.service.describing import Description
 from shardbook_server.service.lru import BoundedCache
 from shardbook_server.service.plans import PlanEntry
 from shardbook_server.service.registration import RegistrationEntry
@@ -239,8 +240,8 @@ class Attempts:
         self._views.put(key, (asked_s + max(RECENT_S, 20 * (time.monotonic() - asked_s)), view))
         return view
 
-    async def commit(self, key: AttemptKey, wait_s: float) -> CheckpointInfo:
-        """Commits an attempt once every rank is there.
+    async def commit(self, key: AttemptKey, description: Description, wait_s: float) -> CheckpointInfo:
+        """Commits an attempt once every rank is there; the first to ask says what it is described as.
 
         Raises:
             RanksMissingError: Ranks are missing, still after the wait.
@@ -249,7 +250,7 @@ class Attempts:
         closed = False
         while True:
             try:
-                checkpoint = await self._bridge.heavy("commit", key, self._services.commits.commit, key)
+                checkpoint = await self._bridge.heavy("commit", key, self._services.commits.commit, key, description)
             except RanksMissingError:
                 left_s = end_s - time.monotonic()
                 # An expired attempt can still be committed, but nobody may be there to complete it.

@@ -8,7 +8,7 @@ import grpc.aio
 
 from shardbook.v1 import catalog_pb2 as pb
 from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
-from shardbook_server.rpc import convert
+from shardbook_server.rpc import convert, describing
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.service.services import Services
 
@@ -20,7 +20,19 @@ class CatalogHandlers(CatalogServiceServicer):
 
     def __init__(self, services: Services, bridge: Bridge) -> None:
         self._catalog = services.catalog
+        self._descriptions = services.descriptions
+        self._aliases = services.aliases
         self._bridge = bridge
+
+    async def ListProjects(self, request: pb.ListProjectsRequest, context: Context) -> pb.ListProjectsResponse:
+        """Lists projects by name, a page at a time."""
+        page = await self._bridge.read(
+            self._catalog.list_projects, page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListProjectsResponse(
+            projects=[pb.Project(name=view.name, run_count=view.run_count) for view in page.items],
+            next_page_token=page.next_page_token,
+        )
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Returns one run."""
@@ -42,14 +54,55 @@ class CatalogHandlers(CatalogServiceServicer):
         return pb.GetCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
-        """Lists the checkpoints of a run, newest first, a page at a time."""
+        """Lists the checkpoints of one run or of many, a page at a time."""
         page = await self._bridge.read(
             self._catalog.list_checkpoints,
             request.parent,
             page_size=request.page_size,
             page_token=request.page_token,
             show_all=request.show_all,
+            filter_text=request.filter,
+            order_by=request.order_by,
         )
         return pb.ListCheckpointsResponse(
             checkpoints=[convert.checkpoint(view) for view in page.items], next_page_token=page.next_page_token
         )
+
+    async def UpdateCheckpoint(
+        self, request: pb.UpdateCheckpointRequest, context: Context
+    ) -> pb.UpdateCheckpointResponse:
+        """Changes what is said of a checkpoint."""
+        changes = describing.changes(request)
+        checkpoint = await self._bridge.write("update", self._descriptions.update, request.checkpoint.name, changes)
+        return pb.UpdateCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+    async def ListRanks(self, request: pb.ListRanksRequest, context: Context) -> pb.ListRanksResponse:
+        """Lists what the ranks of a committed checkpoint took and wrote."""
+        page = await self._bridge.read(
+            self._catalog.list_ranks, request.parent, page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListRanksResponse(
+            ranks=[pb.RankInfo(**vars(view)) for view in page.items],
+            next_page_token=page.next_page_token,
+            total_size=page.total_size,
+        )
+
+    async def ListAliases(self, request: pb.ListAliasesRequest, context: Context) -> pb.ListAliasesResponse:
+        """Lists the aliases of a part."""
+        page = await self._bridge.read(
+            self._aliases.list, request.parent, page_size=request.page_size, page_token=request.page_token
+        )
+        return pb.ListAliasesResponse(
+            aliases=[describing.alias(view) for view in page.items], next_page_token=page.next_page_token
+        )
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
+        """Makes an alias or moves it."""
+        wanted = describing.alias_request(request)
+        alias = await self._bridge.write("alias", self._aliases.set, wanted)
+        return pb.SetAliasResponse(alias=describing.alias(alias))
+
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
+        """Deletes an alias."""
+        await self._bridge.write("alias", self._aliases.delete, request.name, force=request.force)
+        return pb.DeleteAliasResponse()

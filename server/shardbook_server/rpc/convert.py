@@ -18,7 +18,9 @@ from shardbook.core import limits
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook.v1 import metadata_pb2, registration_pb2, types_pb2
+from shardbook_server.rpc import describing
 from shardbook_server.service import types, views
+from shardbook_server.service.describing import Description
 
 E = TypeVar("E", bound=IntEnum)
 
@@ -143,11 +145,24 @@ def record_request(request: registration_pb2.RecordCheckpointRequest) -> types.R
         recovered=request.recovered,
         write_time_us=_microseconds(request.write_time) if request.HasField("write_time") else None,
         metadata_header=request.metadata_header,
+        description=description(request.description),
     )
 
 
+def description(message: types_pb2.Description) -> Description:
+    """Returns a request's ``description``."""
+    with within("description"):
+        return describing.description(message)
+
+
 def _shards(message: registration_pb2.ShardRegistration) -> types.ShardRegistration:
-    return types.ShardRegistration(message.rank, message.structure_digest, message.extents, message.volatile_properties)
+    return types.ShardRegistration(
+        message.rank,
+        message.structure_digest,
+        message.extents,
+        message.volatile_properties,
+        tuple(message.phase_ms),
+    )
 
 
 def _enum(kind: type[E], number: int, field: str) -> E:
@@ -226,6 +241,12 @@ def checkpoint(view: views.CheckpointInfo) -> types_pb2.Checkpoint:
         failure=_text(view.failure),
         structure_digest=view.structure_digest,
         recovered=view.recovered,
+        labels=view.labels,
+        metrics=view.metrics,
+        aliases=view.aliases,
+        note=view.note,
+        writer=describing.writer(view.writer),
+        timing=describing.timing(view.timing),
     )
 
 

@@ -88,7 +88,9 @@ class RegistrationHandlers(RegistrationServiceServicer):
     ) -> pb.CommitCheckpointResponse:
         """Assembles, validates and commits an attempt in which every rank is there."""
         longest_s = wait_s(request.wait)
-        checkpoint = await self._attempts.commit(convert.attempt_key(request.key), longest_s)
+        checkpoint = await self._attempts.commit(
+            convert.attempt_key(request.key), convert.description(request.description), longest_s
+        )
         return pb.CommitCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
 
     async def AbortCheckpoint(self, request: pb.AbortCheckpointRequest, context: Context) -> pb.AbortCheckpointResponse:

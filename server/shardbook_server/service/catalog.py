@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
-from shardbook.core.names import CheckpointName, PartName, RunName, check_segment
+from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.errors import InvalidArgumentError, NotFoundError
 from shardbook_server.service import present
+from shardbook_server.service.descriptions import described, full_info
+from shardbook_server.service.filters import parse_filter, parse_order
 from shardbook_server.service.pages import Tokens, page_count
-from shardbook_server.service.views import CheckpointInfo, Page, RunInfo, RunPartInfo
+from shardbook_server.service.places import ANY, parse_parent, part_ids_of
+from shardbook_server.service.timing import RankStats
+from shardbook_server.service.views import CheckpointInfo, Page, ProjectInfo, RankView, RunInfo, RunPartInfo
 from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import descriptions as description_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.database import Connection, Database
+from shardbook_server.storage.listing import NEWEST, NEWEST_STEP, Listing, page
 from shardbook_server.storage.runs import RunRow
-
-#: Stands for all of a kind in the parent of a listing.
-_ANY: Final = "-"
 
 
 class CatalogService:
@@ -45,13 +47,13 @@ class CatalogService:
         project = parent.removeprefix("projects/")
         if project == parent:
             raise InvalidArgumentError("the parent is projects/{project} or projects/-", field="parent")
-        if project != _ANY:
+        if project != ANY:
             check_segment(project, "parent")
         listing = ("runs", project)
         count = page_count(page_size)
         after = _texts(self._tokens.read(listing, page_token))
         with self._database.read() as connection:
-            rows = run_rows.page_of_runs(connection, None if project == _ANY else project, after, count + 1)
+            rows = run_rows.page_of_runs(connection, None if project == ANY else project, after, count + 1)
             items = self._runs(connection, rows[:count])
         token = ""
         if len(rows) > count:
@@ -63,40 +65,87 @@ class CatalogService:
         """Returns the checkpoint that a resource name or ref names; raises NotFoundError."""
         parsed = CheckpointName.parse(name, "name")
         with self._database.read() as connection:
-            return present.checkpoint_info(connection, present.resolve(connection, parsed))
+            return full_info(connection, present.resolve(connection, parsed))
 
     def get_attempt(self, checkpoint_id: int) -> CheckpointInfo:
-        """Returns the checkpoint with a key that another answer gave; raises NotFoundError."""
+        """Returns the checkpoint with a key that another answer gave, without what is said; raises NotFoundError."""
         with self._database.read() as connection:
             return present.checkpoint_info(connection, checkpoint_id)
 
+    def list_projects(self, *, page_size: int = 0, page_token: str = "") -> Page[ProjectInfo]:
+        """Returns one page of projects, by name; raises InvalidArgumentError."""
+        listing = ("projects",)
+        count = page_count(page_size)
+        position = self._tokens.read(listing, page_token)
+        with self._database.read() as connection:
+            rows = run_rows.page_of_projects(connection, None if position is None else str(position[0]), count + 1)
+        token = self._tokens.make(listing, (rows[count - 1][0],)) if len(rows) > count else ""
+        return Page(tuple(ProjectInfo(f"projects/{name}", number) for name, number in rows[:count]), token)
+
     def list_checkpoints(
-        self, parent: str, *, page_size: int = 0, page_token: str = "", show_all: bool = False
+        self,
+        parent: str,
+        *,
+        page_size: int = 0,
+        page_token: str = "",
+        show_all: bool = False,
+        filter_text: str = "",
+        order_by: str = "",
     ) -> Page[CheckpointInfo]:
-        """Returns one page of a part's checkpoints, newest session and step first; ``parts/-`` means all parts.
+        """Returns one page of the checkpoints of a part, of a run, or of several runs.
 
         Args:
-            parent: ``projects/{project}/runs/{run}/parts/{part}``.
+            parent: ``projects/{project}/runs/{run}/parts/{part}``, each of them ``-`` for all.
             page_size: 50 when 0, at most 1,000.
             page_token: From the page before.
             show_all: List attempts that are open, failed, expired or superseded too.
+            filter_text: See ``filters.parse_filter``.
+            order_by: See ``filters.parse_order``; empty for the newest session and step of a run first, and for the
+                newest first in several.
 
         Raises:
             NotFoundError: The run or part does not exist.
-            InvalidArgumentError: The parent, page size or token is not valid.
+            InvalidArgumentError: The parent, filter, order, page size or token is not valid.
         """
-        run, part = _parent(parent)
-        listing = ("checkpoints", str(run), part, str(show_all))
+        place = parse_parent(parent)
+        condition, order = parse_filter(filter_text), parse_order(order_by)
+        scope = ("listing", parent, filter_text, order_by, str(show_all))
         count = page_count(page_size)
-        after = _numbers(self._tokens.read(listing, page_token))
+        position = self._tokens.read(scope, page_token)
         with self._database.read() as connection:
-            part_ids = _part_ids(connection, run, part)
-            rows = checkpoint_rows.page(connection, part_ids, show_all=show_all, after=after, count=count + 1)
-        token = ""
-        if len(rows) > count:
-            last = rows[count - 1].row
-            token = self._tokens.make(listing, (last.session, last.step, last.id))
-        return Page(tuple(present.checkpoint_of(row) for row in rows[:count]), token)
+            part_ids = None if place.one_run is None else tuple(part_ids_of(connection, place))
+            order = order or (NEWEST if part_ids is None else NEWEST_STEP)
+            listing = Listing(part_ids, place.conditions, condition, order, show_all)
+            keys = page(connection, listing, None if position is None else tuple(position), count + 1)
+            listed = checkpoint_rows.find_listed(connection, [int(key[-1]) for key in keys[:count]])
+            items = described(connection, [listed[int(key[-1])] for key in keys[:count]])
+        token = self._tokens.make(scope, keys[count - 1]) if len(keys) > count else ""
+        return Page(tuple(items), token)
+
+    def list_ranks(self, name: str, *, page_size: int = 0, page_token: str = "") -> Page[RankView]:
+        """Returns one page of what the ranks of a committed checkpoint took and wrote, by rank.
+
+        Raises:
+            NotFoundError: It does not exist, or is not committed.
+            InvalidArgumentError: The name, page size or token is not valid.
+        """
+        parsed = CheckpointName.parse(name, "parent")
+        scope = ("ranks", name)
+        count = page_count(page_size)
+        position = self._tokens.read(scope, page_token)
+        first = 0 if position is None else int(position[0])
+        with self._database.read() as connection:
+            # The first page says which checkpoint an alias meant.
+            checkpoint_id = present.resolve_committed(connection, parsed).id if position is None else int(position[1])
+            payload = description_rows.read_rank_stats(connection, checkpoint_id)
+        if payload is None:
+            return Page(())
+        stats = RankStats.decode(payload)
+        total = len(stats.size_bytes)
+        columns = zip(stats.size_bytes.tolist(), *stats.phase_ms.tolist(), strict=True)
+        items = tuple(RankView(rank, *values) for rank, values in enumerate(columns) if first <= rank < first + count)
+        token = self._tokens.make(scope, (first + count, checkpoint_id)) if first + count < total else ""
+        return Page(items, token, total)
 
     def _runs(self, connection: Connection, rows: Sequence[RunRow]) -> list[RunInfo]:
         now_us = self._database.now_us(connection)
@@ -123,27 +172,5 @@ class CatalogService:
         return [RunInfo(str(row.name), row.create_time_us, tuple(parts[row.id])) for row in rows]
 
 
-def _parent(parent: str) -> tuple[RunName, str]:
-    head, found, last = parent.rpartition("/parts/")
-    if found and last == _ANY:
-        return RunName.parse(head, "parent"), _ANY
-    name = PartName.parse(parent, "parent")
-    return name.run, name.part
-
-
-def _part_ids(connection: Connection, run: RunName, part: str) -> list[int]:
-    row = run_rows.find_run(connection, run)
-    statuses = [] if row is None else run_rows.list_parts(connection, row.id)
-    ids = [part_id for part_id, name in statuses if part in (_ANY, name)]
-    if not ids:
-        what = run.ref if part == _ANY else PartName(run, part).ref
-        raise NotFoundError(f"{what} does not exist; `shardbook runs` lists what there is")
-    return ids
-
-
-def _texts(position: list[str | int] | None) -> tuple[str, str] | None:
+def _texts(position: list[str | int | float] | None) -> tuple[str, str] | None:
     return None if position is None else (str(position[0]), str(position[1]))
-
-
-def _numbers(position: list[str | int] | None) -> tuple[int, int, int] | None:
-    return None if position is None else (int(position[0]), int(position[1]), int(position[2]))

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardbook.errors import FailedPreconditionError
+from shardbook_server.service.aliases import follow
+from shardbook_server.service.describing import Description
+from shardbook_server.service.descriptions import describe
+from shardbook_server.service.timing import RankStats, timing_to_json
 from shardbook_server.service.types import RankFailure
 from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import descriptions as description_rows
 from shardbook_server.storage import events as event_rows
 from shardbook_server.storage import plans as plan_rows
 from shardbook_server.storage import registrations as registration_rows
@@ -28,12 +33,14 @@ class Folded:
         segments: (first rank, payload) of the packed registrations.
         size_bytes: Bytes that all extents cover.
         explicit: True when some rank gave lengths that do not follow from its structure.
+        stats: What the ranks took and wrote.
     """
 
     structure_id: int
     segments: tuple[tuple[int, bytes], ...]
     size_bytes: int
     explicit: bool
+    stats: RankStats
 
 
 def empty_staging(connection: Connection, checkpoint_ids: Sequence[int]) -> None:
@@ -74,9 +81,27 @@ def fail_attempt(
 
 
 def commit_attempt(
-    connection: Connection, part: PartRow, checkpoint: CheckpointRow, folded: Folded, now_us: int, *, recovered: bool
+    connection: Connection,
+    part: PartRow,
+    checkpoint: CheckpointRow,
+    folded: Folded,
+    now_us: int,
+    *,
+    recovered: bool,
+    description: Description,
+    took_ms: int,
 ) -> None:
-    """Turns an attempt COMMITTED: supersedes what was live, moves ``latest``, empties staging, says so.
+    """Turns an attempt COMMITTED: supersedes what was live, moves aliases, empties staging, says so.
+
+    Args:
+        connection: In the transaction.
+        part: Its part.
+        checkpoint: The attempt.
+        folded: What it holds.
+        now_us: The database's time.
+        recovered: Recorded after the fact.
+        description: What is said of it.
+        took_ms: What it took to get here.
 
     Raises:
         FailedPreconditionError: See ``check_not_superseded``.
@@ -103,6 +128,10 @@ def commit_attempt(
     if takes_over and _moves_latest(connection, part, checkpoint):
         run_rows.set_latest(connection, part.id, checkpoint.id)
         events.append(Event(EventKind.LATEST_MOVED, part.id, checkpoint.id))
+    hosts = plan_rows.read_hosts(connection, checkpoint.id, folded.stats.slowest())
+    describe(connection, checkpoint, description, timing_to_json(folded.stats.timing(hosts, took_ms)))
+    description_rows.insert_rank_stats(connection, checkpoint.id, folded.stats.encode())
+    events += follow(connection, part.id, now_us)
     empty_staging(connection, [checkpoint.id])
     event_rows.append(connection, events, now_us)
 

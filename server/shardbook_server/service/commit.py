@@ -25,6 +25,8 @@ from shardbook_server.service.attempts import closed_error, disagreement, find_c
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.checks import prose
 from shardbook_server.service.closing import commit_attempt, fail_attempt
+from shardbook_server.service.describing import NO_DESCRIPTION, Description
+from shardbook_server.service.descriptions import full_info
 from shardbook_server.service.folding import Folder
 from shardbook_server.service.progress import missing_ranks
 from shardbook_server.service.types import AttemptKey
@@ -70,13 +72,16 @@ class CommitService:
         self._lease_ttl_s = lease_ttl_s
         self._observer = observer
 
-    def commit(self, key: AttemptKey, *, recovered: bool = False) -> CheckpointInfo:
+    def commit(
+        self, key: AttemptKey, description: Description = NO_DESCRIPTION, *, recovered: bool = False
+    ) -> CheckpointInfo:
         """Assembles, validates and commits; answers at once, ``RANKS_MISSING`` is for the caller to wait on.
 
         Committing again returns the same checkpoint.
 
         Args:
             key: The attempt.
+            description: What is said of the checkpoint; of no effect when it is committed already.
             recovered: Past the fence, for RecordCheckpoint alone.
 
         Raises:
@@ -89,7 +94,7 @@ class CommitService:
             CheckpointClosedError, SessionFencedError, SessionUnknownError, InvalidArgumentError: As for writes.
         """
         try:
-            checkpoint, is_new = self._commit(key, recovered=recovered)
+            checkpoint, is_new = self._commit(key, description, recovered=recovered)
         except RanksMissingError:
             # No outcome yet: whoever waits for the ranks asks again.
             raise
@@ -101,8 +106,9 @@ class CommitService:
             self._observer.recorded_late()
         return checkpoint
 
-    def _commit(self, key: AttemptKey, *, recovered: bool) -> tuple[CheckpointInfo, bool]:
+    def _commit(self, key: AttemptKey, description: Description, *, recovered: bool) -> tuple[CheckpointInfo, bool]:
         """Returns the checkpoint, and whether this call committed it."""
+        began_s = time.monotonic()
         with self._phase("read"):
             found = self._prepare(key, recovered=recovered)
         if isinstance(found, CheckpointInfo):
@@ -120,8 +126,17 @@ class CommitService:
             if is_new:
                 self._judge(connection, key, row, now_us, recovered=recovered)
                 _require_complete(connection, row)
-                commit_attempt(connection, part, row, folded, now_us, recovered=recovered)
-            checkpoint = present.checkpoint_info(connection, row.id)
+                commit_attempt(
+                    connection,
+                    part,
+                    row,
+                    folded,
+                    now_us,
+                    recovered=recovered,
+                    description=description,
+                    took_ms=round((time.monotonic() - began_s) * 1e3),
+                )
+            checkpoint = full_info(connection, row.id)
         return checkpoint, is_new
 
     @contextmanager
@@ -136,7 +151,7 @@ class CommitService:
         with self._database.read() as connection:
             part, row = _find(connection, key, recovered=recovered)
             if row.state == CheckpointState.COMMITTED:
-                return present.checkpoint_info(connection, row.id)
+                return full_info(connection, row.id)
             if not recovered:
                 _require_current(connection, key)
             _require_open(row)

@@ -27,6 +27,7 @@ from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.checks import prose
 from shardbook_server.service.closing import Folded
 from shardbook_server.service.lru import BoundedCache
+from shardbook_server.service.timing import RankStats
 from shardbook_server.storage import blobs as blob_rows
 from shardbook_server.storage import structures as structure_rows
 from shardbook_server.storage.database import Database
@@ -81,7 +82,8 @@ class Folder:
                 if structure_id is None:
                     with self._memory.hold(items * _BYTES_PER_ITEM):
                         structure_id = self._assemble(part, digest, blob_ids, digests, index)
-        return Folded(structure_id, _segments(rows), _size_bytes(rows), any(row.explicit for row in rows))
+        stats = RankStats.of([row.phases for row in rows], [row.size_bytes for row in rows])
+        return Folded(structure_id, _segments(rows), _size_bytes(rows), any(row.explicit for row in rows), stats)
 
     def _find(self, part: PartRow, digest: bytes) -> int | None:
         with self._database.read() as connection:

@@ -17,7 +17,7 @@ from shardbook_server.storage import events as event_rows
 from shardbook_server.storage.database import Database
 
 #: What a token remembers: where the page before ended.
-Position = Sequence[str | int]
+Position = Sequence[str | int | float]
 _MAC_BYTES: Final = 16
 _MAX_TOKEN_CHARS: Final = 2048
 
@@ -46,7 +46,7 @@ class Tokens:
         body = json.dumps(list(position), separators=(",", ":")).encode()
         return base64.urlsafe_b64encode(self._sign(listing, body) + body).decode().rstrip("=")
 
-    def read(self, listing: Sequence[str], token: str) -> list[str | int] | None:
+    def read(self, listing: Sequence[str], token: str) -> list[str | int | float] | None:
         """Returns the position in a token; None for the empty one.
 
         Raises:
@@ -61,7 +61,7 @@ class Tokens:
             mac, body = content[:_MAC_BYTES], content[_MAC_BYTES:]
             if not hmac.compare_digest(mac, self._sign(listing, body)):
                 raise ValueError("another listing, or forged")
-            position: list[str | int] = json.loads(body)
+            position: list[str | int | float] = json.loads(body)
         except (ValueError, binascii.Error) as error:
             raise InvalidArgumentError(
                 "the page token is not one that this listing gave; start again without one",

@@ -8,10 +8,12 @@ from shardbook.core.names import LATEST, CheckpointId, CheckpointName, PartName,
 from shardbook.errors import FailedPreconditionError, NotFoundError
 from shardbook_server.service.types import AttemptLocation
 from shardbook_server.service.views import CheckpointInfo, CheckpointState
+from shardbook_server.storage import aliases as alias_rows
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection
+from shardbook_server.storage.descriptions import NOTHING_SAID, Said
 
 
 def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
@@ -22,8 +24,8 @@ def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInf
     return checkpoint_of(listed)
 
 
-def checkpoint_of(listed: ListedCheckpoint) -> CheckpointInfo:
-    """Returns a checkpoint as it is answered."""
+def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> CheckpointInfo:
+    """Returns a checkpoint as it is answered, with what is said of it."""
     row = listed.row
     part = PartName(RunName(listed.project, listed.run), listed.part)
     full = CheckpointId.full(row.step, row.session, row.attempt, row.incarnation)
@@ -52,14 +54,17 @@ def checkpoint_of(listed: ListedCheckpoint) -> CheckpointInfo:
         failure=row.failure,
         structure_digest=listed.structure_digest,
         recovered=row.recovered,
+        labels=said.labels,
+        metrics=said.metrics,
+        aliases=tuple(sorted(said.aliases)),
     )
 
 
 def resolve(connection: Connection, name: CheckpointName) -> int:
     """Returns the checkpoint that a name means.
 
-    ``latest`` is what the server keeps; a step alone is the live one; a step and session the newest committed
-    attempt of it; a full id one attempt, whatever became of it.
+    ``latest`` is what the server keeps, another alias what it was set to or follows; a step alone is the live one; a
+    step and session the newest committed attempt of it; a full id one attempt, whatever became of it.
 
     Raises:
         NotFoundError: It means none.
@@ -77,6 +82,8 @@ def _why_absent(connection: Connection, part: run_rows.PartRow, name: Checkpoint
     listing = f"`shardbook ls {name.part.ref}"
     if name.id.alias == LATEST:
         return f"{name.ref} does not exist: nothing of it is committed; {listing} --all` lists every attempt"
+    if name.id.alias is not None:
+        return f"{name.ref} does not exist; `shardbook alias {name.part.ref}` lists what there is"
     step = name.id.step
     if step is not None and checkpoint_rows.has_attempts(connection, part.id, step, session=name.id.session):
         return f"{name.ref} was never committed, there are only attempts: {listing} --all` lists them"
@@ -120,7 +127,10 @@ def committed_by_id(connection: Connection, checkpoint_id: int) -> CheckpointRow
 
 def _resolve(connection: Connection, part: run_rows.PartRow, name: CheckpointId) -> int | None:
     if name.alias is not None:
-        return part.latest_id if name.alias == LATEST else None
+        if name.alias == LATEST:
+            return part.latest_id
+        held = alias_rows.find_alias(connection, part.id, name.alias)
+        return None if held is None else held.checkpoint_id
     if name.step is None:
         return None
     if name.session is None:

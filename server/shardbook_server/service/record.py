@@ -63,7 +63,9 @@ class RecordService:
             return RecordAnswer(tuple(sorted(unknown | set(blobs.lacking))))
         if not request.complete:
             return RecordAnswer()
-        return RecordAnswer(checkpoint=self._commits.commit(request.key, recovered=request.recovered))
+        return RecordAnswer(
+            checkpoint=self._commits.commit(request.key, request.description, recovered=request.recovered)
+        )
 
     def _part(self, connection: Connection, request: RecordRequest, now_us: int) -> PartRow:
         key = request.key

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from shardbook_server.observer import SILENT, Observer
 from shardbook_server.service.admission import MemoryBudget
+from shardbook_server.service.aliases import AliasService
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.commit import CommitService
+from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -42,6 +44,8 @@ class Services:
     metadata: MetadataService
     queries: QueryService
     catalog: CatalogService
+    descriptions: DescriptionService
+    aliases: AliasService
 
 
 def build_services(
@@ -69,4 +73,6 @@ def build_services(
         metadata=MetadataService(database),
         queries=QueryService(database, cache_bytes=index_cache_bytes),
         catalog=CatalogService(database),
+        descriptions=DescriptionService(database),
+        aliases=AliasService(database),
     )

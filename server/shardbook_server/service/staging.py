@@ -20,6 +20,7 @@ from shardbook.core.extents import (
 )
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook_server.service.timing import pack_phases
 from shardbook_server.service.types import BlobRef, ShardRegistration
 from shardbook_server.service.verdicts import about, other_content
 from shardbook_server.storage import registrations as registration_rows
@@ -105,6 +106,7 @@ def staged_row(checkpoint_id: int, shard: CheckedShard, blob: BlobRow) -> Regist
         size_bytes=size_bytes,
         extents=shard.registration.extents,
         volatile=shard.registration.volatile_properties,
+        phases=pack_phases(shard.registration.phase_ms),
     )
 
 

@@ -16,6 +16,7 @@ from shardbook.core.names import CheckpointId, CheckpointName, PartName, check_i
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError
 from shardbook_server.service import checks
+from shardbook_server.service.describing import NO_DESCRIPTION, PHASES, Description
 
 
 class OnLive(IntEnum):
@@ -224,18 +225,22 @@ class ShardRegistration:
         structure_digest: 32 bytes.
         extents: Payload of ``shardbook.core.extents``.
         volatile_properties: Payload of the same; may be empty.
+        phase_ms: What the rank took for each of ``timing.PHASES``, milliseconds; empty when it does not say.
     """
 
     rank: int
     structure_digest: bytes
     extents: bytes
     volatile_properties: bytes = b""
+    phase_ms: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         checks.check_int(self.rank, "rank", largest=limits.MAX_WORLD_SIZE - 1)
         check_digest(self.structure_digest, "structure_digest")
         for field in ("extents", "volatile_properties"):
             checks.check_size(getattr(self, field), field, limits.MAX_EXTENTS_BYTES)
+        if len(self.phase_ms) not in (0, len(PHASES)):
+            raise InvalidArgumentError(f"{len(self.phase_ms)} phases, not {len(PHASES)}", field="phase_ms")
 
 
 @dataclass(frozen=True)
@@ -314,6 +319,7 @@ class RecordRequest:
         recovered: True for sync and import only.
         write_time_us: When the attempt was written, microseconds since the epoch; None when not known.
         metadata_header: Payload of ``shardbook.core.head``; may be empty.
+        description: What is said of the checkpoint; counts in the last call.
     """
 
     key: AttemptKey
@@ -324,6 +330,7 @@ class RecordRequest:
     recovered: bool = False
     write_time_us: int | None = None
     metadata_header: bytes = b""
+    description: Description = NO_DESCRIPTION
 
     def __post_init__(self) -> None:
         checks.check_int(self.registration_count, "registration_count", smallest=1, largest=limits.MAX_WORLD_SIZE)

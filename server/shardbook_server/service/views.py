@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Generic, TypeVar
 
+from shardbook_server.service.describing import NO_WRITER, Writer
 from shardbook_server.service.types import AttemptLocation, BlobRef, RankFailure
 
 T = TypeVar("T")
@@ -135,10 +137,33 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class PhaseTiming:
+    """How long the ranks took for one phase of a save, as ``shardbook.v1.PhaseTiming``."""
+
+    phase: str
+    slowest_ms: int
+    slowest_rank: int
+    slowest_host: str
+    median_ms: int
+
+
+@dataclass(frozen=True)
+class SaveTiming:
+    """How long a save took and what its ranks wrote, as ``shardbook.v1.SaveTiming``; no phases when none is known."""
+
+    phases: tuple[PhaseTiming, ...]
+    commit_ms: int
+    largest_rank_bytes: int
+    largest_rank: int
+    median_rank_bytes: int
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """One attempt to save and what became of it, as ``shardbook.v1.Checkpoint``.
 
-    Times that are not known are None; counts are 0 until it is committed.
+    Times that are not known are None; counts are 0 until it is committed. What is said of it, from ``labels`` on, is
+    filled in for those who ask the catalogue; ranks that save are spared it.
     """
 
     checkpoint_id: int
@@ -162,6 +187,43 @@ class CheckpointInfo:
     failure: str
     structure_digest: bytes
     recovered: bool
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    aliases: tuple[str, ...] = ()
+    note: str = ""
+    writer: Writer = NO_WRITER
+    timing: SaveTiming | None = None
+
+
+@dataclass(frozen=True)
+class AliasInfo:
+    """An alias, as ``shardbook.v1.Alias``; ``direction`` by number."""
+
+    name: str
+    checkpoint: str
+    metric: str
+    direction: int
+    protected: bool
+    update_time_us: int | None
+
+
+@dataclass(frozen=True)
+class ProjectInfo:
+    """A project, as ``shardbook.v1.Project``."""
+
+    name: str
+    run_count: int
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What a rank took and wrote, as ``shardbook.v1.RankInfo``."""
+
+    rank: int
+    size_bytes: int
+    plan_ms: int
+    write_ms: int
+    register_ms: int
 
 
 @dataclass(frozen=True)

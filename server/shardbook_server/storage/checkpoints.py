@@ -76,6 +76,7 @@ class ListedCheckpoint:
     chunk_count: int
     bytes_entry_count: int
     warnings: str
+    latest_id: int | None
 
 
 @dataclass(frozen=True)
@@ -266,18 +267,8 @@ def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedC
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
-        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some)))]
+        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some))).all()]
         found.update({listed.row.id: listed for listed in rows})
-    return found
-
-
-def find_listed_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, ListedCheckpoint]:
-    """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
-    found: dict[int, ListedCheckpoint] = {}
-    for some in slices(ids):
-        for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some))):
-            listed = _listed(row)
-            found[listed.row.id] = listed
     return found
 
 
@@ -317,28 +308,6 @@ def newest_attempt(
     return connection.scalar(statement)
 
 
-def page(
-    connection: Connection,
-    part_ids: Sequence[int],
-    *,
-    show_all: bool,
-    after: tuple[int, int, int] | None,
-    count: int,
-) -> list[ListedCheckpoint]:
-    """Returns checkpoints of parts by (session, step, id), newest first, behind ``after``."""
-    order = (checkpoints.c.session, checkpoints.c.step, checkpoints.c.id)
-    statement = _LISTED.order_by(*(column.desc() for column in order)).limit(count)
-    if not show_all:
-        statement = statement.where(IS_LIVE)
-    if after is not None:
-        statement = statement.where(tuple_(*order) < tuple_(*after))
-    found: list[ListedCheckpoint] = []
-    for some in slices(part_ids):
-        rows = connection.execute(statement.where(checkpoints.c.part_id.in_(some)))
-        found = sorted([*found, *map(_listed, rows)], key=_newest_first)[:count]
-    return found
-
-
 _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.digest, b""),
     func.coalesce(checkpoint_structures.c.tensor_count, 0),
@@ -346,8 +315,9 @@ _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.bytes_entry_count, 0),
     func.coalesce(checkpoint_structures.c.warnings, "[]"),
 )
+_SHOWN = (projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE, parts.c.latest_id)
 _LISTED: Select[*tuple[Any, ...]] = (
-    select(checkpoints, projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE)
+    select(checkpoints, *_SHOWN)
     .select_from(checkpoints)
     .join(parts, parts.c.id == checkpoints.c.part_id)
     .join(runs, runs.c.id == parts.c.run_id)
@@ -356,10 +326,6 @@ _LISTED: Select[*tuple[Any, ...]] = (
 )
 _WIDTH = len(checkpoints.c)
 _FLAGS = [list(checkpoints.c.keys()).index(name) for name in ("live", "staged", "recovered", "explicit")]
-
-
-def _newest_first(listed: ListedCheckpoint) -> tuple[int, int, int]:
-    return -listed.row.session, -listed.row.step, -listed.row.id
 
 
 def _checkpoint(row: Row[*tuple[Any, ...]]) -> CheckpointRow:

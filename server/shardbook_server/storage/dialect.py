@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Column, Connection, Table, select, text
+from sqlalchemy import Column, ColumnElement, Connection, Table, literal_column, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from shardbook_server.storage.lists import slices
@@ -28,6 +28,14 @@ def lock_names(connection: Connection, names: Iterable[str]) -> None:
     # SQLite's one writer has nobody beside it.
     if connection.dialect.name == "postgresql":
         connection.execute(_LOCK, {"keys": sorted(map(lock_key, names))})
+
+
+def unindexed(connection: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Returns a column of numbers so that SQLite finds no rows by it: its planner guesses what it has no statistics of.
+
+    Postgres has them, and gets the column as it is.
+    """
+    return column if connection.dialect.name == "postgresql" else column + literal_column("0")
 
 
 def insert_ignore(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

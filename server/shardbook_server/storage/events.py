@@ -19,15 +19,25 @@ class EventKind(IntEnum):
     EXPIRED = 3
     SUPERSEDED = 4
     LATEST_MOVED = 5
+    ALIAS_MOVED = 6
+    ALIAS_DELETED = 7
 
 
 @dataclass(frozen=True)
 class Event:
-    """One fact of a checkpoint's life."""
+    """One fact of a checkpoint's life, or of an alias.
+
+    Attributes:
+        kind: What happened.
+        part_id: Key of the part.
+        checkpoint_id: Key of the checkpoint; 0 for an alias that means none any more.
+        alias: Name of the alias that was moved or deleted; None for the other kinds.
+    """
 
     kind: EventKind
     part_id: int
     checkpoint_id: int
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ def append(connection: Connection, news: Sequence[Event], now_us: int) -> None:
             "kind": int(new.kind),
             "part_id": new.part_id,
             "checkpoint_id": new.checkpoint_id,
+            "alias": new.alias,
         }
         for at, new in enumerate(news)
     ]
@@ -66,8 +77,8 @@ def read_after(connection: Connection, cursor: int, limit: int) -> list[StoredEv
     """Returns events behind ``cursor``, in order."""
     statement = select(events).where(events.c.cursor > cursor).order_by(events.c.cursor).limit(limit)
     return [
-        StoredEvent(number, time_us, Event(EventKind(kind), part_id, checkpoint_id))
-        for number, time_us, kind, part_id, checkpoint_id in connection.execute(statement)
+        StoredEvent(number, time_us, Event(EventKind(kind), part_id, checkpoint_id, alias))
+        for number, time_us, kind, part_id, checkpoint_id, alias in connection.execute(statement)
     ]
 
 

@@ -167,6 +167,9 @@ class PostgresBackend:
         settings += [func.set_config(name, value, True) for name, value in _HOLDER_LIMITS.items()]
         if writes:
             settings.append(func.set_config("synchronous_commit", self._options.synchronous_commit, True))
+        else:
+            # A page takes milliseconds; where a planner guesses too high, compiling it would take a hundred.
+            settings.append(func.set_config("jit", "off", True))
         connection.execute(select(*settings))
 
     def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:

@@ -23,6 +23,7 @@ class RegistrationRow:
     size_bytes: int
     extents: bytes
     volatile: bytes
+    phases: bytes | None = None
 
 
 def find_registrations(

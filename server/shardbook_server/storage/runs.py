@@ -115,6 +115,24 @@ def set_latest(connection: Connection, part_id: int, checkpoint_id: int) -> None
     connection.execute(update(parts).where(parts.c.id == part_id).values(latest_id=checkpoint_id))
 
 
+def latest_of(connection: Connection, part_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns (part id, checkpoint id) of the parts whose ``latest`` means a checkpoint."""
+    found: list[tuple[int, int]] = []
+    for some in slices(part_ids):
+        statement = select(parts.c.id, parts.c.latest_id).where(parts.c.id.in_(some), parts.c.latest_id.is_not(None))
+        found += [(part_id, latest_id) for part_id, latest_id in connection.execute(statement)]
+    return found
+
+
+def page_of_projects(connection: Connection, after: str | None, count: int) -> list[tuple[str, int]]:
+    """Returns (name, number of runs) of projects behind ``after``, by name."""
+    run_count = select(func.count()).where(runs.c.project_id == projects.c.id).correlate(projects).scalar_subquery()
+    statement = select(projects.c.name, run_count).order_by(projects.c.name).limit(count)
+    if after is not None:
+        statement = statement.where(projects.c.name > after)
+    return [(name, number) for name, number in connection.execute(statement)]
+
+
 def find_project(connection: Connection, name: str) -> int | None:
     """Returns the key of a project; None when nothing has been saved in it."""
     return connection.scalar(select(projects.c.id).where(projects.c.name == name))
@@ -145,10 +163,16 @@ def page_of_runs(
     return [_run(row) for row in connection.execute(statement)]
 
 
-def list_parts(connection: Connection, run_id: int) -> list[tuple[int, str]]:
-    """Returns (id, name) of the parts of a run, by name."""
-    rows = connection.execute(select(parts.c.id, parts.c.name).where(parts.c.run_id == run_id).order_by(parts.c.name))
-    return [(part_id, name) for part_id, name in rows]
+def list_parts(connection: Connection, run: RunName) -> list[tuple[int, str]]:
+    """Returns (id, name) of the parts of a run, by name; none when there is no such run."""
+    statement = (
+        select(parts.c.id, parts.c.name)
+        .join(runs, runs.c.id == parts.c.run_id)
+        .join(projects, projects.c.id == runs.c.project_id)
+        .where(projects.c.name == run.project, runs.c.name == run.run)
+        .order_by(parts.c.name)
+    )
+    return [(part_id, name) for part_id, name in connection.execute(statement)]
 
 
 def part_statuses(connection: Connection, run_ids: Sequence[int]) -> list[PartStatusRow]:

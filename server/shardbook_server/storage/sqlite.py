@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +23,14 @@ from sqlalchemy.pool import QueuePool
 from shardbook.core.mounts import network_type
 from shardbook.core.names import RunName
 from shardbook.errors import (
+    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
     ShardbookError,
     UnavailableError,
 )
+from shardbook_server.storage import deadline
 from shardbook_server.storage.backend import Clock, Sizes, system_clock
 
 _log = logging.getLogger(__name__)
@@ -40,10 +44,13 @@ _LAST_UNSAFE: Final = (3, 51, 2)
 #: Longest wait for a connection, seconds: for the writer that is the wait behind other writers.
 _POOL_TIMEOUT_S: Final = 60.0
 #: Primary result codes, https://www.sqlite.org/rescode.html.
+_INTERRUPT = 9
 _BUSY, _LOCKED, _READONLY, _IOERR, _CORRUPT, _FULL, _CANTOPEN, _NOTADB = 5, 6, 8, 10, 11, 13, 14, 26
 #: A broken constraint; the extended code, which not every driver gives, and the library's own text say which.
 _CONSTRAINT, _NO_SUCH_KEY = 19, "FOREIGN KEY"
 _RETRY_S: Final = 0.5
+#: Steps of SQLite's machine between two looks at the clock: some milliseconds.
+_LOOK_EVERY_STEPS: Final = 200_000
 
 
 class SqliteBackend:
@@ -67,7 +74,14 @@ class SqliteBackend:
         self.readers = _engine(connector(self._path, read_only=True), connections, "BEGIN")
 
     def prepare(self, connection: Connection, *, writes: bool) -> None:
-        """Nothing to do: statements are short, and a busy writer is waited for at BEGIN."""
+        """Ends reads at the call's deadline: a filter may be a long one. Writes are short."""
+        if writes:
+            return
+        driver: Any = connection.connection.driver_connection
+        end_s = time.monotonic() + deadline.remaining_s()
+        # What belongs to no call has all the time that it takes.
+        is_late = (lambda: time.monotonic() > end_s) if math.isfinite(end_s) else None
+        driver.set_progress_handler(is_late, _LOOK_EVERY_STEPS)
 
     def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
         """Nothing to do: the transaction began IMMEDIATE, and that is the lock on everything."""
@@ -110,6 +124,8 @@ class SqliteBackend:
                 reason="DATABASE_CONFLICT",
                 retry_delay_s=_RETRY_S,
             )
+        if code == _INTERRUPT:
+            return DeadlineExceededError("the database did not answer in time", reason="STATEMENT_TIMEOUT")
         if code == _FULL:
             return ResourceExhaustedError("the database's disk is full; free some space", reason="STORAGE_FULL")
         if code in (_BUSY, _LOCKED):

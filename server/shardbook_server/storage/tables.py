@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from sqlalchemy import (
+    REAL,
     BigInteger,
     Column,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -21,9 +23,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    func,
     literal_column,
     text,
 )
+from sqlalchemy.types import TypeEngine
 
 metadata = MetaData(
     naming_convention={
@@ -39,6 +43,8 @@ Int64 = BigInteger().with_variant(Integer(), "sqlite")
 #: Small number or flag (0 or 1).
 Small = SmallInteger().with_variant(Integer(), "sqlite")
 Digest = LargeBinary(32)
+#: 64-bit floating point number; SQLite's STRICT tables know it as REAL.
+Number: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
 #: Name that listings are ordered by: by code point, as SQLite does, whatever the database's language.
 Name = Text().with_variant(Text(collation="C"), "postgresql")
 
@@ -99,6 +105,8 @@ parts = Table(
     Column("last_session", Int64, nullable=False),
     Column("latest_id", Int64),
     UniqueConstraint("run_id", "name"),
+    # Listings ordered by part.
+    Index("ix_parts_name", "name", "id"),
     **_STRICT,
 )
 
@@ -172,7 +180,75 @@ checkpoints = Table(
     Index("ix_checkpoints_staged", "part_id", sqlite_where=text("staged = 1"), postgresql_where=text("staged = 1")),
     # Whoever drops a structure is asked whether a checkpoint has it.
     Index("ix_checkpoints_structure_id", "structure_id"),
+    # Orders of listings across runs; what is live is listed apart from what is not.
+    Index("ix_checkpoints_by_session", "live", "session", "step", "id"),
+    Index("ix_checkpoints_by_step", "live", "step", "id"),
+    Index("ix_checkpoints_by_time", "live", text("coalesce(write_time_us, create_time_us)"), "id"),
+    Index("ix_checkpoints_by_size", "live", "size_bytes", "id"),
+    Index("ix_checkpoints_by_world", "live", "world_size", "id"),
+    Index("ix_checkpoints_by_state", "live", "state", "id"),
+    Index("ix_checkpoints_by_part", "part_id", "id"),
     **_NEVER_REUSED,
+)
+
+#: What people and jobs call checkpoints. The index is for filters and orders, across runs.
+labels = Table(
+    "labels",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("value", Name, nullable=False),
+    Index("ix_labels_value", "name", "value", "checkpoint_id"),
+    **_CLUSTERED,
+)
+
+#: Measured values. ``part_id`` is the checkpoint's: for the best of a part.
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("part_id", ForeignKey("parts.id"), nullable=False),
+    Column("value", Number, nullable=False),
+    Index("ix_metrics_value", "name", "value", "checkpoint_id"),
+    Index("ix_metrics_part", "part_id", "name", "value", "checkpoint_id"),
+    **_CLUSTERED,
+)
+
+#: What else is known of a checkpoint, each as JSON: a person's note, who wrote it, how long that took.
+descriptions = Table(
+    "descriptions",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("note", Text, nullable=False),
+    Column("writer", Text, nullable=False),
+    Column("timing", Text, nullable=False),
+    **_STRICT,
+)
+
+#: What the ranks of a committed checkpoint took and wrote, as packed columns.
+rank_stats = Table(
+    "rank_stats",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("payload", LargeBinary, nullable=False),
+    **_STRICT,
+)
+
+#: Names of checkpoints that can be moved; ``latest`` is in ``parts``. One that follows a metric has its name, and may
+#: mean no checkpoint yet.
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("part_id", ForeignKey("parts.id"), primary_key=True, autoincrement=False),
+    Column("name", Name, primary_key=True),
+    Column("checkpoint_id", ForeignKey("checkpoints.id")),
+    Column("metric", Text, nullable=False),
+    Column("direction", Small, nullable=False),
+    Column("protected", Small, nullable=False),
+    Column("update_time_us", Int64, nullable=False),
+    Index("ix_aliases_checkpoint_id", "checkpoint_id"),
+    **_CLUSTERED,
 )
 
 #: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``; a plan has its
@@ -270,6 +346,8 @@ registrations = Table(
     Column("size_bytes", Int64, nullable=False),
     Column("extents", LargeBinary, nullable=False),
     Column("volatile", LargeBinary, nullable=False),
+    # Milliseconds by phase; none from ranks of an older release, or in an older server.
+    Column("phases", LargeBinary),
     **_CLUSTERED,
 )
 
@@ -282,7 +360,8 @@ extent_segments = Table(
     **_STRICT,
 )
 
-#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``.
+#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``. ``alias`` is the name of the
+#: one that was moved.
 events = Table(
     "events",
     metadata,
@@ -291,8 +370,12 @@ events = Table(
     Column("kind", Small, nullable=False),
     Column("part_id", Int64, nullable=False),
     Column("checkpoint_id", Int64, nullable=False),
+    Column("alias", Text),
     **_STRICT,
 )
+
+#: When a checkpoint was saved: what was recorded afterwards says when it was written. As an index has it.
+SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.create_time_us)
 
 # Conditions of the partial indexes. The values are spelled out: no planner uses such an index for a bound parameter.
 IS_LIVE: Final = checkpoints.c.live == literal_column("1")

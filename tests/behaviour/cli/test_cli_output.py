@@ -44,6 +44,7 @@ def checkpoint(step: int, **changes: Any) -> types_pb2.Checkpoint:
     return types_pb2.Checkpoint(**{**facts, **changes})
 
 
+LATEST = checkpoint(40, aliases=["best", "latest"])
 OPEN = checkpoint(
     30,
     state=types_pb2.CHECKPOINT_STATE_OPEN,
@@ -92,7 +93,7 @@ TENSORS = [
 
 def checkpoints(request: catalog_pb2.ListCheckpointsRequest, _: Any) -> catalog_pb2.ListCheckpointsResponse:
     """Serves two a page, whatever is asked."""
-    rows = [checkpoint(40), OPEN, FAILED, OLD] if request.show_all else [checkpoint(40)]
+    rows = [LATEST, OPEN, FAILED, OLD] if request.show_all else [LATEST]
     start = int(request.page_token or 0)
     more = str(start + 2) if start + 2 < len(rows) else ""
     return catalog_pb2.ListCheckpointsResponse(checkpoints=rows[start : start + 2], next_page_token=more)
@@ -101,7 +102,7 @@ def checkpoints(request: catalog_pb2.ListCheckpointsRequest, _: Any) -> catalog_
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
     """A server that knows one run; named by SHARDBOOK_SERVER."""
-    by_step = {"40": checkpoint(40), "20": FAILED, "10.s2": OLD}
+    by_step = {"40": LATEST, "20": FAILED, "10.s2": OLD}
     with scripted_server(
         ListRuns=lambda *_: catalog_pb2.ListRunsResponse(runs=[RUN]),
         GetRun=lambda *_: catalog_pb2.GetRunResponse(run=RUN),
@@ -129,11 +130,11 @@ def test_ls_table(server: ScriptedServer, shardbook: Shardbook) -> None:
     """Committed ones show what they hold; others show a dash for what is not proved."""
     ran = shardbook("ls", "llm/8b", "--all")
     assert (0, "") == (ran.code, ran.err)
-    header = ["STEP", "STATE", "REF", "LATEST", "WORLD", "TENSORS", "CHUNKS", "SIZE", "CREATED", "SESSION"]
+    header = ["STEP", "STATE", "REF", "ALIASES", "WORLD", "TENSORS", "CHUNKS", "SIZE", "CREATED", "SESSION"]
     created = "2023-11-14 22:13:20Z"
     assert [
         header,
-        ["40", "committed", "llm/8b@40", "*", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "3"],
+        ["40", "committed", "llm/8b@40", "best, latest", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "3"],
         ["30", "open", "llm/8b@30", "-", "1,024", "-", "-", "-", created, "3"],
         ["20", "failed", "llm/8b@20", "-", "1,024", "-", "-", "-", created, "3"],
         ["10", "superseded", "llm/8b@10.s2", "-", "1,024", "3,411", "2,812,800", "5.0 TiB", created, "2"],

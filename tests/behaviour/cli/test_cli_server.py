@@ -52,7 +52,7 @@ def test_saves_are_listed_and_described(client: Client, shardbook: Shardbook, tm
     rows = shardbook("runs", "tell").rows
     assert ["tell/run", "30", "3", "yes", "1", "node-0", "ada"] == rows[1][:7]
     listed = shardbook("ls", "tell/run").rows
-    assert [["30", "committed", "tell/run@30", "*", "4", "1", "4", "96 B"], ["20"], ["10"]] == [
+    assert [["30", "committed", "tell/run@30", "latest", "4", "1", "4", "96 B"], ["20"], ["10"]] == [
         listed[1][:8],
         listed[2][:1],
         listed[3][:1],

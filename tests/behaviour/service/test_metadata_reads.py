@@ -39,7 +39,8 @@ def test_the_stream_is_header_extents_blocks(job: Job) -> None:
     assert isinstance(header, HeaderView)
     assert isinstance(segment, SegmentView)
     assert isinstance(block, BlockView)
-    assert job.services.catalog.get_checkpoint("llm/8b@1") == header.checkpoint
+    assert job.services.catalog.get_attempt(header.checkpoint.checkpoint_id) == header.checkpoint
+    assert job.services.catalog.get_checkpoint("llm/8b@1").name == header.checkpoint.name
     assert 0 == segment.first_rank
     assert ["model.w0", "model.w1", "model.w2", "model.norm", "extra"] == [block_fqn(one) for one in block.entries]
 

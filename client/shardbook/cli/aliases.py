@@ -1,0 +1,101 @@
+"""``shardbook alias``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from shardbook.cli import names, output
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, client_of
+from shardbook.client import Client
+from shardbook.core.names import AliasName, PartName
+from shardbook.descriptions import Alias, Direction
+from shardbook.errors import InvalidArgumentError
+
+EXAMPLES = """\b
+Examples:
+  shardbook alias llm/8b-v3
+  shardbook alias best --metric val_loss --min llm/8b-v3
+  shardbook alias production llm/8b-v3@1500 --protect
+  shardbook alias production llm/8b-v3 --delete --force"""
+_COLUMNS = (("ALIAS", False), ("CHECKPOINT", False), ("FOLLOWS", False), ("PROTECTED", False), ("SET", False))
+#: Columns that a narrow terminal does without, the first one first.
+_EXPENDABLE = ("SET", "PROTECTED", "FOLLOWS")
+
+
+def alias(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME] RUN|REF", help="RUN alone lists its aliases; NAME REF sets one."),
+    ],
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="METRIC", help="Follow the best value of a metric.")
+    ] = None,
+    smallest: Annotated[bool, typer.Option("--min", help="The smallest value is best.")] = False,
+    largest: Annotated[bool, typer.Option("--max", help="The largest value is best.")] = False,
+    protect: Annotated[bool, typer.Option("--protect", help="Not to be moved or deleted without --force.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the alias; the checkpoint stays.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Move or delete one that is protected.")] = False,
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """List the aliases of a run, or set, move or delete one: a name for a checkpoint, as in project/run@best.
+
+    The server keeps @latest by itself, and one with --metric on the live checkpoint with the best value, after every
+    commit and whenever a metric is set. RUN may be project/run:part.
+    """
+    if len(words) not in (1, 2):
+        raise InvalidArgumentError("write RUN, NAME RUN or NAME REF", field="alias")
+    client, _ = client_of(server, timeout_s)
+    if len(words) == 1:
+        run, part = names.run_of(words[0])
+        _print(list(client.list_aliases(run, part=part)), as_json=as_json)
+        return
+    name, target = words
+    if delete:
+        client.delete_alias(_alias_of(name, target), force=force)
+        if as_json:
+            output.print_json({"aliases": []})
+        return
+    if metric is None:
+        if smallest or largest:
+            raise InvalidArgumentError("--min and --max go with --metric", field="metric")
+        done = _set(client, name, target, protect=protect, force=force)
+    else:
+        if smallest is largest:
+            raise InvalidArgumentError("say which value is best: --min or --max", field="metric")
+        if protect:
+            raise InvalidArgumentError("an alias that follows a metric cannot be protected", field="protect")
+        direction = Direction.MIN if smallest else Direction.MAX
+        done = client.follow_metric(_alias_of(name, target), metric, direction, force=force)
+    _print([done], as_json=as_json)
+
+
+def _set(client: Client, name: str, target: str, *, protect: bool, force: bool) -> Alias:
+    checkpoint = names.checkpoint_of(target)
+    return client.set_alias(AliasName(checkpoint.part, name), checkpoint, protected=protect, force=force)
+
+
+def _alias_of(name: str, target: str) -> AliasName:
+    run, part = names.run_of(target)
+    return AliasName(PartName(run) if part is None else PartName(run, part), name)
+
+
+def _print(aliases: Sequence[Alias], *, as_json: bool) -> None:
+    if as_json:
+        output.print_json({"aliases": [one.to_json() for one in aliases]})
+        return
+    output.print_table(_COLUMNS, map(_row, aliases), expendable=_EXPENDABLE)
+
+
+def _row(one: Alias) -> tuple[str, ...]:
+    return (
+        one.ref,
+        output.or_dash(one.checkpoint_ref),
+        "-" if one.direction is None else f"{one.direction.value} {one.metric}",
+        "yes" if one.protected else "no",
+        output.table_time(one.update_time),
+    )

@@ -1,0 +1,31 @@
+"""``shardbook projects``."""
+
+from __future__ import annotations
+
+from shardbook.cli import output
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+
+EXAMPLES = """\b
+Examples:
+  shardbook projects
+  shardbook projects --json | jq -r '.projects[].ref'"""
+_COLUMNS = (("PROJECT", False), ("RUNS", True))
+
+
+def list_projects(
+    limit: Limit = 50,
+    as_json: AsJson = False,
+    server: Server = None,
+    timeout_s: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """List projects."""
+    client, _ = client_of(server, timeout_s)
+    projects, more = take(client.list_projects(page_size=page_size(limit)), limit)
+    if as_json:
+        output.print_json({"projects": [project.to_json() for project in projects], "more": more})
+        return
+    output.print_table(_COLUMNS, ((project.ref, output.count(project.run_count)) for project in projects))
+    if not projects:
+        output.print_line("no projects yet: `shardbook.dcp.init(run='project/run')` starts a run, and its project")
+    if more:
+        output.print_line(f"only the first {limit} projects: --limit 0 shows all")

@@ -1,0 +1,147 @@
+"""Pages of listings are found by an index, in order, whatever the catalogue has grown to; none counts rows to skip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event, text
+
+from benchmarks.catalogue_rows import Saved, catalogue, store
+from shardbook_server.service.services import build_services
+from shardbook_server.storage import listing
+from shardbook_server.storage.database import Database
+from shardbook_server.storage.urls import is_postgres
+from tests.databases import Databases, opened
+
+EVERYTHING = "projects/-/runs/-/parts/-"
+PROJECT = "projects/llm/runs/-/parts/-"
+RUN = "projects/llm/runs/run-001/parts/-"
+#: SQLite has a name of its own for the index of a constraint.
+BY_PART = r"uq_checkpoints_attempt|sqlite_autoindex_checkpoints_1 \(part_id=\?"
+
+#: parent, filter, order, whether every attempt is listed, and the index that has them in order.
+WALKED = {
+    "a run": (RUN, "", "", False, BY_PART),
+    "a run, every attempt": (RUN, "", "", True, BY_PART),
+    "a run by metric": (RUN, "", "metrics.val_loss", False, "ix_metrics_part"),
+    "everything": (EVERYTHING, "", "", False, "ix_checkpoints_by_time"),
+    "everything, every attempt": (EVERYTHING, "", "", True, "ix_checkpoints_by_time"),
+    "a project": (PROJECT, "", "", False, "ix_checkpoints_by_time"),
+    "by session": (EVERYTHING, "", "session desc, step desc", False, "ix_checkpoints_by_session"),
+    "by step": (EVERYTHING, "", "step", False, "ix_checkpoints_by_step"),
+    "by size": (PROJECT, "", "bytes desc", False, "ix_checkpoints_by_size"),
+    "by world": (EVERYTHING, "", "world_size", True, "ix_checkpoints_by_world"),
+    "by state": (EVERYTHING, "", "state", True, "ix_checkpoints_by_state"),
+    "by part": (PROJECT, "", "part", True, "ix_parts_name"),
+    "by part, what is live": (EVERYTHING, "", "part desc", False, "ix_checkpoints_by_part"),
+    "by label": (EVERYTHING, "", "labels.team desc", False, "ix_labels_value"),
+    "by metric": (PROJECT, "", "metrics.val_loss desc", False, "ix_metrics_value"),
+    "label": (EVERYTHING, 'labels.team = "red"', "", False, "ix_checkpoints_by_time"),
+    "label by metric": (PROJECT, 'labels.team = "red"', "metrics.val_loss", False, "ix_metrics_value"),
+    "range of the order": (EVERYTHING, "metrics.val_loss < 0.5", "metrics.val_loss desc", False, "ix_metrics_value"),
+    "size of a world": (EVERYTHING, "world_size = 8", "step", False, "ix_checkpoints_by_step"),
+    "either": (EVERYTHING, "world_size = 8 OR metrics.val_loss < 1", "", False, "ix_checkpoints_by_time"),
+    "failed": (EVERYTHING, "state = FAILED", "", True, "ix_checkpoints_by_time"),
+}
+#: filter, and the index that has the few that meet it.
+LOOKED_UP = {
+    'labels.keep = "yes"': "ix_labels_value",
+    "labels.keep:*": "ix_labels_value",
+    'labels.keep = "y*"': "ix_labels_value",
+    "metrics.mmlu > 0.5": "ix_metrics_value",
+    "step = 700": "ix_checkpoints_by_step",
+    "bytes < 1000000000": "ix_checkpoints_by_size",
+    "world_size = 7": "ix_checkpoints_by_world",
+    'create_time < "2026-01-01T00:05:00Z"': "ix_checkpoints_by_time",
+    'labels.team = "red" AND labels.keep = "yes"': "ix_labels_value",
+}
+
+
+@pytest.fixture(scope="module")
+def stored(module_databases: Databases) -> Iterator[Database]:
+    """2,400 checkpoints of four runs, which the planner of Postgres has looked at."""
+    with opened(module_databases.new()) as database:
+        rare = [
+            Saved("llm", "rare", "default", 1, step, world_size=7, metrics={"mmlu": 0.9, "val_loss": step / 10})
+            for step in range(5)
+        ]
+        store(database, [*catalogue(4, 600), *(replace(one, labels={"team": "red"}) for one in rare)])
+        if is_postgres(database.url):
+            with database.write() as connection:
+                connection.execute(text("ANALYZE"))
+        yield database
+
+
+@contextmanager
+def pages_of(database: Database) -> Iterator[list[tuple[str, Any]]]:
+    """Statements that read pages: those that are ordered."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
+        if "key_0" in statement:
+            seen.append((statement, parameters))
+
+    event.listen(database.backend.readers, "before_cursor_execute", note)
+    yield seen
+    event.remove(database.backend.readers, "before_cursor_execute", note)
+
+
+def plan_of(connection: Connection, statement: str, parameters: Any) -> str:
+    """How the database finds what a statement asks for."""
+    if connection.dialect.name != "postgresql":
+        rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        return "\n".join(str(row[3]) for row in rows)
+    # In a small table anything is cheap: as it would be in a large one.
+    for setting in ("seqscan", "sort", "bitmapscan", "hashjoin", "mergejoin"):
+        connection.exec_driver_sql(f"SET LOCAL enable_{setting} = off")
+    return "\n".join(line for (line,) in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters))
+
+
+def plans(database: Database, parent: str, filter_text: str, order_by: str, *, show_all: bool) -> list[str]:
+    """Plans of a first page and the one behind it."""
+    with pages_of(database) as statements:
+        asked: dict[str, Any] = {"filter_text": filter_text, "order_by": order_by, "show_all": show_all}
+        catalog = build_services(database).catalog
+        first = catalog.list_checkpoints(parent, page_size=3, **asked)
+        catalog.list_checkpoints(parent, page_size=3, page_token=first.next_page_token, **asked)
+    assert len(statements) >= 2
+    # For SQLite one is always spelled out.
+    assert all("OFFSET" not in statement or parameters[-1] == 0 for statement, parameters in statements)
+    with database.read() as connection:
+        return [plan_of(connection, *one) for one in statements]
+
+
+def is_sorted(plan: str) -> bool:
+    """True when rows are sorted, but for those that are equal in what the index has."""
+    of_sqlite = re.search(r"USE TEMP B-TREE FOR (?!LAST )", plan)
+    of_postgres = re.search(r"(?<!Incremental )Sort  \(", plan)
+    return bool(of_sqlite or of_postgres)
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_what_many_match_is_walked_in_order(stored: Database, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Along one index, whatever else is asked; nothing is sorted and no table read as a whole."""
+    monkeypatch.setattr(listing, "FEW", 20)
+    parent, filter_text, order_by, show_all, index = WALKED[name]
+    for plan in plans(stored, parent, filter_text, order_by, show_all=show_all):
+        assert re.search(index, plan), plan
+        assert not is_sorted(plan), plan
+        assert not re.search(r"Seq Scan on (checkpoints|labels|metrics)", plan), plan
+        assert not re.search(r"SCAN (checkpoints|labels|metrics)\w*(?! USING)$", plan, re.MULTILINE), plan
+
+
+@pytest.mark.parametrize("filter_text", LOOKED_UP)
+@pytest.mark.parametrize("order_by", ["", "bytes", "metrics.val_loss", "labels.team desc, step"])
+def test_what_few_match_is_looked_up(stored: Database, filter_text: str, order_by: str) -> None:
+    """By the index of what few match, whatever the order: only those are sorted."""
+    for plan in plans(stored, EVERYTHING, filter_text, order_by, show_all=False):
+        assert LOOKED_UP[filter_text] in plan, plan
+        assert is_postgres(stored.url) or "checkpoints USING INTEGER PRIMARY KEY" in plan, plan
+        assert re.search(r"MATERIALIZE matching|CTE matching", plan), plan
+        # Nothing but what was found is scanned: rows are looked up by key.
+        assert not re.search(r"(?:SCAN|Seq Scan on) (checkpoints|labels|metrics)\b", plan), plan
