@@ -56,7 +56,7 @@ def milliseconds(*moments_s: float) -> tuple[int, ...]:
 
 
 def said_by(said: Said, session: Session, git_commit: str) -> bytes:
-    """Returns it with who and what writes the checkpoint, as records hold it."""
+    """Returns what a save says with who and what makes it, as records hold it."""
     writer = {
         "host": host_name(),
         "user": user_name(),

@@ -22,7 +22,7 @@ from shardbook.dcp._torch import storage_writer_for
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import check_available
-from shardbook.dcp.describing import NOTHING_SAID, Said
+from shardbook.dcp.describing import NOTHING_SAID, Said, said_by
 from shardbook.dcp.failing import give_up
 from shardbook.dcp.planner import check_planner
 from shardbook.dcp.runtime import Member, Runtime, current
@@ -111,6 +111,12 @@ class PreparedSave:
     def checksum(self) -> Checksum:
         """What is kept of every item's bytes."""
         return self.runtime.config.checksum if self.options.checksum is None else Checksum(self.options.checksum)
+
+    def record_said(self) -> bytes:
+        """Returns what the coordinator's record says of the checkpoint; nothing on other ranks."""
+        if not self.attempt.member.is_coordinator:
+            return b""
+        return said_by(self.said, self.runtime.session, self.runtime.config.git_commit)
 
     def give_up(self, error: BaseException) -> None:
         """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""
