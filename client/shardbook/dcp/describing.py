@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 import torch
 
@@ -32,7 +32,7 @@ class Said:
     note: str = ""
 
     @classmethod
-    def of(cls, labels: Mapping[str, str] | None, metrics: Mapping[str, float] | None, note: Any) -> Said:
+    def of(cls, labels: Mapping[str, str] | None, metrics: Mapping[str, SupportsFloat] | None, note: Any) -> Said:
         """Returns what the arguments of ``save`` say.
 
         A metric that is NaN or infinite is left out, with a warning: a diverged loss is no reason to lose a save.

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -55,7 +55,7 @@ class SaveOptions:
     timeout_s: float = DEFAULT_TIMEOUT_S
     checksum: str | None = None
     labels: Mapping[str, str] | None = None
-    metrics: Mapping[str, float] | None = None
+    metrics: Mapping[str, SupportsFloat] | None = None
     note: Any = None
 
     def __post_init__(self) -> None:

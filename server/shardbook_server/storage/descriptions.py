@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, Table, delete, insert, literal_column, select, union_all, update
 
@@ -39,7 +39,7 @@ def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int
     """Returns what is said of checkpoints, in one statement; those of which nothing is are left out."""
     found: dict[int, Said] = {}
     for some in slices(checkpoint_ids):
-        columns = [
+        columns: list[tuple[Any, ...]] = [
             (labels, literal_column("1"), labels.c.value, literal_column("0.0")),
             (metrics, literal_column("2"), literal_column("''"), metrics.c.value),
             (aliases, literal_column("3"), literal_column("''"), literal_column("0.0")),

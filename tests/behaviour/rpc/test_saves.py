@@ -107,7 +107,7 @@ def test_all_ranks_wait_for_the_commit_and_get_the_checkpoint(
         assert not any(wait.done() for wait in waits)
         checkpoint = job.commit()
         began = time.monotonic()
-        assert [checkpoint] * 16 == [wait.result(10).checkpoint for wait in waits]
+        assert [checkpoint.name] * 16 == [wait.result(10).checkpoint.name for wait in waits]
         assert time.monotonic() - began < 1
     assert len(looks) < 10
 
