@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from shardbook.client import Client
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
+    from shardbook.events import Event, EventKind
     from shardbook.reading import read, read_many
     from shardbook.verifying import VerifyReport, verify
 
@@ -66,6 +67,8 @@ _HOME = {
     "RunPart": "shardbook.catalog",
     "StoredMetadata": "shardbook.catalog",
     "TensorInfo": "shardbook.catalog",
+    "Event": "shardbook.events",
+    "EventKind": "shardbook.events",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
     "VerifyReport": "shardbook.verifying",
@@ -84,6 +87,8 @@ __all__ = [
     "RunPart",
     "StoredMetadata",
     "TensorInfo",
+    "Event",
+    "EventKind",
     "read",
     "read_many",
     "VerifyReport",

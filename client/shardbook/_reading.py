@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from shardbook._patterns import listing_place
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
 from shardbook.chunks import CheckpointChunks
-from shardbook.core.columns import encode_name
+from shardbook.core.columns import encode_name, unframe
+from shardbook.core.digest import digest_of
 from shardbook.core.found import decode_part, merge
 from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, RunName, check_segment
@@ -24,6 +26,25 @@ GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
 LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
 GET_CHECKPOINT = Rpc("GetCheckpoint", lambda on: on.catalog.GetCheckpoint)
 LIST_CHECKPOINTS = Rpc("ListCheckpoints", lambda on: on.catalog.ListCheckpoints)
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkPages:
+    """An answer to ``QueryChunks`` as it came, in pages.
+
+    Attributes:
+        checkpoint: The checkpoint that was meant.
+        metadata_header: Payload of ``shardbook.core.head``.
+        found: Payloads of ``shardbook.core.found``, those too that were held; empty where nothing was found.
+        places: Payloads of ``shardbook.core.places``, likewise.
+        is_apart: False from a server that does not know ``places``: ``found`` is the whole answer.
+    """
+
+    checkpoint: CheckpointMessage
+    metadata_header: bytes
+    found: list[bytes]
+    places: list[bytes]
+    is_apart: bool
 
 
 class ReadingCalls:
@@ -44,7 +65,20 @@ class ReadingCalls:
         Raises:
             NotFoundError: There is no such checkpoint, or it is not committed.
         """
-        request = metadata_pb2.GetMetadataRequest(name=_resource(name), fqn_prefix=_prefix(fqn_prefix))
+        return self._get_metadata(name, fqn_prefix, deadline_s=deadline_s)
+
+    def _get_metadata(
+        self,
+        name: CheckpointName | str,
+        fqn_prefix: str | bytes = b"",
+        *,
+        held_digest: bytes = b"",
+        deadline_s: float | None = None,
+    ) -> StoredMetadata:
+        """Does the same; without head and blocks where the checkpoint's structure has the digest that is held."""
+        request = metadata_pb2.GetMetadataRequest(
+            name=_resource(name), fqn_prefix=_prefix(fqn_prefix), held_structure_digest=held_digest
+        )
         return _stored(self._transport.collect(GET_METADATA, request, deadline_s=deadline_s))
 
     def query_chunks(
@@ -74,12 +108,46 @@ class ReadingCalls:
         request = metadata_pb2.QueryChunksRequest(
             name=_resource(name), wanted=encode_wanted(wanted), include_head=include_head
         )
-        pages = [self._transport.call(QUERY_CHUNKS, request, deadline_s=deadline_s)]
-        while pages[-1].next_page_token:
-            # `latest` may mean another checkpoint by now.
-            request.name, request.page_token = pages[0].checkpoint.name, pages[-1].next_page_token
+        return _found(wanted, self._pages(request, deadline_s))
+
+    def _query_apart(
+        self, name: CheckpointName | str, wanted: bytes, held: Sequence[bytes], *, deadline_s: float | None = None
+    ) -> ChunkPages:
+        """Returns an answer in its two pieces, see ``shardbook.core.places``.
+
+        Args:
+            name: The checkpoint.
+            wanted: Payload of the question.
+            held: Pages of ``found`` that another checkpoint was answered with; they are not sent again.
+            deadline_s: Seconds for each call.
+        """
+        digests = [digest_of(unframe(page)) if page else b"" for page in held]
+        request = metadata_pb2.QueryChunksRequest(name=_resource(name), wanted=wanted, apart=True)
+        pages = self._pages(request, deadline_s, digests)
+        by_digest = dict(zip(digests, held, strict=True))
+        return ChunkPages(
+            checkpoint=pages[0].checkpoint,
+            metadata_header=pages[0].metadata_header,
+            found=[page.found or by_digest.get(page.found_digest, b"") for page in pages],
+            places=[page.places for page in pages],
+            is_apart=all(page.found_digest for page in pages),
+        )
+
+    def _pages(
+        self,
+        request: metadata_pb2.QueryChunksRequest,
+        deadline_s: float | None,
+        held_digests: Sequence[bytes] = (),
+    ) -> list[metadata_pb2.QueryChunksResponse]:
+        """Returns all pages of an answer; ``held_digests`` are of pages that need not be sent, in their order."""
+        pages: list[metadata_pb2.QueryChunksResponse] = []
+        while not pages or pages[-1].next_page_token:
+            if pages:
+                # `latest` may mean another checkpoint by now.
+                request.name, request.page_token = pages[0].checkpoint.name, pages[-1].next_page_token
+            request.held_found_digest = held_digests[len(pages)] if len(pages) < len(held_digests) else b""
             pages.append(self._transport.call(QUERY_CHUNKS, request, deadline_s=deadline_s))
-        return _found(wanted, pages)
+        return pages
 
     def list_tensors(
         self,

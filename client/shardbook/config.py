@@ -32,6 +32,11 @@ _LOG = logging.getLogger(__name__)
 CONFIG_VARIABLE: Final = "SHARDBOOK_CLIENT_CONFIG"
 
 
+#: What a host's readers may keep of what the service answered, bytes, unless told otherwise.
+CACHE_BYTES: Final = 1 << 30
+_MAX_SIZE_DIGITS: Final = 18
+
+
 def _default_file(env: Mapping[str, str]) -> Path:
     return Path(env.get("XDG_CONFIG_HOME", "").strip() or "~/.config").expanduser() / "shardbook" / "config.toml"
 
@@ -99,6 +104,19 @@ def _checksum(text: str) -> Checksum:
         raise ValueError(f"{text!r} is not one of {', '.join(Checksum)}") from None
 
 
+def _switch(text: str) -> bool:
+    try:
+        return {"on": True, "1": True, "true": True, "off": False, "0": False, "false": False}[text.lower()]
+    except KeyError:
+        raise ValueError(f"{text!r} is neither on nor off") from None
+
+
+def _size_bytes(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_SIZE_DIGITS):
+        raise ValueError(f"{text!r} is not a number of bytes")
+    return int(text)
+
+
 def _stores(text: str) -> dict[str, str]:
     pairs = [item.partition("=") for item in text.split(",") if item.strip()]
     if any(not equals for _, equals, _ in pairs):
@@ -154,6 +172,28 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         _checksum,
     ),
     Setting(
+        "cache",
+        "SHARDBOOK_CACHE",
+        "on",
+        "`off` (or `0`): readers keep nothing of what the service answers about committed checkpoints.",
+        _switch,
+    ),
+    Setting(
+        "cache_bytes",
+        "SHARDBOOK_CACHE_BYTES",
+        f"{CACHE_BYTES}",
+        "Most that is kept of it on a host, bytes; 0 is `off`.",
+        _size_bytes,
+    ),
+    Setting(
+        "cache_dir",
+        "SHARDBOOK_CACHE_DIR",
+        "",
+        "Where it is kept, in a folder of each user's own. When empty: `$XDG_CACHE_HOME`, usually `~/.cache`; the "
+        "machine's temporary directory where that lies on a network file system.",
+        str,
+    ),
+    Setting(
         "git_commit",
         "SHARDBOOK_GIT_COMMIT",
         "",
@@ -183,6 +223,9 @@ class ClientConfig:
         outage_first_s: What an outage may cost the first save, seconds.
         outage_later_s: What it may cost every later save, seconds.
         checksum: What saves keep of every item's bytes, unless they say.
+        cache: Whether readers keep what the service answers.
+        cache_bytes: Most that they keep, bytes; 0 for nothing.
+        cache_dir: Where; empty for the user's cache directory, or the machine's temporary one where that is shared.
         git_commit: Commit of the training code; empty when it is not known.
         stores: Named storage roots.
 
@@ -198,6 +241,9 @@ class ClientConfig:
     outage_first_s: float = FIRST_S
     outage_later_s: float = LATER_S
     checksum: Checksum = Checksum.NONE
+    cache: bool = True
+    cache_bytes: int = CACHE_BYTES
+    cache_dir: str = ""
     git_commit: str = ""
     stores: Stores = field(default_factory=Stores)
 
@@ -210,6 +256,8 @@ class ClientConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise InvalidArgumentError(f"{name} is {value}, not a time above 0", field=name)
+        if self.cache_bytes < 0:
+            raise InvalidArgumentError(f"cache_bytes is {self.cache_bytes}, not a size", field="cache_bytes")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> ClientConfig:

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from shardbook._answers import Answers
+from shardbook._disk_cache import DiskCache
 from shardbook.catalog import StoredMetadata
 from shardbook.chunks import CheckpointChunks
 from shardbook.client import Client
@@ -86,12 +88,14 @@ class ServiceSource:
         name: The checkpoint.
         stores: What its location means here.
         deadline_s: Seconds for each question.
+        cache: Where answers are kept; None keeps none.
     """
 
     client: Client
     name: CheckpointName
     stores: Stores
     deadline_s: float
+    cache: DiskCache | None = None
     _first: CheckpointChunks | None = field(default=None, init=False, repr=False)
 
     @property
@@ -111,9 +115,9 @@ class ServiceSource:
         return decode_metadata_header(stored) if stored else default_header(self.location, self.prefix)
 
     def query(self, wanted: Wanted) -> FoundChunks:
-        """Returns the chunks that meet the wanted boxes; one call."""
+        """Returns the chunks that meet the wanted boxes; one call, and a second, small one where part of it is kept."""
         with _with_a_way_around():
-            answer = self.client.query_chunks(self._pinned, wanted, deadline_s=self.deadline_s)
+            answer = self._answers.chunks(self._pinned, wanted)
         if self._first is None:
             # Without its chunks, which the caller may let go of.
             self._first = replace(answer, found=merge(Wanted.all_of(()), []))
@@ -132,12 +136,17 @@ class ServiceSource:
         return decode_head(answer.head).key_paths
 
     def columns(self) -> tuple[CheckpointStructure, Located]:
-        """Returns everything; one call."""
-        return self._stored().columns()
+        """Returns everything; one call, and a second, small one where answers are kept."""
+        return self.stored().columns()
 
-    def _stored(self) -> StoredMetadata:
+    def stored(self) -> StoredMetadata:
+        """Returns everything as the service keeps it."""
         with _with_a_way_around():
-            return self.client.get_metadata(self._pinned, deadline_s=self.deadline_s)
+            return self._answers.everything(self._pinned)
+
+    @property
+    def _answers(self) -> Answers:
+        return Answers(self.client, self.cache, self.deadline_s)
 
     @property
     def _pinned(self) -> CheckpointName:

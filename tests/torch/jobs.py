@@ -314,3 +314,24 @@ def save_by_hugging_face(rank: Rank, layout: str, path: str) -> None:
     """Saves a layout's tensors with torch's Hugging Face writer, each rank its shards."""
     state = {key: value for key, value in fill(LAYOUTS[layout](rank)).items() if isinstance(value, torch.Tensor)}
     torch_save(state, storage_writer=HuggingFaceStorageWriter(path, save_distributed=True))
+
+
+def load_counted(rank: Rank, ref: str) -> tuple[list[str], list[bool]]:
+    """Loads what every rank holds in the same way, on all ranks at once.
+
+    Returns:
+        What is wrong; and for each call, whether places of chunks came.
+    """
+    came: list[bool] = []
+    call = _transport.Transport.call
+
+    def noting(transport: _transport.Transport, rpc: Any, request: Any, **options: Any) -> Any:
+        response = call(transport, rpc, request, **options)
+        came.append(bool(response.places or response.found))
+        return response
+
+    state = spoil(LAYOUTS["plain"](rank))
+    dist.barrier()
+    with mock.patch.object(_transport.Transport, "call", noting):
+        dcp.load(state, ref)
+    return wrong_pieces(state), came

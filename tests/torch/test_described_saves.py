@@ -6,6 +6,7 @@ import logging
 import math
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ from tests.torch.alone import loads, some_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
-SAID = {"labels": {"stage": "pretrain"}, "metrics": {"val_loss": 1.5, "tokens": 10}, "note": {"why": ["é", None]}}
+SAID: dict[str, Any] = {
+    "labels": {"stage": "pretrain"},
+    "metrics": {"val_loss": 1.5, "tokens": 10},
+    "note": {"why": ["é", None]},
+}
 
 
 def test_the_catalogue_has_what_was_said(
@@ -78,7 +83,7 @@ def test_the_directory_keeps_what_was_said_and_sync_brings_it_along(
     offline: dcp.Session, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the manifest, where any reader finds it; recorded with the attempt."""
-    result = dcp.save(some_state(), checkpoint_id=tmp_path / "7", **SAID)  # type: ignore[arg-type]
+    result = dcp.save(some_state(), checkpoint_id=tmp_path / "7", **SAID)
     assert SaveState.UNREGISTERED == result.state
     assert loads(tmp_path / "7")
     manifest = Manifest.from_bytes((tmp_path / "7" / names.manifest_path(result.prefix)).read_bytes())

@@ -94,7 +94,7 @@ class TestLoad:
     def test_a_server_that_is_away(self, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """Said soon, with the way around it."""
         monkeypatch.setenv("SHARDBOOK_SERVER", "127.0.0.1:1")
-        monkeypatch.setattr("shardbook.dcp.loading.Client", partial(Client, outage_s=0.5))
+        monkeypatch.setattr("shardbook._answers.Client", partial(Client, outage_s=0.5))
         with pytest.raises(UnavailableError, match="can be loaded without a server"):
             dcp.load(blank_state(), f"{run}@1")
 

@@ -20,6 +20,10 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "timeout_s": ("4.5", 4.5),
     "plan_wait_s": ("60", 60.0),
     "checksum": ("crc32c", Checksum.CRC32C),
+    "cache": ("off", False),
+    "cache_bytes": ("4096", 4096),
+    "cache_dir": ("/local/cache", "/local/cache"),
+    "git_commit": ("abc123", "abc123"),
     "outage_first_s": ("3", 3.0),
     "outage_later_s": ("0.5", 0.5),
     "stores": (

@@ -17,7 +17,8 @@ from shardbook.core.chunk_index import ChunkIndex, bounds_of, narrow
 from shardbook.core.columns import Int64Array
 from shardbook.core.found import FoundChunks, decode_part, encode_part, merge
 from shardbook.core.locate import locate
-from shardbook.core.query import find, place, sliced
+from shardbook.core.places import decode_places, encode_places, together
+from shardbook.core.query import find, place, place_apart, sliced
 from shardbook.core.structure import FileName
 from shardbook.core.table import EntryKind
 from shardbook.core.wanted import Wanted, decode_wanted, encode_wanted
@@ -242,9 +243,19 @@ def answer(structure: CheckpointStructure, world: World, wanted: Wanted, limit: 
     halves = [half for half in (some[: len(some) // 2], some[len(some) // 2 :]) if half]
     placed = [place(half, structure.rank_files, "p", registrations) for half in halves]
     found = merge(wanted, [decode_part(encode_part(part)) for part in placed])
+    apart = [place_apart(half, structure.rank_files, registrations) for half in halves]
+    halved = [(decode_part(encode_part(one)), decode_places(encode_places(other))) for one, other in apart]
+    again = merge(wanted, [together(one, other, "p") for one, other in halved])
+    assert described(found) == described(again)
     owners = structure.owner[hits.row].tolist()
     assert set(owners) == set(read)
     return found
+
+
+def described(found: FoundChunks) -> list[object]:
+    """Every column."""
+    columns = [value for name, value in vars(found).items() if name != "wanted"]
+    return [column.tolist() if isinstance(column, np.ndarray) else column for column in columns]
 
 
 class TestQuestion:
@@ -292,6 +303,6 @@ class TestQuestion:
     @given(st.binary(max_size=80))
     def test_damaged_questions_and_answers_are_refused(self, content: bytes) -> None:
         """With a typed error, whatever the bytes are."""
-        for start, decode in ((b"\0SBWQ\1", decode_wanted), (b"\0SBFC\1", decode_part)):
+        for start, decode in ((b"WQ", decode_wanted), (b"FC", decode_part), (b"FP", decode_places)):
             with pytest.raises(InvalidArgumentError):
-                decode(start + content + b"\xff" * 40)
+                decode(b"\0SB" + start + b"\1" + content + b"\xff" * 40)

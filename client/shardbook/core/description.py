@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
@@ -37,7 +37,7 @@ def check_labels(labels: Mapping[str, str], field: str = "labels") -> dict[str, 
     return dict(labels)
 
 
-def check_metrics(metrics: Mapping[str, float], field: str = "metrics") -> dict[str, float]:
+def check_metrics(metrics: Mapping[str, SupportsFloat], field: str = "metrics") -> dict[str, float]:
     """Returns ``metrics`` as floats when each may be stored.
 
     Raises:
@@ -55,7 +55,7 @@ def check_metrics(metrics: Mapping[str, float], field: str = "metrics") -> dict[
     return checked
 
 
-def finite_metrics(metrics: Mapping[str, float], field: str = "metrics") -> tuple[dict[str, float], list[str]]:
+def finite_metrics(metrics: Mapping[str, SupportsFloat], field: str = "metrics") -> tuple[dict[str, float], list[str]]:
     """Returns the metrics that may be stored, and the names of those that are NaN or infinite.
 
     A save is not given up because a loss has diverged.
@@ -148,9 +148,9 @@ def check_name(name: object, field: str) -> str:
     return name
 
 
-def _number(name: str, value: object, field: str) -> float:
+def _number(name: str, value: SupportsFloat, field: str) -> float:
     try:
-        return float(value)  # type: ignore[arg-type]  # numpy's and torch's scalars are numbers too
+        return float(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidArgumentError(f"metric {name} is {str(value)[:80]!a}, not a number", field=field) from error
 

@@ -275,6 +275,11 @@ def _common(names: Sequence[tuple[T, ...]], columns: Sequence[Int64Array]) -> tu
 
 def encode_part(part: FoundPart) -> bytes:
     """Returns the payload of a part of an answer."""
+    return frame(part_content(part))
+
+
+def part_content(part: FoundPart) -> bytes:
+    """Returns the canonical bytes of a part of an answer, whose digest names it."""
     writer = ByteWriter()
     writer.raw(magic(_KIND, _VERSION))
     writer.varint(len(part.tensor))
@@ -289,9 +294,7 @@ def encode_part(part: FoundPart) -> bytes:
     writer.column(part.chunk_counts, delta=False)
     writer.varint(len(part.paths))
     writer.names(part.paths)
-    writer.varint(len(part.transforms))
-    writer.column(np.array([len(names) for names in part.transforms], dtype=np.int64), delta=False)
-    writer.names([name for names in part.transforms for name in names])
+    write_transforms(writer, part.transforms)
     writer.varint(len(part.at))
     for name, climbs in _CHUNK_COLUMNS:
         writer.column(getattr(part, name), delta=climbs)
@@ -299,7 +302,7 @@ def encode_part(part: FoundPart) -> bytes:
     for matrix in (part.offsets, part.sizes):
         for dim in range(int(ndims.max(initial=0))):
             writer.column(matrix[ndims > dim, dim], delta=False)
-    return frame(writer.finish())
+    return writer.finish()
 
 
 def decode_part(payload: bytes) -> FoundPart:
@@ -321,7 +324,7 @@ def decode_part(payload: bytes) -> FoundPart:
     shapes = read_padded(reader, ndims, 1)
     chunk_counts = reader.column(count, delta=False)
     paths = reader.names(reader.varint(limits.MAX_CELLS, "the number of files"))
-    transforms = _read_transforms(reader)
+    transforms = read_transforms(reader)
     chunk_count = reader.varint(limits.MAX_CELLS, "the number of chunks")
     columns = {name: reader.column(chunk_count, delta=climbs) for name, climbs in _CHUNK_COLUMNS}
     _check_indexes(columns, count, len(paths), len(transforms))
@@ -357,7 +360,15 @@ def decode_part(payload: bytes) -> FoundPart:
     )
 
 
-def _read_transforms(reader: ByteReader) -> tuple[tuple[str, ...], ...]:
+def write_transforms(writer: ByteWriter, transforms: Sequence[Sequence[str]]) -> None:
+    """Appends lists of transform descriptors."""
+    writer.varint(len(transforms))
+    writer.column(np.array([len(names) for names in transforms], dtype=np.int64), delta=False)
+    writer.names([name for names in transforms for name in names])
+
+
+def read_transforms(reader: ByteReader) -> tuple[tuple[str, ...], ...]:
+    """Returns what ``write_transforms`` appended."""
     list_count = reader.varint(limits.MAX_CELLS, "the number of transform lists")
     sizes = reader.column(list_count, delta=False)
     if list_count and (int(sizes.min()) < 0 or int(sizes.max()) > limits.MAX_TRANSFORM_LISTS):

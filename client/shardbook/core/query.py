@@ -18,6 +18,7 @@ from shardbook.core.chunk_index import ChunkIndex, bounds_of, joined, without_ch
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.found import FoundPart
 from shardbook.core.locate import locate
+from shardbook.core.places import Places, apart, together
 from shardbook.core.ragged import rows_of
 from shardbook.core.table import EntryKind
 from shardbook.core.wanted import Wanted, misfit, widened
@@ -122,12 +123,23 @@ def sliced(hits: Hits, limit: int) -> list[Hits]:
 
 
 def place(parts: Sequence[Hits], rank_files: RankFiles, prefix: str, read: ReadRegistrations) -> FoundPart:
-    """Joins what was found with the extents of the ranks that own it.
+    """Joins what was found with the extents of the ranks that own it; arguments and errors as of ``place_apart``.
+
+    Args:
+        parts: What was found.
+        rank_files: File names by rank.
+        prefix: Directory of the attempt; empty for the checkpoint's own.
+        read: Fetches extents.
+    """
+    return together(*place_apart(parts, rank_files, read), prefix)
+
+
+def place_apart(parts: Sequence[Hits], rank_files: RankFiles, read: ReadRegistrations) -> tuple[FoundPart, Places]:
+    """Returns what was found as the structure says it, and where it lies as the extents of the owners say it.
 
     Args:
         parts: What was found, in one index or several.
         rank_files: File names by rank.
-        prefix: Directory of the attempt; empty for the checkpoint's own.
         read: Fetches extents.
 
     Raises:
@@ -140,8 +152,8 @@ def place(parts: Sequence[Hits], rank_files: RankFiles, prefix: str, read: ReadR
     # Volatile properties are those of the rank that owns the entry's first chunk, which boxes may not meet.
     located = locate(replace(found, owner=owner), [(extents, b"") for extents, _ in registrations])
     requires_grad, pin_memory = _properties(parts, found, owner, registrations)
-    paths, file = _paths(rank_files, prefix, found.owner, found.file)
-    return FoundPart(
+    paths, file = _paths(rank_files, found.owner, found.file)
+    part = FoundPart(
         tensor=_concatenated(hits.tensor for hits in parts),
         kinds=found.kinds,
         dtypes=found.dtypes,
@@ -167,6 +179,7 @@ def place(parts: Sequence[Hits], rank_files: RankFiles, prefix: str, read: ReadR
         paths=paths,
         transforms=located.transforms,
     )
+    return apart(part, found.base, found.length)
 
 
 def _concatenated(columns: Iterable[Int64Array]) -> Int64Array:
@@ -187,13 +200,10 @@ def _properties(
     return requires_grad, pin_memory
 
 
-def _paths(
-    rank_files: RankFiles, prefix: str, owner: Int64Array, file: Int64Array
-) -> tuple[tuple[str, ...], Int64Array]:
-    """Returns distinct paths relative to the checkpoint's directory, and which of them each chunk lies in."""
+def _paths(rank_files: RankFiles, owner: Int64Array, file: Int64Array) -> tuple[tuple[str, ...], Int64Array]:
+    """Returns distinct paths relative to the attempt's directory, and which of them each chunk lies in."""
     width = int(file.max(initial=0)) + 1
     used, index = np.unique(owner * width + file, return_inverse=True)
-    head = f"{prefix}/" if prefix else ""
     ranks, numbers = np.divmod(used, width)
     pairs = zip(ranks.tolist(), numbers.tolist(), strict=True)
-    return tuple(head + rank_files.path(rank, number) for rank, number in pairs), index.astype(np.int64)
+    return tuple(rank_files.path(rank, number) for rank, number in pairs), index.astype(np.int64)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
@@ -24,6 +25,9 @@ from torch.distributed.tensor import DTensor
 
 #: What a process group is taken to allow when it does not say, seconds.
 _USUAL_GROUP_TIMEOUT_S: Final = 600.0
+
+#: What marks a local tensor as parts of a larger one; None before torch 2.14.
+_CHECKPOINTABLE: Final[Any] = getattr(checkpoint, "CheckpointableTensor", None)
 
 StorageInfo = _StorageInfo
 StoragePrefix = _StoragePrefix
@@ -83,6 +87,15 @@ def flat_names(state_dict: dict[str, Any]) -> set[str]:
 def has_plain_part(tensor: DTensor) -> bool:
     """Returns True when the part that this rank holds follows from shape, mesh and placements alone."""
     return type(tensor._local_tensor) is torch.Tensor  # noqa: SLF001
+
+
+def global_size(tensor: Any) -> Sequence[int]:
+    """Returns the shape that a tensor of any kind has in a checkpoint, elements."""
+    # The protocol is looked up last: to ask it takes microseconds a tensor.
+    if _CHECKPOINTABLE is not None and hasattr(tensor, "global_shape") and isinstance(tensor, _CHECKPOINTABLE):
+        return tuple(cast("Any", tensor).global_shape)
+    size: torch.Size = tensor.size()
+    return size
 
 
 def chunk_list(tensor: Any) -> list[ChunkStorageMetadata]:
@@ -165,6 +178,7 @@ __all__ = [
     "dtensor_parts",
     "flat_names",
     "flattened_as_2_3",
+    "global_size",
     "group_timeout_s",
     "has_plain_part",
     "highest",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -76,7 +76,7 @@ def async_save(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     checksum: str | None = None,
     labels: Mapping[str, str] | None = None,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, SupportsFloat] | None = None,
     note: Any = None,
 ) -> AsyncSaveResponse:
     """Copies a state dict and saves the copy in the background, without collectives.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 import torch
 
@@ -32,7 +32,7 @@ class Said:
     note: str = ""
 
     @classmethod
-    def of(cls, labels: Mapping[str, str] | None, metrics: Mapping[str, float] | None, note: Any) -> Said:
+    def of(cls, labels: Mapping[str, str] | None, metrics: Mapping[str, SupportsFloat] | None, note: Any) -> Said:
         """Returns what the arguments of ``save`` say.
 
         A metric that is NaN or infinite is left out, with a warning: a diverged loss is no reason to lose a save.
@@ -56,7 +56,7 @@ def milliseconds(*moments_s: float) -> tuple[int, ...]:
 
 
 def said_by(said: Said, session: Session, git_commit: str) -> bytes:
-    """Returns it with who and what writes the checkpoint, as records hold it."""
+    """Returns what a save says with who and what makes it, as records hold it."""
     writer = {
         "host": host_name(),
         "user": user_name(),

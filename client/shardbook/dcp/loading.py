@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.planner import LoadPlanner as TorchLoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader
 
+from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, list_attempts
 from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook._targets import checkpoint_named
 from shardbook.catalog import StoredMetadata
-from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA, MANIFEST
 from shardbook.core.names import CheckpointName
@@ -125,13 +125,12 @@ def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> Chec
         InvalidArgumentError: No server is configured, or the checkpoint's store is not.
     """
     config = current_config() if config is None else config
-    client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
-    return _columns(client.get_metadata(name, deadline_s=_METADATA_S), config)
+    return _columns(Answers.of(config, _METADATA_S).everything(name), config)
 
 
 def _source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
-    client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
-    return ServiceSource(client, name, config.stores, _METADATA_S)
+    answers = Answers.of(config, _METADATA_S)
+    return ServiceSource(answers.client, name, config.stores, _METADATA_S, answers.cache)
 
 
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:

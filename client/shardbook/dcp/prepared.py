@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, SupportsFloat
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -22,7 +22,7 @@ from shardbook.dcp._torch import storage_writer_for
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import check_available
-from shardbook.dcp.describing import NOTHING_SAID, Said
+from shardbook.dcp.describing import NOTHING_SAID, Said, said_by
 from shardbook.dcp.failing import give_up
 from shardbook.dcp.planner import check_planner
 from shardbook.dcp.runtime import Member, Runtime, current
@@ -55,7 +55,7 @@ class SaveOptions:
     timeout_s: float = DEFAULT_TIMEOUT_S
     checksum: str | None = None
     labels: Mapping[str, str] | None = None
-    metrics: Mapping[str, float] | None = None
+    metrics: Mapping[str, SupportsFloat] | None = None
     note: Any = None
 
     def __post_init__(self) -> None:
@@ -111,6 +111,12 @@ class PreparedSave:
     def checksum(self) -> Checksum:
         """What is kept of every item's bytes."""
         return self.runtime.config.checksum if self.options.checksum is None else Checksum(self.options.checksum)
+
+    def record_said(self) -> bytes:
+        """Returns what the coordinator's record says of the checkpoint; nothing on other ranks."""
+        if not self.attempt.member.is_coordinator:
+            return b""
+        return said_by(self.said, self.runtime.session, self.runtime.config.git_commit)
 
     def give_up(self, error: BaseException) -> None:
         """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""

@@ -28,7 +28,7 @@ from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import WrittenChecksums
-from shardbook.dcp.describing import milliseconds, said_by
+from shardbook.dcp.describing import milliseconds
 from shardbook.dcp.directory import write_record
 from shardbook.dcp.failing import raise_failure_of_others, tell_failure
 from shardbook.dcp.finishing import Finisher, Outcome
@@ -322,14 +322,8 @@ class RankSave:
             structure,
             extents,
             (written.items.requires_grad, written.items.pin_memory),
-            self._said(),
+            self._prepared.record_said(),
         )
-
-    def _said(self) -> bytes:
-        """What the coordinator says of the checkpoint, for the service and for the directory."""
-        if not self._attempt.member.is_coordinator:
-            return b""
-        return said_by(self._prepared.said, self._runtime.session, self._runtime.config.git_commit)
 
     def _register(self, record: RegistrationRecord) -> RegistrationRecord:
         """Registers what was written; returns the record, which says so under the session that it is registered in."""

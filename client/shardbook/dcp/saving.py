@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -42,7 +42,7 @@ def save(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     checksum: str | None = None,
     labels: Mapping[str, str] | None = None,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, SupportsFloat] | None = None,
     note: Any = None,
 ) -> SaveResult:
     """Saves a state dict from every rank, as ``torch.distributed.checkpoint.save`` does, without collectives.

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from shardbook.core.ragged import within_group
 from shardbook.core.wanted import Wanted, padded
-from shardbook.dcp._torch import ShardedTensor, chunk_list, has_plain_part
+from shardbook.dcp._torch import ShardedTensor, chunk_list, global_size, has_plain_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def _boxes_of(
     if isinstance(value, DTensor):
         return value.shape, value.dtype, _boxes_of_dtensor(value, cache)
     if isinstance(value, torch.Tensor | ShardedTensor) or hasattr(value, "__create_chunk_list__"):
-        return value.size(), getattr(value, "dtype", None), chunk_list(value)
+        return global_size(value), getattr(value, "dtype", None), chunk_list(value)
     return (), None, ()
 
 

@@ -10,6 +10,7 @@ from shardbook.core.box import Box
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import Int64Array
 from shardbook.core.dtype import dtype_name, layout_name
+from shardbook.core.found import FoundChunks
 from shardbook.core.locate import Located
 from shardbook.core.table import EntryKind
 
@@ -99,4 +100,31 @@ def of_columns(structure: CheckpointStructure, located: Located, prefix: str, ro
     )
 
 
-__all__ = ["TensorChunks", "bytes_entry", "of_columns"]
+def of_found(found: FoundChunks, tensor: int) -> TensorChunks | None:
+    """Returns one entry that was asked for, by its number in the question; None where the checkpoint lacks it."""
+    fqn = found.wanted.fqns[tensor]
+    if not found.found[tensor]:
+        return None
+    if found.is_bytes[tensor]:
+        return bytes_entry(fqn)
+    ndim = int(found.ndims[tensor])
+    rows = slice(*np.searchsorted(found.tensor, [tensor, tensor + 1]).tolist())
+    distinct, file = np.unique(found.file[rows], return_inverse=True)
+    return TensorChunks(
+        fqn=fqn,
+        is_tensor=True,
+        dtype=dtype_name(int(found.dtypes[tensor])),
+        layout=layout_name(int(found.layouts[tensor])),
+        shape=found.shape_of(tensor),
+        offsets=found.offsets[rows, :ndim],
+        sizes=found.sizes[rows, :ndim],
+        paths=tuple(found.paths[at] for at in distinct.tolist()),
+        file=file.reshape(-1),
+        start=found.start[rows],
+        length=found.length[rows],
+        transforms=found.transforms,
+        transform_index=found.transform_index[rows],
+    )
+
+
+__all__ = ["TensorChunks", "bytes_entry", "of_columns", "of_found"]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, TreeFiles
 from shardbook._newest import incomplete_attempts, read_newest
 from shardbook._targets import checkpoint_named
 from shardbook._trees import open_tree
 from shardbook.client import Client
 from shardbook.config import ClientConfig
-from shardbook.core.blocks import block_fqn
-from shardbook.core.columns import encode_name
 from shardbook.core.directory import DCP_METADATA
 from shardbook.core.fold import FoldedAttempt, unfold
 from shardbook.core.names import CheckpointName
+from shardbook.core.wanted import Wanted
 from shardbook.errors import InvalidArgumentError, NotFoundError, UnavailableError
-from shardbook.reading.chunks import TensorChunks, of_columns
+from shardbook.reading.chunks import TensorChunks, of_columns, of_found
 from shardbook.reading.hugging_face import SUFFIX, read_folder
 from shardbook.reading.plain_metadata import read_plain_metadata
 from shardbook.reading.ranges import range_reader
@@ -122,8 +121,6 @@ def _checked(chunks: TensorChunks | None, fqn: str, target: Target) -> TensorChu
 def _metadata_of(target: Target, config: ClientConfig, client: Client | None) -> _Metadata:
     name = checkpoint_named(target)
     if name is not None:
-        if client is None:
-            client = Client(config.server, token=config.token, timeout_s=config.timeout_s)
         return _Catalogue(name, config, client)
     assert not isinstance(target, CheckpointName)  # noqa: S101 - it has a name
     plain = os.fspath(target)
@@ -135,33 +132,23 @@ def _metadata_of(target: Target, config: ClientConfig, client: Client | None) ->
 class _Catalogue:
     """A committed checkpoint of the catalogue."""
 
-    def __init__(self, name: CheckpointName, config: ClientConfig, client: Client) -> None:
+    def __init__(self, name: CheckpointName, config: ClientConfig, client: Client | None) -> None:
         self._name = name
         self._config = config
-        self._client = client
+        self._answers = Answers.of(config, _METADATA_S, client)
         self.directory = ""
 
     def chunks(self, fqns: list[str]) -> dict[str, TensorChunks | None]:
         try:
-            stored = self._client.get_metadata(self._name, _common_prefix(fqns), deadline_s=_METADATA_S)
+            answer = self._answers.chunks(self._name, Wanted.all_of(fqns))
         except UnavailableError as error:
             raise UnavailableError(
                 f"{error.message} A checkpoint's directory can be read without a server: pass its path",
                 reason=error.reason,
                 metadata=error.metadata,
             ) from error
-        place = stored.checkpoint.location
-        self.directory = self._config.stores.path_of(place.location)
-        kept = [block for block in stored.blocks if block_fqn(block) in set(fqns)]
-        structure, located = replace(stored, blocks=kept).columns()
-        return {fqn: of_columns(structure, located, place.prefix, row) for row, fqn in enumerate(structure.fqns)}
-
-
-def _common_prefix(fqns: Iterable[str]) -> bytes:
-    """What all names begin with: that of the first and the last one in order."""
-    names = sorted(map(encode_name, fqns))
-    pairs = zip(names[0], names[-1], strict=False)
-    return bytes(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.directory = self._config.stores.path_of(answer.location)
+        return {fqn: of_found(answer.found, number) for number, fqn in enumerate(fqns)}
 
 
 class _Directory:

@@ -8,12 +8,14 @@ from typing import Any as _Any, ClassVar as _ClassVar, Iterable as _Iterable, Ma
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GetMetadataRequest(_message.Message):
-    __slots__ = ("name", "fqn_prefix")
+    __slots__ = ("name", "fqn_prefix", "held_structure_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FQN_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    HELD_STRUCTURE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     fqn_prefix: bytes
-    def __init__(self, name: _Optional[str] = ..., fqn_prefix: _Optional[bytes] = ...) -> None: ...
+    held_structure_digest: bytes
+    def __init__(self, name: _Optional[str] = ..., fqn_prefix: _Optional[bytes] = ..., held_structure_digest: _Optional[bytes] = ...) -> None: ...
 
 class GetMetadataResponse(_message.Message):
     __slots__ = ("header", "extents", "block")
@@ -50,30 +52,38 @@ class MetadataBlock(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class QueryChunksRequest(_message.Message):
-    __slots__ = ("name", "wanted", "include_head", "page_token")
+    __slots__ = ("name", "wanted", "include_head", "page_token", "apart", "held_found_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_HEAD_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    APART_FIELD_NUMBER: _ClassVar[int]
+    HELD_FOUND_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     wanted: bytes
     include_head: bool
     page_token: str
-    def __init__(self, name: _Optional[str] = ..., wanted: _Optional[bytes] = ..., include_head: bool = ..., page_token: _Optional[str] = ...) -> None: ...
+    apart: bool
+    held_found_digest: bytes
+    def __init__(self, name: _Optional[str] = ..., wanted: _Optional[bytes] = ..., include_head: bool = ..., page_token: _Optional[str] = ..., apart: bool = ..., held_found_digest: _Optional[bytes] = ...) -> None: ...
 
 class QueryChunksResponse(_message.Message):
-    __slots__ = ("checkpoint", "found", "metadata_header", "head", "next_page_token")
+    __slots__ = ("checkpoint", "found", "metadata_header", "head", "next_page_token", "found_digest", "places")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     FOUND_FIELD_NUMBER: _ClassVar[int]
     METADATA_HEADER_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FOUND_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _types_pb2.Checkpoint
     found: bytes
     metadata_header: bytes
     head: bytes
     next_page_token: str
-    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., found: _Optional[bytes] = ..., metadata_header: _Optional[bytes] = ..., head: _Optional[bytes] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    found_digest: bytes
+    places: bytes
+    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., found: _Optional[bytes] = ..., metadata_header: _Optional[bytes] = ..., head: _Optional[bytes] = ..., next_page_token: _Optional[str] = ..., found_digest: _Optional[bytes] = ..., places: _Optional[bytes] = ...) -> None: ...
 
 class ListTensorsRequest(_message.Message):
     __slots__ = ("parent", "page_size", "page_token", "fqn_prefix")

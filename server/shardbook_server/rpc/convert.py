@@ -322,6 +322,8 @@ def query_response(view: views.QueryView) -> metadata_pb2.QueryChunksResponse:
         metadata_header=view.metadata_header,
         head=view.head,
         next_page_token=view.next_page_token,
+        found_digest=view.found_digest,
+        places=view.places,
     )
 
 

@@ -28,7 +28,7 @@ class MetadataHandlers(MetadataServiceServicer):
     ) -> AsyncIterator[pb.GetMetadataResponse]:
         """Streams the metadata of a committed checkpoint; reads on only when the client has taken what was sent."""
         read = self._services.metadata.get_metadata
-        async for view in self._bridge.stream(read, request.name, request.fqn_prefix):
+        async for view in self._bridge.stream(read, request.name, request.fqn_prefix, request.held_structure_digest):
             yield convert.metadata_response(view)
 
     async def QueryChunks(self, request: pb.QueryChunksRequest, context: Context) -> pb.QueryChunksResponse:
@@ -39,6 +39,8 @@ class MetadataHandlers(MetadataServiceServicer):
             convert.query_payload(request),
             include_head=request.include_head,
             page_token=request.page_token,
+            apart=request.apart,
+            held_found_digest=request.held_found_digest,
         )
         return convert.query_response(view)
 

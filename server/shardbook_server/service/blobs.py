@@ -206,8 +206,7 @@ class BlobService:
             held = {other.ref: other.decoded for other in beside.values() if other.decoded is not None}
             decoded = self._decode(project, one.ref.kind, one.payload, held)
             self._decoded.put((project, one.ref), decoded, _weight(decoded))
-        info = structure_info(decoded) if isinstance(decoded, RankStructure) else _NO_INFO
-        return CheckedBlob(one.ref, one.reference, one.payload, info, decoded)
+        return CheckedBlob(one.ref, one.reference, one.payload, _info(decoded), decoded)
 
     def _decode(self, project: str, kind: BlobKind, payload: bytes, beside: Mapping[BlobRef, Decoded]) -> Decoded:
         def table(digest: bytes) -> TensorTable:
@@ -373,6 +372,13 @@ def _settled(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Inv
 def unknown_refs(wanted: BlobRef, checked: CheckedBlobs) -> tuple[BlobRef, ...]:
     """Returns what to ask a sender for when ``wanted`` is not stored: that, and what its uploads lacked."""
     return tuple(sorted({wanted, *checked.lacking, *checked.held}))
+
+
+def _info(decoded: Decoded) -> StructureInfo:
+    """What is told of a blob beside its payload: of a plan, so much as says what a decision about it takes."""
+    if isinstance(decoded, RankStructure):
+        return structure_info(decoded)
+    return StructureInfo(0, decoded.item_count, 0, 0) if isinstance(decoded, RankPlan) else _NO_INFO
 
 
 def _weight(decoded: Decoded) -> int:

@@ -18,18 +18,20 @@ from shardbook.core import limits
 from shardbook.core.decisions import decode_drops, encode_drops
 from shardbook.core.digest import ordered_digest
 from shardbook.core.planning import ALGORITHM_VERSION, decide
+from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.lru import BoundedCache
+from shardbook_server.service.types import BlobRef
 from shardbook_server.storage import decisions as decision_rows
 from shardbook_server.storage.blobs import DAY_US
 from shardbook_server.storage.database import Connection, Database
 
 #: Bytes of decisions kept in memory.
 _CACHE_BYTES: Final = 64 << 20
-#: What an item of a plan takes while it is decided about, bytes.
-_BYTES_PER_ITEM: Final = 192
+#: What an item of a plan takes while it is decided about, with the plan itself, bytes.
+_BYTES_PER_ITEM: Final = 256
 #: What a rank's part costs in memory beside its bits.
 _PER_RANK_BYTES: Final = 64
 
@@ -122,8 +124,8 @@ class DecisionService:
     def _compute(self, question: Question) -> list[bytes]:
         distinct = {digest: at for at, digest in enumerate(dict.fromkeys(question.digests))}
         index = np.fromiter((distinct[digest] for digest in question.digests), np.int64, len(question.digests))
-        plans = self._blobs.plans(question.project, list(distinct))
-        with self._memory.hold(sum(plan.item_count for plan in plans) * _BYTES_PER_ITEM):
+        with self._memory.hold(self._item_count(question, list(distinct)) * _BYTES_PER_ITEM):
+            plans = self._blobs.plans(question.project, list(distinct))
             decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
             drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]
         key, segments = question.key, []
@@ -133,6 +135,13 @@ class DecisionService:
             segments.append((first, encode_drops(some)))
         self._try(key, partial(decision_rows.insert_decision, segments=segments))
         return drops
+
+    def _item_count(self, question: Question, digests: Sequence[bytes]) -> int:
+        """Returns the items of plans without loading them; plans of the first releases count as empty."""
+        refs = [BlobRef(BlobKind.PLAN, digest) for digest in digests]
+        with self._database.read() as connection:
+            rows = self._blobs.find(connection, question.project, question.project_id, refs)
+        return sum(row.item_count for row in rows.values())
 
     def _keep(self, key: DecisionKey, first: int, drops: Sequence[bytes]) -> None:
         self._segments.put((key, first), tuple(drops), sum(map(len, drops)) + _PER_RANK_BYTES * len(drops))

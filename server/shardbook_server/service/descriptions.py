@@ -90,7 +90,7 @@ def describe(connection: Connection, row: CheckpointRow, description: Descriptio
             writer = _completed(writer, session)
     known = {name: value for name, value in vars(writer).items() if value}
     text = json.dumps(known, separators=(",", ":")) if known else ""
-    description_rows.insert_description(connection, row.id, DescriptionRow(description.note, text, timing))
+    description_rows.put_description(connection, row.id, DescriptionRow(description.note, text, timing))
 
 
 def described(connection: Connection, listed: Sequence[ListedCheckpoint]) -> list[CheckpointInfo]:
@@ -109,7 +109,8 @@ def full_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
         raise NotFoundError("there is no such checkpoint")
     info = described(connection, [listed])[0]
     row = description_rows.find_description(connection, checkpoint_id)
-    writer = Writer(**json.loads(row.writer)) if row.writer else Writer()
+    known = json.loads(row.writer) if row.writer else {}
+    writer = Writer(**{one.name: known.get(one.name, "") for one in dataclasses.fields(Writer)})
     return dataclasses.replace(info, note=row.note, writer=writer, timing=timing_from_json(row.timing))
 
 

@@ -46,11 +46,18 @@ class MetadataService:
         self._database = database
         self._tokens = Tokens(database)
 
-    def get_metadata(self, name: str, fqn_prefix: bytes = b"") -> Iterator[MetadataView]:
+    def get_metadata(
+        self, name: str, fqn_prefix: bytes = b"", held_structure_digest: bytes = b""
+    ) -> Iterator[MetadataView]:
         """Yields the header, then extent segments by rank, then blocks in state-dict order.
 
         Blocks come in items of about 1 MiB; a single entry may be larger. Every step reads in a transaction of its
         own; none is open across a yield. Each ``next`` blocks on the database.
+
+        Args:
+            name: The checkpoint.
+            fqn_prefix: Only entries whose fqn starts with this.
+            held_structure_digest: A checkpoint of this structure is answered without head and blocks.
 
         Raises:
             NotFoundError: ``name`` means no checkpoint.
@@ -61,11 +68,13 @@ class MetadataService:
         with self._database.read() as connection:
             row = present.resolve_committed(connection, parsed)
             info = present.checkpoint_info(connection, row.id)
-            structure_id = _structure_id(row.structure_id)
-            head = structure_rows.read_head(connection, structure_id)
-            ids = structure_rows.read_tensor_ids(connection, structure_id).tolist()
-            if fqn_prefix:
-                ids = structure_rows.filter_tensors(connection, ids, fqn_prefix)
+            head, ids = b"", []
+            if info.structure_digest != held_structure_digest:
+                structure_id = _structure_id(row.structure_id)
+                head = structure_rows.read_head(connection, structure_id)
+                ids = structure_rows.read_tensor_ids(connection, structure_id).tolist()
+                if fqn_prefix:
+                    ids = structure_rows.filter_tensors(connection, ids, fqn_prefix)
         yield HeaderView(info, head, row.metadata_header)
         yield from self._segments(info)
         yield from self._blocks(ids)

@@ -8,7 +8,7 @@ row that a database handed out anew after a failover can be taken for another on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -17,12 +17,14 @@ from shardbook.core import limits
 from shardbook.core.blocks import decode_blocks
 from shardbook.core.checkpoint import RankFiles
 from shardbook.core.chunk_index import ChunkIndex, bounds_of
-from shardbook.core.columns import Int64Array, decode_name
+from shardbook.core.columns import Int64Array, decode_name, frame
+from shardbook.core.digest import digest_of
 from shardbook.core.extents import decode_segment
-from shardbook.core.found import encode_part
+from shardbook.core.found import encode_part, part_content
 from shardbook.core.head import decode_head
 from shardbook.core.names import CheckpointName
-from shardbook.core.query import Hits, find, place, sliced
+from shardbook.core.places import encode_places
+from shardbook.core.query import Hits, find, place, place_apart, sliced
 from shardbook.core.wanted import Wanted, decode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError, UnavailableError
 from shardbook_server.service import present
@@ -45,6 +47,7 @@ _SEGMENT_BYTES: Final = 32 << 20
 _PAIR_BYTES: Final = 16
 _NAME_BYTES: Final = 250
 _TOKEN_CHARS: Final = 40
+_NO_FILES: Final = RankFiles((), np.zeros(0, dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +99,16 @@ class QueryService:
         self._flight = SingleFlight()
         self._memory = MemoryBudget(_DECODING_BYTES)
 
-    def query_chunks(self, name: str, wanted: bytes, *, include_head: bool = False, page_token: str = "") -> QueryView:
+    def query_chunks(
+        self,
+        name: str,
+        wanted: bytes,
+        *,
+        include_head: bool = False,
+        page_token: str = "",
+        apart: bool = False,
+        held_found_digest: bytes = b"",
+    ) -> QueryView:
         """Returns the chunks that meet the wanted boxes, as many as one page holds.
 
         An entry that the checkpoint lacks is on no page. Every step reads in transactions of its own.
@@ -106,6 +118,8 @@ class QueryService:
             wanted: Payload of ``shardbook.core.wanted``.
             include_head: Answer the head of the checkpoint, too, on the first page.
             page_token: Where to go on; from the page before, with everything else as it was.
+            apart: Answer what the structure says and what the extents say apart.
+            held_found_digest: Leave out the former where this is its digest.
 
         Raises:
             NotFoundError: ``name`` means no checkpoint.
@@ -122,13 +136,30 @@ class QueryService:
                 raise InternalError("a committed checkpoint has no structure")
             is_asked = include_head and not page_token
             head = structure_rows.read_head(connection, row.structure_id) if is_asked else b""
-        contents = self._contents_of(info, row.structure_id)
-        found, end = self._find(contents, question, at)
-        header = b"" if page_token else row.metadata_header
-        return QueryView(info, self._encoded(info, contents, found), end, header, head)
+        found, end, rank_files = self._find(info, row.structure_id, question, at)
+        view = QueryView(info, b"", end, b"" if page_token else row.metadata_header, head)
+        if not found:
+            return replace(view, found_digest=digest_of(b"") if apart else b"")
 
-    def _find(self, contents: Contents, question: Wanted, start: tuple[int, int]) -> tuple[list[Hits], str]:
+        def read(ranks: Int64Array) -> list[tuple[bytes, bytes]]:
+            return self._registrations(info, ranks)
+
+        if not apart:
+            return replace(view, found=encode_part(place(found, rank_files, info.location.prefix, read)))
+        shared, places = place_apart(found, rank_files, read)
+        content = part_content(shared)
+        digest = digest_of(content)
+        payload = b"" if digest == held_found_digest else frame(content)
+        return replace(view, found=payload, found_digest=digest, places=encode_places(places))
+
+    def _find(
+        self, info: CheckpointInfo, structure_id: int, question: Wanted, start: tuple[int, int]
+    ) -> tuple[list[Hits], str, RankFiles]:
         """Returns what is found from a place on, as much as one page of an answer holds, and the token of the next."""
+        if not question.fqns:
+            # Asked for what the name means alone, as every reader does that has the rest in its cache.
+            return [], "", _NO_FILES
+        contents = self._contents_of(info, structure_id)
         entry = np.fromiter((contents.entries.get(fqn, -1) for fqn in question.fqns), np.int64, len(question.fqns))
         page = np.where(entry < 0, -1, np.searchsorted(contents.bounds, entry, side="right") - 1)
         held: list[Hits] = []
@@ -139,19 +170,10 @@ class QueryService:
             slices = sliced(find(index, question, tensor, entry[tensor] - contents.bounds[number]), PART_CHUNKS)
             for at in range(start[1] if number == start[0] else 0, len(slices)):
                 if held and held_count + len(slices[at].row) > PART_CHUNKS:
-                    return held, f"{number}.{at}"
+                    return held, f"{number}.{at}", contents.rank_files
                 held.append(slices[at])
                 held_count += len(slices[at].row)
-        return held, ""
-
-    def _encoded(self, info: CheckpointInfo, contents: Contents, found: Sequence[Hits]) -> bytes:
-        if not found:
-            return b""
-
-        def read(ranks: Int64Array) -> list[tuple[bytes, bytes]]:
-            return self._registrations(info, ranks)
-
-        return encode_part(place(found, contents.rank_files, info.location.prefix, read))
+        return held, "", contents.rank_files
 
     def _registrations(self, info: CheckpointInfo, ranks: Int64Array) -> list[tuple[bytes, bytes]]:
         """Returns the (extents, volatile) payloads of ranks; reads the segments that hold them and no others."""

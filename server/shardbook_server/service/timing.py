@@ -100,5 +100,6 @@ def timing_from_json(text: str) -> SaveTiming | None:
     """Returns what was stored; None for nothing."""
     if not text:
         return None
+    # Releases to come may add to both lists.
     phases, *rest = json.loads(text)
-    return SaveTiming(tuple(PhaseTiming(*one) for one in phases), *rest)
+    return SaveTiming(tuple(PhaseTiming(*one[:5]) for one in phases), *rest[:4])

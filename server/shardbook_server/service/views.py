@@ -316,6 +316,9 @@ class QueryView:
         next_page_token: Empty on the last page.
         metadata_header: Payload of ``shardbook.core.head``, on the first page.
         head: Likewise; empty unless it was asked for.
+        found_digest: Of the canonical bytes of ``found``, which is left out where the asker holds it; empty unless the
+            answer was asked for apart.
+        places: Payload of ``shardbook.core.places``; empty likewise, and where nothing was found.
     """
 
     checkpoint: CheckpointInfo
@@ -323,6 +326,8 @@ class QueryView:
     next_page_token: str = ""
     metadata_header: bytes = b""
     head: bytes = b""
+    found_digest: bytes = b""
+    places: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ class BlobRow:
         kind: What it holds.
         digest: 32 bytes.
         reference_id: Key of the blob it refers to; None for a table.
-        entry_count: As in ``StructureInfo``; 0 unless it is a structure. The next three likewise.
-        item_count: See above.
+        entry_count: As in ``StructureInfo``; 0 unless it is a structure. The last three likewise.
+        item_count: Items of a plan or structure; 0 for plans that an early release stored.
         variable_count: See above.
         fixed_bytes: See above.
         last_used_day: Day since the epoch on which it was last known to be in use.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Connection, Table, delete, insert, literal_column, select, union_all, update
 
@@ -39,7 +39,7 @@ def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int
     """Returns what is said of checkpoints, in one statement; those of which nothing is are left out."""
     found: dict[int, Said] = {}
     for some in slices(checkpoint_ids):
-        columns = [
+        columns: list[tuple[Any, ...]] = [
             (labels, literal_column("1"), labels.c.value, literal_column("0.0")),
             (metrics, literal_column("2"), literal_column("''"), metrics.c.value),
             (aliases, literal_column("3"), literal_column("''"), literal_column("0.0")),
@@ -96,9 +96,12 @@ def find_description(connection: Connection, checkpoint_id: int) -> DescriptionR
     return DescriptionRow() if row is None else DescriptionRow(*row)
 
 
-def insert_description(connection: Connection, checkpoint_id: int, row: DescriptionRow) -> None:
-    """Stores what is known at the commit."""
-    connection.execute(insert(descriptions).values(checkpoint_id=checkpoint_id, **vars(row)))
+def put_description(connection: Connection, checkpoint_id: int, row: DescriptionRow) -> None:
+    """Stores what is known at the commit; an attempt may have had a note before, which stays unless there is one."""
+    values = {name: value for name, value in vars(row).items() if value or name != "note"}
+    where = descriptions.c.checkpoint_id == checkpoint_id
+    if connection.execute(update(descriptions).where(where).values(**values)).rowcount == 0:
+        connection.execute(insert(descriptions).values(checkpoint_id=checkpoint_id, **vars(row)))
 
 
 def set_note(connection: Connection, checkpoint_id: int, note: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.pool import QueuePool
 
+from shardbook.core.mounts import network_type
 from shardbook.core.names import RunName
 from shardbook.errors import (
     DeadlineExceededError,
@@ -40,17 +41,6 @@ _JOURNAL_SIZE_LIMIT_BYTES: Final = 64 << 20
 _CACHE_KIB: Final = 32 << 10
 #: The last release whose WAL reset can corrupt a database that several processes write.
 _LAST_UNSAFE: Final = (3, 51, 2)
-#: File systems whose locks or shared memory do not hold between machines.
-_NETWORK_TYPES: Final = frozenset(
-    {
-        "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs",
-        "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "virtiofs", "vboxsf", "wekafs",
-    }
-)  # fmt: skip
-#: FUSE file systems that are local disks after all.
-_LOCAL_FUSE: Final = frozenset({"fuseblk", "fuse.ext2", "fuse.ntfs-3g", "fuse.fuse-overlayfs"})
-
-
 #: Longest wait for a connection, seconds: for the writer that is the wait behind other writers.
 _POOL_TIMEOUT_S: Final = 60.0
 #: Primary result codes, https://www.sqlite.org/rescode.html.
@@ -256,20 +246,7 @@ def network_file_system(path: Path, mount_table: str) -> str | None:
         path: Absolute path of a file that need not exist yet.
         mount_table: Content of ``/proc/self/mountinfo``.
     """
-    real = os.path.realpath(path)
-    best, kind = "", ""
-    for line in mount_table.splitlines():
-        fields = line.split(" ")
-        if "-" not in fields or len(fields) < fields.index("-") + 2:
-            continue
-        mount = fields[4].encode().decode("unicode_escape")
-        # Of two mounts on one point the later one counts.
-        inside = mount in {"/", real} or real.startswith(mount + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, fields[fields.index("-") + 1]
-    if kind in _NETWORK_TYPES or (kind.startswith("fuse") and kind not in _LOCAL_FUSE):
-        return kind
-    return None
+    return network_type(os.path.realpath(path), mount_table)
 
 
 def _mount_table() -> str:

@@ -236,7 +236,8 @@ aliases = Table(
     **_CLUSTERED,
 )
 
-#: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``, 0 for other kinds.
+#: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``; a plan has its
+#: items alone (0 from releases before), a table nothing.
 rank_structures = Table(
     "rank_structures",
     metadata,

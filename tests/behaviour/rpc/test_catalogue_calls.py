@@ -34,8 +34,8 @@ def save(job: Job, step: int, said: types_pb2.Description = SAID) -> types_pb2.C
         request.registration.phase_ms.extend([10 + rank, 2000 - rank, 3])
         request.blobs.extend(what.blobs.values())
         assert not job.api.registration.RegisterShards(request, timeout=DEADLINE_S).unknown
-    request = pb.CommitCheckpointRequest(key=job.key(step), description=said)
-    return job.api.registration.CommitCheckpoint(request, timeout=DEADLINE_S).checkpoint
+    commit = pb.CommitCheckpointRequest(key=job.key(step), description=said)
+    return job.api.registration.CommitCheckpoint(commit, timeout=DEADLINE_S).checkpoint
 
 
 def test_a_commit_brings_what_is_said(job: Job) -> None:
@@ -125,7 +125,8 @@ def test_projects_are_listed_page_by_page(job: Job) -> None:
     """With the number of their runs."""
     for name in ("zoo", "zebra"):
         Job.start(job.api, f"projects/{name}/runs/a")
-    found, token = {}, ""
+    found: dict[str, int] = {}
+    token = ""
     while True:
         request = catalog.ListProjectsRequest(page_size=1, page_token=token)
         page = job.api.catalog.ListProjects(request, timeout=DEADLINE_S)

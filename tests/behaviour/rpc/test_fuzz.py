@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ from tests.behaviour.rpc.api import DEADLINE_S, Api, Job, error_of
 
 #: Real values first, so that some requests get past the checks; then the extremes.
 INT64 = st.sampled_from([0, 1, 2, -1, 2**31, 2**62, 2**63 - 1, -(2**63)])
+UINT32 = st.sampled_from([0, 1, 2**32 - 1])
+DOUBLES = st.sampled_from([0.0, -0.0, 1.5, -1e300, math.nan, math.inf])
 INT32 = st.sampled_from([0, 1, 2, 3, -1, 4096, 2**31 - 1, -(2**31)])
 STRINGS = st.sampled_from(
     [
@@ -49,16 +52,25 @@ def _is_repeated(field: FieldDescriptor) -> bool:
     return hasattr(getattr(GetMessageClass(field.containing_type)(), field.name), "extend")
 
 
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
 def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
     kinds: dict[int, Callable[[], st.SearchStrategy[Any]]] = {
         FieldDescriptor.TYPE_INT32: lambda: INT32,
         FieldDescriptor.TYPE_INT64: lambda: INT64,
+        FieldDescriptor.TYPE_UINT32: lambda: UINT32,
+        FieldDescriptor.TYPE_DOUBLE: lambda: DOUBLES,
         FieldDescriptor.TYPE_BOOL: st.booleans,
         FieldDescriptor.TYPE_STRING: lambda: STRINGS,
         FieldDescriptor.TYPE_BYTES: lambda: BYTES,
         FieldDescriptor.TYPE_ENUM: lambda: st.integers(-1, 6),
         FieldDescriptor.TYPE_MESSAGE: lambda: _messages(field.message_type, depth + 1),
     }
+    if _is_map(field):
+        key, value = (_values(field.message_type.fields_by_name[name], depth) for name in ("key", "value"))
+        return st.dictionaries(key, value, max_size=3)
     value = kinds[field.type]()
     return st.lists(value, max_size=3) if _is_repeated(field) else value
 
@@ -75,7 +87,9 @@ def _build(descriptor: Descriptor, values: dict[str, Any]) -> Message:
         field = descriptor.fields_by_name[name]
         if value is None:
             continue
-        if _is_repeated(field):
+        if _is_map(field):
+            getattr(message, name).update(value)
+        elif _is_repeated(field):
             getattr(message, name).extend(value)
         elif field.message_type is not None:
             getattr(message, name).CopyFrom(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,8 +12,11 @@ from sqlalchemy import text
 
 from shardbook.core import limits
 from shardbook.core.planning import decide
+from shardbook.core.structure import RankPlan
 from shardbook.errors import UnavailableError
 from shardbook_server.service import decisions
+from shardbook_server.service.admission import MemoryBudget
+from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.services import Services, build_services
 from shardbook_server.service.views import PlanState
 from shardbook_server.storage.blobs import DAY_US
@@ -120,3 +123,31 @@ def test_use_is_noted_once_a_day(job: Job, database: Database) -> None:
     with database.read() as connection:
         today = database.now_us(connection) // DAY_US
         assert today - connection.execute(text("SELECT last_used_day FROM save_plans")).scalar_one() <= 1
+
+
+def test_plans_are_loaded_within_the_memory_that_they_take(
+    job: Job, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule: two large decisions that do not fit together are not both loaded, also by a server that was restarted."""
+    job.plan(1, whole(job.model))
+    restarted = build_services(database)
+    held: list[int] = []
+    at_load: list[list[int]] = []
+    hold, load = MemoryBudget.hold, BlobService.plans
+
+    @contextmanager
+    def noted_hold(budget: MemoryBudget, size_bytes: int) -> Iterator[None]:
+        with hold(budget, size_bytes):
+            held.append(size_bytes)
+            yield
+            held.remove(size_bytes)
+
+    def noted_load(blobs: BlobService, project: str, digests: Sequence[bytes]) -> list[RankPlan]:
+        at_load.append(list(held))
+        return load(blobs, project, digests)
+
+    monkeypatch.setattr(MemoryBudget, "hold", noted_hold)
+    monkeypatch.setattr(BlobService, "plans", noted_load)
+    _drops(job, restarted, 1)
+    items = sum(job.model.plan(rank).item_count for rank in range(job.model.world_size))
+    assert [[items * decisions._BYTES_PER_ITEM]] == at_load

@@ -209,6 +209,19 @@ def test_only_what_exists_is_described(job: Job) -> None:
             update(job.services, name, "labels")
 
 
+def test_what_was_said_of_an_open_attempt_stays(job: Job) -> None:
+    """The commit adds to it; its own word counts where both say something."""
+    job.register(1, whole(job.model))
+    name = "llm/8b@1.s1.a1"
+    update(job.services, name, "labels", "note", labels={"a": "early", "b": "early"}, note='"early"')
+    committed = job.services.commits.commit(job.key(1), Description(labels={"b": "late"}))
+    assert ({"a": "early", "b": "late"}, '"early"') == (committed.labels, committed.note)
+    assert "slurm-1" == committed.writer.job_id
+    job.register(2, whole(job.model))
+    update(job.services, "llm/8b@2.s1.a1", "note", note='"early"')
+    assert '"late"' == job.services.commits.commit(job.key(2), Description(note='"late"')).note
+
+
 def test_both_zeros_are_one(job: Job) -> None:
     """SQLite keeps no negative one, so neither database does."""
     found = commit(job, 1, metrics={"loss": -0.0}).metrics["loss"]

@@ -38,7 +38,7 @@ WALKED = {
     "by world": (EVERYTHING, "", "world_size", True, "ix_checkpoints_by_world"),
     "by state": (EVERYTHING, "", "state", True, "ix_checkpoints_by_state"),
     "by part": (PROJECT, "", "part", True, "ix_parts_name"),
-    "by part, what is live": (EVERYTHING, "", "part desc", False, "ix_checkpoints_by_part"),
+    "by part, what is live": (EVERYTHING, "", "part desc", False, "ix_parts_name"),
     "by label": (EVERYTHING, "", "labels.team desc", False, "ix_labels_value"),
     "by metric": (PROJECT, "", "metrics.val_loss desc", False, "ix_metrics_value"),
     "label": (EVERYTHING, 'labels.team = "red"', "", False, "ix_checkpoints_by_time"),
