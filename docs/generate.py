@@ -17,6 +17,7 @@ from shardbook.cli.app import app as client_app
 from shardbook.cli.cat import PrintedTensor
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
 from shardbook.descriptions import Alias, PhaseTiming, Project, RankInfo, SaveTiming, Writer
+from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
 from shardbook.sync import SyncedAttempt
 from shardbook.verifying import FileFault, VerifyReport
@@ -43,6 +44,9 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook show` | `{"checkpoint": checkpoint}`; with `--ranks` also `"ranks": [rank]` |
 | `shardbook label`, `metric`, `note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
+| `shardbook watch` | an event on each line, as it happens |
+| `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
+| `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook cat` | `{"tensors": [printed tensor], "output": path of the file, or null}` |
 | `shardbook verify` | `{"report": report}` |
@@ -59,6 +63,9 @@ _OBJECTS = (
     ("rank", RankInfo),
     ("alias", Alias),
     ("project", Project),
+    ("event", Event),
+    ("subscription", Subscription),
+    ("claim", Claim),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),
     ("report", VerifyReport),

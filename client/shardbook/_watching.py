@@ -118,8 +118,6 @@ class Watching:
             except ShardbookError as error:
                 failure_count += 1
                 self._stream = None
-                if self._closed:
-                    return
                 self._wait(error, failure_count, began_s)
                 continue
             self._was_answered = True
@@ -142,6 +140,8 @@ class Watching:
 
     def _wait(self, error: ShardbookError, failure_count: int, began_s: float) -> None:
         """Waits before another try; raises the error where none helps."""
+        if self._closed:
+            return
         patience_s = self._patience_s if self._was_answered else self._transport.outage_s
         if not (is_retryable(error) or isinstance(error, DeadlineExceededError)):
             raise error

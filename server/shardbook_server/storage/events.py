@@ -92,7 +92,8 @@ def read_position(connection: Connection) -> tuple[bytes, int]:
 
 def read_oldest(connection: Connection) -> int | None:
     """Returns the cursor of the oldest event that is kept; None when there is none."""
-    return connection.scalar(select(func.min(events.c.cursor)))
+    oldest: int | None = connection.scalar(select(func.min(events.c.cursor)))
+    return oldest
 
 
 def drop_before(connection: Connection, before_us: int, limit: int) -> int:

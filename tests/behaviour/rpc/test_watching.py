@@ -84,7 +84,9 @@ def test_failures_and_aliases_are_told_to_who_asks(api: Api, run: str) -> None:
     job.save(1)
     part = f"{run}/parts/default"
     api.catalog.SetAlias(
-        catalog_pb2.SetAliasRequest(alias=catalog_pb2.Alias(name=f"{part}/aliases/best", metric="x", direction=1))
+        catalog_pb2.SetAliasRequest(
+            alias=catalog_pb2.Alias(name=f"{part}/aliases/best", metric="x", direction="DIRECTION_MIN")
+        )
     )
     api.catalog.DeleteAlias(catalog_pb2.DeleteAliasRequest(name=f"{part}/aliases/best"))
     job.register(0, job.rows()[0], 2)
