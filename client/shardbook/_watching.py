@@ -111,14 +111,15 @@ class Watching:
 
     def _read(self) -> None:
         """Reads one message, over as many connections as it takes."""
-        failure_count, began_s = 0, time.monotonic()
+        failure_count, failed_s = 0, math.inf
         while not self._closed:
             try:
                 message = self._message()
             except ShardbookError as error:
                 failure_count += 1
+                failed_s = min(failed_s, time.monotonic())
                 self._stream = None
-                self._wait(error, failure_count, began_s)
+                self._wait(error, failure_count, failed_s)
                 continue
             self._was_answered = True
             self._reached = message.cursor
@@ -138,7 +139,7 @@ class Watching:
         except grpc.RpcError as error:
             raise self._transport.typed(error, WATCH_CHECKPOINTS.name) from error
 
-    def _wait(self, error: ShardbookError, failure_count: int, began_s: float) -> None:
+    def _wait(self, error: ShardbookError, failure_count: int, failed_s: float) -> None:
         """Waits before another try; raises the error where none helps."""
         if self._closed:
             return
@@ -146,7 +147,7 @@ class Watching:
         if not (is_retryable(error) or isinstance(error, DeadlineExceededError)):
             raise error
         delay_s = self._transport.backoff.delay_s(failure_count, error)
-        if time.monotonic() + delay_s - began_s > patience_s:
+        if time.monotonic() + delay_s - failed_s > patience_s:
             raise error
         if failure_count == 1 and self._was_answered:
             _LOG.info("watching again: %s", error.message)
