@@ -154,6 +154,10 @@ def _command(words: str, command: Any) -> Iterator[str]:
         yield from ("", "| | |", "|---|---|", *rows)
 
 
+def _shown(default: object) -> str:
+    return f"{default:g}" if isinstance(default, int | float) else str(default)
+
+
 def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
     for argument in arguments:
         yield f"| `{_cell(argument.metavar)}` | {_cell(argument.help or '')} |"
@@ -161,7 +165,7 @@ def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
         if option.param_type_name == "option":
             names = ", ".join([*option.opts, *option.secondary_opts])
             value = "" if option.is_flag else f" {option.metavar or 'TEXT'}"
-            default = "" if option.is_flag or option.default in (None, "") else f" Default: {option.default:g}."
+            default = "" if option.is_flag or option.default in (None, "") else f" Default: {_shown(option.default)}."
             yield f"| `{names}{value}` | {_cell(option.help or '')}{default} |"
 
 
