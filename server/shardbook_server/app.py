@@ -198,7 +198,7 @@ class Server:
         self._operations.serve(self.address)
         loop = asyncio.get_running_loop()
         self._reaper = loop.create_task(self._reap())
-        retention_s = self._settings.event_retention_days * 86_400
+        retention_s = self._settings.event_retention_s
         self._upkeep = loop.create_task(keep_events_few(self._bridge, self._services.events, retention_s))
         return self.address
 

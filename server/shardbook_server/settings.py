@@ -139,8 +139,8 @@ class Settings(BaseModel):
     watch_heartbeat_s: _Seconds = Field(
         default=10.0, description="A stream of events on which nothing happens gives a sign of life this often."
     )
-    event_retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] = Field(
-        default=30.0,
+    event_retention_s: _Seconds = Field(
+        default=2_592_000.0,
         description="Events older than this are dropped; a watcher that was away for longer has to begin anew.",
     )
     batch_max_count: _Count = Field(default=512, description="Most plans or registrations in one transaction.")

@@ -74,15 +74,12 @@ def _storm(servers: list[ServerProcess], folder: Path, disturb: Callable[[thread
         _Watcher(Client(servers[at % len(servers)].address if at % 2 else addresses), since, WRITERS * STEPS, at)
         for at in range(WATCHERS)
     ]
-    writers = [
-        threading.Thread(
-            target=lambda at=at: [
-                _save_until_it_is(client, folder, step, f"storm/run-{at}", bytes([at + 1]) * 16)
-                for step in range(STEPS)
-            ]
-        )
-        for at in range(WRITERS)
-    ]
+
+    def write(at: int) -> None:
+        for step in range(STEPS):
+            _save_until_it_is(client, folder, step, f"storm/run-{at}", bytes([at + 1]) * 16)
+
+    writers = [threading.Thread(target=write, args=(at,)) for at in range(WRITERS)]
     done = threading.Event()
     disturber = threading.Thread(target=disturb, args=(done,))
     for thread in (*watchers, *writers, disturber):

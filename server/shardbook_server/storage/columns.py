@@ -1,4 +1,4 @@
-"""Types of columns, and the ways in which SQLite stores a table."""
+"""Types of columns, names of indexes, and the ways in which SQLite stores a table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any, Final
 from sqlalchemy import REAL, BigInteger, Double, Integer, LargeBinary, SmallInteger, Text
 from sqlalchemy.types import TypeEngine
 
+#: Names of indexes and constraints.
+NAMING: Final = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+}
 #: 64-bit integer; SQLite's STRICT tables know it as INTEGER.
 Int64 = BigInteger().with_variant(Integer(), "sqlite")
 #: Small number or flag (0 or 1).

@@ -27,16 +27,9 @@ from sqlalchemy import (
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT
-from shardbook_server.storage.columns import Digest, Int64, Name, Number, Small
+from shardbook_server.storage.columns import NAMING, Digest, Int64, Name, Number, Small
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+metadata = MetaData(naming_convention=NAMING)
 
 #: One row: what belongs to the database as a whole.
 catalog = Table(
