@@ -25,9 +25,9 @@ from sqlalchemy import (
 )
 
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
+from shardbook_server.storage.columns import NAMING, Digest, Int64, Name, Number, Small
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT
-from shardbook_server.storage.columns import NAMING, Digest, Int64, Name, Number, Small
 
 metadata = MetaData(naming_convention=NAMING)
 
