@@ -50,6 +50,7 @@ from shardbook.errors import (
 if TYPE_CHECKING:
     from shardbook.catalog import Checkpoint, CheckpointState, Run, RunPart, StoredMetadata, TensorInfo
     from shardbook.client import Client
+    from shardbook.comparing import CheckpointDiff, diff
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
     from shardbook.events import Event, EventKind
@@ -71,6 +72,8 @@ _HOME = {
     "EventKind": "shardbook.events",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
+    "CheckpointDiff": "shardbook.comparing",
+    "diff": "shardbook.comparing",
     "VerifyReport": "shardbook.verifying",
     "verify": "shardbook.verifying",
 }
@@ -91,6 +94,8 @@ __all__ = [
     "EventKind",
     "read",
     "read_many",
+    "CheckpointDiff",
+    "diff",
     "VerifyReport",
     "verify",
     "AlreadyExistsError",

@@ -16,12 +16,15 @@ from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError
-from shardbook.v1 import catalog_pb2, metadata_pb2
+from shardbook.status import RunStatus, ServerInfo
+from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
 
 GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
 QUERY_CHUNKS = Rpc("QueryChunks", lambda on: on.metadata.QueryChunks)
 LIST_TENSORS = Rpc("ListTensors", lambda on: on.metadata.ListTensors)
+GET_SERVER_INFO = Rpc("GetServerInfo", lambda on: on.metadata.GetServerInfo)
+GET_RUN_STATUS = Rpc("GetRunStatus", lambda on: on.registration.GetRunStatus)
 GET_RUN = Rpc("GetRun", lambda on: on.catalog.GetRun)
 LIST_RUNS = Rpc("ListRuns", lambda on: on.catalog.ListRuns)
 GET_CHECKPOINT = Rpc("GetCheckpoint", lambda on: on.catalog.GetCheckpoint)
@@ -181,6 +184,28 @@ class ReadingCalls:
         name = run if isinstance(run, RunName) else RunName.parse(run)
         request = catalog_pb2.GetRunRequest(name=str(name))
         return Run.of(self._transport.call(GET_RUN, request, deadline_s=deadline_s).run)
+
+    def get_server_info(self, *, deadline_s: float | None = None) -> ServerInfo:
+        """Returns who answers: release, kind of database, and the time there."""
+        request = metadata_pb2.GetServerInfoRequest()
+        return ServerInfo.of(self._transport.call(GET_SERVER_INFO, request, deadline_s=deadline_s))
+
+    def get_run_status(
+        self, run: RunName | str, part: str | None = None, *, deadline_s: float | None = None
+    ) -> RunStatus:
+        """Returns where the saves of a run stand: what is open and who is missing, and the last commit.
+
+        Args:
+            run: The run.
+            part: One part; None for all.
+            deadline_s: Seconds for the call.
+
+        Raises:
+            NotFoundError: There is no such run or part.
+        """
+        name = run if isinstance(run, RunName) else RunName.parse(run)
+        request = registration_pb2.GetRunStatusRequest(run=str(name), part=part or "")
+        return RunStatus.of(name.ref, self._transport.call(GET_RUN_STATUS, request, deadline_s=deadline_s))
 
     def list_runs(
         self, project: str | None = None, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None

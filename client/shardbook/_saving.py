@@ -221,7 +221,16 @@ class SavingCalls:
 
         A long deadline is for the server's work on a new structure: one that is away is given up like for other calls.
         """
-        return self._transport.call(RECORD, request, deadline_s=deadline_s)
+        if self._transport.budget is None or not request.complete:
+            return self._transport.call(RECORD, request, deadline_s=deadline_s)
+        # Its work is no silence that a save would have to pay for.
+        progress = Progress(key=request.key)
+        return self._transport.call_patiently(
+            RECORD,
+            request,
+            limit_s=self._transport.timeout_s if deadline_s is None else deadline_s,
+            is_alive=lambda transport, limit_s: transport.call(GET_PROGRESS, progress, deadline_s=limit_s),
+        )
 
     def _wait_until(self, key: AttemptKey, until: Progress.Until, timeout_s: float) -> pb.GetCheckpointProgressResponse:
         request = Progress(key=key, until=until)

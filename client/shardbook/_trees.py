@@ -26,11 +26,26 @@ _LOOK_FILES: Final = 64
 class Tree(Protocol):
     """Small files below a directory. Paths are absolute, or URLs; ``names`` and ``read`` treat absence as empty."""
 
-    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+    def checkpoints(self, *, plain: bool = False, begun: bool = False) -> Iterator[str]:
         """Yields the directories, this one included, in which Shardbook left files, in alphabetical order.
 
-        With ``plain``, those with DCP's own ``.metadata`` too.
+        With ``plain``, those with DCP's own ``.metadata`` too; with ``begun``, those with an attempt's directory.
         """
+        ...
+
+    def files(self, path: str) -> dict[str, FileFacts]:
+        """Returns the files below a directory, by path relative to it; none when it is not there, or is a link.
+
+        As they are now, whatever was listed before. Links below count as files, and are not followed.
+        """
+        ...
+
+    def remove(self, path: str) -> None:
+        """Removes a file; nothing when it is not there."""
+        ...
+
+    def remove_empty(self, path: str) -> None:
+        """Removes a directory and those below it, as far as they are empty; nothing where there are none."""
         ...
 
     def names(self, path: str) -> list[str]:
@@ -155,12 +170,38 @@ class _LocalTree:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+    def checkpoints(self, *, plain: bool = False, begun: bool = False) -> Iterator[str]:
         for folder, below, files in os.walk(self._root):
-            if ROOT in below or (plain and DCP_METADATA in files):
+            if ROOT in below or (plain and DCP_METADATA in files) or (begun and any(map(is_prefix, below))):
                 yield folder
             # Data directories hold a file or more a rank, and nothing to find.
             below[:] = sorted(name for name in below if name != ROOT and not is_prefix(name))
+
+    def files(self, path: str) -> dict[str, FileFacts]:
+        def fail(error: OSError) -> None:
+            # An attempt that cannot be looked at as a whole is no attempt without files.
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
+        found: dict[str, FileFacts] = {}
+        if Path(path).is_symlink():
+            return found
+        for folder, below, names in os.walk(path, onerror=fail):
+            links = [name for name in below if Path(folder, name).is_symlink()]
+            for name in [*names, *links]:
+                full = Path(folder, name)
+                with suppress(FileNotFoundError):
+                    facts = full.lstat()
+                    found[full.relative_to(path).as_posix()] = FileFacts(facts.st_size, facts.st_mtime)
+        return found
+
+    def remove(self, path: str) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def remove_empty(self, path: str) -> None:
+        for folder, _, _ in os.walk(path, topdown=False):
+            with suppress(OSError):  # not empty, or gone
+                Path(folder).rmdir()
 
     def names(self, path: str) -> list[str]:
         try:
@@ -230,11 +271,36 @@ class _FsspecTree:
         # Other machines write here too: nothing may be answered from memory.
         self._fs.invalidate_cache()
 
-    def checkpoints(self, *, plain: bool = False) -> Iterator[str]:
+    def checkpoints(self, *, plain: bool = False, begun: bool = False) -> Iterator[str]:
         with storage_errors("walk", self._root):
             for folder, below, files in self._fs.walk(self._root):
-                if ROOT in below or (plain and DCP_METADATA in files):
+                # What Shardbook keeps is named like what it keeps it of. Not every filesystem lets a walk be cut short.
+                if ROOT in str(folder)[len(self._root) :].split("/"):
+                    continue
+                if ROOT in below or (plain and DCP_METADATA in files) or (begun and any(map(is_prefix, below))):
                     yield str(self._fs.unstrip_protocol(str(folder)))
+
+    def files(self, path: str) -> dict[str, FileFacts]:
+        inside = self._inside(path).rstrip("/")
+        with storage_errors("list", path):
+            self._fs.invalidate_cache()
+            try:
+                listed = self._fs.find(inside, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+        below = {name: info for name, info in listed.items() if str(name).startswith(f"{inside}/")}
+        return {str(name)[len(inside) + 1 :]: facts_of(info) for name, info in below.items()}
+
+    def remove(self, path: str) -> None:
+        with storage_errors("remove", path), suppress(FileNotFoundError):
+            self._fs.rm_file(self._inside(path))
+
+    def remove_empty(self, path: str) -> None:
+        # Object stores have no directories; others have those that somebody made.
+        with suppress(Exception):
+            for folder, _, _ in self._fs.walk(self._inside(path), topdown=False):
+                with suppress(Exception):
+                    self._fs.rmdir(str(folder))
 
     def names(self, path: str) -> list[str]:
         with storage_errors("list", path):

@@ -99,6 +99,11 @@ class ServiceSource:
     _first: CheckpointChunks | None = field(default=None, init=False, repr=False)
 
     @property
+    def found_name(self) -> str:
+        """Resource name of the checkpoint; asks, unless something has been asked before."""
+        return self._known().name
+
+    @property
     def location(self) -> str:
         """Path or URL of the checkpoint's directory; asks, unless something has been asked before."""
         return self.stores.path_of(self._known().location)

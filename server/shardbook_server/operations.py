@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
 import structlog
@@ -16,6 +15,7 @@ from shardbook_server.connections import count_connections
 from shardbook_server.metrics.recorder import Recorder
 from shardbook_server.metrics.state import Build, Sources, State
 from shardbook_server.periodic import Periodic
+from shardbook_server.release import release
 from shardbook_server.rpc.attempts import Attempts
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
@@ -82,7 +82,7 @@ class Operations:
         """Adds the gauges of a server's parts to its metrics."""
         on_postgres = is_postgres(self._settings.database_url)
         build = Build(
-            version=_version(),
+            version=release(),
             schema=self._schema,
             database="postgres" if on_postgres else "sqlite",
             # SQLite's connections all say so, see ``storage.sqlite``.
@@ -168,11 +168,3 @@ class Operations:
                 _log.info("ready again")
             was_ready = not why
             self._health.set_serving(was_ready)
-
-
-def _version() -> str:
-    try:
-        return version("shardbook")
-    except PackageNotFoundError:
-        # Run from a tree that nobody installed.
-        return "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 
 from shardbook import dcp
@@ -52,3 +53,24 @@ def offline(run: str) -> Iterator[dcp.Session]:
     """A session without a server."""
     yield dcp.init(run=run, mode="offline")
     dcp.close()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URL of a bucket on an S3-compatible server of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "tests")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        kind = fsspec.get_filesystem_class("s3")
+        kind.clear_instance_cache()  # of another module's server
+        fsspec.filesystem("s3").makedirs("checkpoints", exist_ok=True)
+        yield "s3://checkpoints"
+        kind.clear_instance_cache()
+    server.stop()

@@ -286,14 +286,14 @@ def compare_plans(rank: Rank, layout: str, path: str, ref: str, server: str) -> 
     from shardbook import Client
     from shardbook.core.names import CheckpointName
     from shardbook.dcp.lazy import LazyMetadata
-    from shardbook.dcp.loading import _directory_metadata
+    from shardbook.dcp.loading import lazy_directory_metadata
     from shardbook.sources import ServiceSource
     from shardbook.stores import Stores
     from tests.torch.test_load_planner import planned
 
     metadata = FileSystemReader(path).read_metadata()
     own = LazyMetadata(ServiceSource(Client(server), CheckpointName.parse(ref), Stores(), 30.0))
-    lazy = _directory_metadata(FileSystemReader(path), trusted=False)
+    lazy = lazy_directory_metadata(FileSystemReader(path), trusted=False)
     assert isinstance(lazy, LazyMetadata)
     expected = planned(DefaultLoadPlanner(), LAYOUTS[layout](rank), metadata)
     wrong = []

@@ -26,7 +26,7 @@ from shardbook.core.found import FoundChunks
 from shardbook.core.names import CheckpointName
 from shardbook.core.wanted import Wanted
 from shardbook.dcp.lazy import LazyMetadata
-from shardbook.dcp.loading import _directory_metadata
+from shardbook.dcp.loading import lazy_directory_metadata
 from shardbook.errors import CheckpointMismatchError, UnavailableError
 from shardbook.sources import ChunkSource, ManifestSource, ServiceSource
 from shardbook.stores import Stores
@@ -66,7 +66,7 @@ def source(request: pytest.FixtureRequest, session: dcp.Session, server: str, tm
     if request.param == "service":
         name = CheckpointName.parse(f"{session.run}@1")
         return Counting(ServiceSource(Client(server), name, Stores(), 30.0))
-    found = _directory_metadata(FileSystemReader(tmp_path / "1"), trusted=False)
+    found = lazy_directory_metadata(FileSystemReader(tmp_path / "1"), trusted=False)
     assert isinstance(found, LazyMetadata)
     assert isinstance(found.source, ManifestSource)
     return Counting(found.source)
@@ -175,7 +175,7 @@ class TestOldKeys:
     def test_new_keys_beside_a_list_are_one_question(self, session: dcp.Session, tmp_path: Path) -> None:
         """Nothing is asked twice for checkpoints of today."""
         dcp.save(self.state(), checkpoint_id=tmp_path / "1")
-        found = _directory_metadata(FileSystemReader(tmp_path / "1"), trusted=False)
+        found = lazy_directory_metadata(FileSystemReader(tmp_path / "1"), trusted=False)
         assert isinstance(found, LazyMetadata)
         counting = Counting(found.source)
         state = self.blank()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook.cli import names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, client_of
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.client import Client
 from shardbook.core.names import AliasName, PartName
 from shardbook.descriptions import Alias, Direction
@@ -39,6 +39,7 @@ def alias(
     delete: Annotated[bool, typer.Option("--delete", help="Delete the alias; the checkpoint stays.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Move or delete one that is protected.")] = False,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -52,7 +53,7 @@ def alias(
     client, _ = client_of(server, timeout_s)
     if len(words) == 1:
         run, part = names.run_of(words[0])
-        _print(list(client.list_aliases(run, part=part)), as_json=as_json)
+        _print(list(client.list_aliases(run, part=part)), as_json=as_json, is_plain=is_plain)
         return
     name, target = words
     if delete:
@@ -71,7 +72,7 @@ def alias(
             raise InvalidArgumentError("an alias that follows a metric cannot be protected", field="protect")
         direction = Direction.MIN if smallest else Direction.MAX
         done = client.follow_metric(_alias_of(name, target), metric, direction, force=force)
-    _print([done], as_json=as_json)
+    _print([done], as_json=as_json, is_plain=is_plain)
 
 
 def _set(client: Client, name: str, target: str, *, protect: bool, force: bool) -> Alias:
@@ -84,11 +85,11 @@ def _alias_of(name: str, target: str) -> AliasName:
     return AliasName(PartName(run) if part is None else PartName(run, part), name)
 
 
-def _print(aliases: Sequence[Alias], *, as_json: bool) -> None:
+def _print(aliases: Sequence[Alias], *, as_json: bool, is_plain: bool) -> None:
     if as_json:
         output.print_json({"aliases": [one.to_json() for one in aliases]})
         return
-    output.print_table(_COLUMNS, map(_row, aliases), expendable=_EXPENDABLE)
+    output.print_table(_COLUMNS, map(_row, aliases), expendable=_EXPENDABLE, is_plain=is_plain)
 
 
 def _row(one: Alias) -> tuple[str, ...]:

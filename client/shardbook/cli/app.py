@@ -12,12 +12,20 @@ from shardbook.cli import (
     aliases,
     cat,
     checkpoints,
+    chunks,
     describing,
+    diff,
+    doctor,
+    du,
+    export,
     failures,
+    gc,
     imports,
     projects,
+    read,
     relay,
     runs,
+    status,
     sync,
     tensors,
     verify,
@@ -27,7 +35,7 @@ from shardbook.cli import (
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
 A REF is project/run@1500, @1500.s3 (of session 3), @latest, @best or another alias, or project/run:part@...
-`shardbook cat` and `shardbook sync` take directories and URLs.
+Commands that read a checkpoint take a directory or URL in place of a REF.
 SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
 
 app = typer.Typer(
@@ -67,10 +75,18 @@ app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
 app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
 app.command("watch", epilog=watch.EXAMPLES)(watch.watch)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
+app.command("chunks", epilog=chunks.EXAMPLES)(chunks.list_chunks)
+app.command("diff", epilog=diff.EXAMPLES)(diff.diff_checkpoints)
+app.command("status", epilog=status.EXAMPLES)(status.show_status)
 app.command("cat", epilog=cat.EXAMPLES)(cat.cat)
+app.command("read", epilog=read.EXAMPLES)(read.read)
+app.command("export", epilog=export.EXAMPLES)(export.export)
+app.command("du", epilog=du.EXAMPLES)(du.disk_usage)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
+app.command("gc", epilog=gc.EXAMPLES)(gc.collect)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from shardbook._targets import checkpoint_named
 from shardbook.cli import output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, client_of
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.config import ClientConfig
 from shardbook.core.dtype import ITEMSIZES, dtype_code
 from shardbook.errors import InvalidArgumentError
@@ -93,6 +93,7 @@ def cat(
         typer.Option("--output", "-o", metavar="FILE", help="Write to this .safetensors or .npy file instead."),
     ] = None,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -116,7 +117,7 @@ def cat(
     arrays = read_found(found)
     if target is not None:
         write_arrays(target, arrays, {"format": "pt", "shardbook_ref": ref})
-    _print(found, arrays, target, as_json=as_json)
+    _print(found, arrays, target, as_json=as_json, is_plain=is_plain)
 
 
 def _check_size(found: Found) -> None:
@@ -133,7 +134,7 @@ def _check_size(found: Found) -> None:
         )
 
 
-def _print(found: Found, arrays: dict[str, Array], target: Path | None, *, as_json: bool) -> None:
+def _print(found: Found, arrays: dict[str, Array], target: Path | None, *, as_json: bool, is_plain: bool) -> None:
     both = zip(found.tensors, arrays.values(), strict=True)
     if as_json:
         rows = [PrintedTensor.of(*pair, with_values=target is None).to_json() for pair in both]
@@ -142,13 +143,13 @@ def _print(found: Found, arrays: dict[str, Array], target: Path | None, *, as_js
     if target is not None:
         size_bytes = sum(array.nbytes for array in arrays.values())
         noun = "tensor" if len(arrays) == 1 else "tensors"
-        output.print_line(f"{target}: {len(arrays)} {noun}, {output.size(size_bytes)}")
+        output.print_line(f"{target}: {len(arrays)} {noun}, {output.size(size_bytes)}", is_plain=is_plain)
         return
     for wanted, array in both:
         shape = ", ".join(map(str, array.shape))
-        output.print_line(f"{wanted.chunks.fqn}: {wanted.chunks.dtype} [{shape}]")
+        output.print_line(f"{wanted.chunks.fqn}: {wanted.chunks.dtype} [{shape}]", is_plain=is_plain)
         for line in np.array2string(array, threshold=_PRINTED_CELLS // 10).splitlines():
-            output.print_line(line)
+            output.print_line(line, is_plain=is_plain)
 
 
 def _plain(array: Array) -> Any:

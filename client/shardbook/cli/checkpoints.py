@@ -11,7 +11,7 @@ import typer
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.cli import names, output
 from shardbook.cli.describing import note_text
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 from shardbook.core.names import RunName
 from shardbook.descriptions import RankInfo, SaveTiming
 
@@ -65,6 +65,7 @@ def list_checkpoints(
     ] = False,
     limit: Limit = 50,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -92,18 +93,21 @@ def list_checkpoints(
     ordered = _described_fields(order_by)
     columns = (*_COLUMNS[:4], *((field.partition(".")[2], field.startswith("metrics.")) for field in ordered))
     columns = (*columns, *_COLUMNS[4:])
-    output.print_table(columns, (_row(one, ordered) for one in checkpoints), expendable=_EXPENDABLE)
+    shown = (_row(one, ordered) for one in checkpoints)
+    output.print_table(columns, shown, expendable=_EXPENDABLE, is_plain=is_plain)
     if not checkpoints and not show_all:
         what = "such checkpoint is committed" if filter_text or order_by else "committed checkpoints"
-        output.print_line(f"no {what}: `shardbook ls {shlex.quote(run)} --all` shows every attempt")
+        every = f"`shardbook ls {shlex.quote(run)} --all` shows every attempt"
+        output.print_line(f"no {what}: {every}", is_plain=is_plain)
     if more:
-        output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all")
+        output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all", is_plain=is_plain)
 
 
 def show_checkpoint(
     ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
     ranks: Annotated[bool, typer.Option("--ranks", help="What each rank took and wrote, too.")] = False,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -120,11 +124,11 @@ def show_checkpoint(
     here = config.stores.here(checkpoint.location)
     if here is not None and here != checkpoint.location:
         facts.insert(3, ("path here", here))
-    output.print_facts(facts)
+    output.print_facts(facts, is_plain=is_plain)
     if ranks and not by_rank:
-        output.print_line("nothing is known of its ranks: an older server or client saved it")
+        output.print_line("nothing is known of its ranks: an older server or client saved it", is_plain=is_plain)
     elif ranks:
-        output.print_table(_RANK_COLUMNS, map(_rank_row, by_rank))
+        output.print_table(_RANK_COLUMNS, map(_rank_row, by_rank), is_plain=is_plain)
 
 
 def _rank_row(one: RankInfo) -> tuple[str, ...]:

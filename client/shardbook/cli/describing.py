@@ -9,7 +9,7 @@ import typer
 
 from shardbook.catalog import Checkpoint
 from shardbook.cli import names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, client_of
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.errors import InvalidArgumentError
 
 LABEL_EXAMPLES = """\b
@@ -36,6 +36,7 @@ def label(
     labels: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Labels to set.")] = None,
     remove: Remove = None,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -44,7 +45,11 @@ def label(
     client, _ = client_of(server, timeout_s)
     checkpoint = client.update_checkpoint(name, labels=changes) if changes else client.get_checkpoint(name)
     _print(
-        checkpoint, checkpoint.labels, as_json=as_json, nothing=f"no labels: `shardbook label {ref} KEY=VALUE` sets one"
+        checkpoint,
+        checkpoint.labels,
+        as_json=as_json,
+        is_plain=is_plain,
+        nothing=f"no labels: `shardbook label {ref} KEY=VALUE` sets one",
     )
 
 
@@ -53,6 +58,7 @@ def metric(
     metrics: Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Metrics to set.")] = None,
     remove: Remove = None,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -62,7 +68,13 @@ def metric(
     client, _ = client_of(server, timeout_s)
     checkpoint = client.update_checkpoint(name, metrics=numbers) if numbers else client.get_checkpoint(name)
     shown = {key: f"{value:g}" for key, value in checkpoint.metrics.items()}
-    _print(checkpoint, shown, as_json=as_json, nothing=f"no metrics: `shardbook metric {ref} NAME=VALUE` sets one")
+    _print(
+        checkpoint,
+        shown,
+        as_json=as_json,
+        is_plain=is_plain,
+        nothing=f"no metrics: `shardbook metric {ref} NAME=VALUE` sets one",
+    )
 
 
 def note(
@@ -73,6 +85,7 @@ def note(
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the note.")] = False,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -88,7 +101,9 @@ def note(
     if as_json:
         output.print_json({"checkpoint": checkpoint.to_json()})
         return
-    output.print_line(note_text(checkpoint.note) or f"no note: `shardbook note {ref} TEXT` keeps one")
+    output.print_line(
+        note_text(checkpoint.note) or f"no note: `shardbook note {ref} TEXT` keeps one", is_plain=is_plain
+    )
 
 
 def note_text(value: Any) -> str:
@@ -98,13 +113,13 @@ def note_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _print(checkpoint: Checkpoint, values: Any, *, as_json: bool, nothing: str) -> None:
+def _print(checkpoint: Checkpoint, values: Any, *, as_json: bool, is_plain: bool, nothing: str) -> None:
     if as_json:
         output.print_json({"checkpoint": checkpoint.to_json()})
     elif values:
-        output.print_facts(values.items())
+        output.print_facts(values.items(), is_plain=is_plain)
     else:
-        output.print_line(nothing)
+        output.print_line(nothing, is_plain=is_plain)
 
 
 def _changes(given: list[str] | None, remove: list[str] | None, form: str, field: str) -> dict[str, str | None]:

@@ -80,14 +80,14 @@ def _line_width(widths: Mapping[str, int]) -> int:
     return sum(widths.values()) + _GAP * (len(widths) - 1)
 
 
-def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+def print_facts(facts: Iterable[tuple[str, str]], *, is_plain: bool = False) -> None:
     """Prints names and values, one a line."""
     table = Table(box=None, pad_edge=False, show_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, Text(plain(value)))
-    _console().print(table)
+    _console(is_plain=is_plain).print(table)
 
 
 def print_line(text: str, *, is_plain: bool = False) -> None:

@@ -9,10 +9,19 @@ from threading import Lock, Timer
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 #: What nobody needs to be told the progress of, seconds.
 _SOON_S: Final = 1.0
+
+
+class _Count(MofNCompleteColumn):
+    """How many of how many; nothing for what does not count."""
+
+    def render(self, task: Task) -> Text:
+        """Returns the text of the column."""
+        return Text() if task.total is None else super().render(task)
 
 
 @contextmanager
@@ -27,7 +36,7 @@ def shown(what: str, *, is_wanted: bool = True) -> Iterator[Callable[[int, int, 
         yield lambda _done, _total, _unit: None
         return
     unit = TextColumn("{task.fields[unit]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), unit, TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), unit, TimeElapsedColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=None, unit="")
     lock, has_ended = Lock(), False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardbook.cli import output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 
 EXAMPLES = """\b
 Examples:
@@ -15,6 +15,7 @@ _COLUMNS = (("PROJECT", False), ("RUNS", True))
 def list_projects(
     limit: Limit = 50,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -24,8 +25,11 @@ def list_projects(
     if as_json:
         output.print_json({"projects": [project.to_json() for project in projects], "more": more})
         return
-    output.print_table(_COLUMNS, ((project.ref, output.count(project.run_count)) for project in projects))
+    rows = ((project.ref, output.count(project.run_count)) for project in projects)
+    output.print_table(_COLUMNS, rows, is_plain=is_plain)
     if not projects:
-        output.print_line("no projects yet: `shardbook.dcp.init(run='project/run')` starts a run, and its project")
+        output.print_line(
+            "no projects yet: `shardbook.dcp.init(run='project/run')` starts a run, and its project", is_plain=is_plain
+        )
     if more:
-        output.print_line(f"only the first {limit} projects: --limit 0 shows all")
+        output.print_line(f"only the first {limit} projects: --limit 0 shows all", is_plain=is_plain)

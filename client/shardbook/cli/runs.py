@@ -8,7 +8,7 @@ import typer
 
 from shardbook.catalog import Run, RunPart
 from shardbook.cli import names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 from shardbook.core.names import DEFAULT_PART
 
 EXAMPLES = """\b
@@ -33,6 +33,7 @@ def list_runs(
     project: Annotated[str | None, typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.")] = None,
     limit: Limit = 50,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -44,14 +45,23 @@ def list_runs(
     if as_json:
         output.print_json({"runs": [run.to_json() for run in runs], "more": more})
         return
-    output.print_table(_COLUMNS, expendable=_EXPENDABLE, rows=(_row(run, part) for run in runs for part in run.parts))
+    output.print_table(
+        _COLUMNS,
+        expendable=_EXPENDABLE,
+        rows=(_row(run, part) for run in runs for part in run.parts),
+        is_plain=is_plain,
+    )
     if not runs:
         if project is not None and next(client.list_runs(page_size=1), None) is not None:
-            output.print_line(f"no runs in project {project}: `shardbook runs` lists those of all projects")
+            output.print_line(
+                f"no runs in project {project}: `shardbook runs` lists those of all projects", is_plain=is_plain
+            )
         else:
-            output.print_line(f"no runs yet: `shardbook.dcp.init(run='{project or 'project'}/run')` starts one")
+            output.print_line(
+                f"no runs yet: `shardbook.dcp.init(run='{project or 'project'}/run')` starts one", is_plain=is_plain
+            )
     if more:
-        output.print_line(f"only the first {limit} runs: --limit 0 shows all")
+        output.print_line(f"only the first {limit} runs: --limit 0 shows all", is_plain=is_plain)
 
 
 def _row(run: Run, part: RunPart) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from shardbook.cli import output
+from shardbook.cli import output, progress
 from shardbook.cli.failures import NEGATIVE
-from shardbook.cli.options import AsJson, Server, Timeout, client_of
+from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.errors import ShardbookError
 from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
 
@@ -30,6 +30,7 @@ def sync(
         bool, typer.Option("--all", "-a", help="A row for what the catalogue had already, too.")
     ] = False,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = _TIMEOUT_S,
 ) -> None:
@@ -42,18 +43,21 @@ def sync(
     client, config = client_of(server, timeout_s)
     results: list[SyncedAttempt] = []
     try:
-        results.extend(sync_directories(client, directories, stores=config.stores))
+        with progress.shown("syncing", is_wanted=not is_plain) as tell:
+            for result in sync_directories(client, directories, stores=config.stores):
+                results.append(result)
+                tell(len(results), len(results), "attempts")
     except ShardbookError:
         # What was recorded before the server went away is worth knowing.
         if results:
-            _print(results, show_all=show_all, as_json=as_json)
+            _print(results, show_all=show_all, as_json=as_json, is_plain=is_plain)
         raise
-    _print(results, show_all=show_all, as_json=as_json)
+    _print(results, show_all=show_all, as_json=as_json, is_plain=is_plain)
     if unsettled(results) or not results:
         raise typer.Exit(NEGATIVE)
 
 
-def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool) -> None:
+def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool, is_plain: bool) -> None:
     results = sorted(results, key=lambda result: _natural(result.directory))
     counts = Counter(result.outcome for result in results)
     if as_json:
@@ -66,12 +70,13 @@ def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool) -> No
         return
     rows = [_row(result) for result in results if show_all or not _is_old_news(result)]
     if rows:
-        output.print_table(_COLUMNS, rows, folded=("DIRECTORY", "WHY"))
+        output.print_table(_COLUMNS, rows, folded=("DIRECTORY", "WHY"), is_plain=is_plain)
     found = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in SyncOutcome if counts[outcome])
     output.print_line(
         found
         or "no checkpoint directories that Shardbook wrote were found: name the directory that the saves were given as "
-        "checkpoint_id, or one above it"
+        "checkpoint_id, or one above it",
+        is_plain=is_plain,
     )
 
 

@@ -8,7 +8,7 @@ import typer
 
 from shardbook.catalog import TensorInfo
 from shardbook.cli import names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 
 EXAMPLES = """\b
 Examples:
@@ -24,6 +24,7 @@ def list_tensors(
     prefix: Annotated[str, typer.Option("--prefix", "-p", help="Only entries whose name starts with this.")] = "",
     limit: Limit = 50,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -34,11 +35,15 @@ def list_tensors(
     if as_json:
         output.print_json({"tensors": [tensor.to_json() for tensor in tensors], "more": more})
         return
-    output.print_table(_COLUMNS, map(_row, tensors), expendable=_EXPENDABLE)
+    output.print_table(_COLUMNS, map(_row, tensors), expendable=_EXPENDABLE, is_plain=is_plain)
     if prefix and not tensors:
-        output.print_line(f"nothing begins with {prefix}: `shardbook tensors {ref}` lists every entry")
+        output.print_line(
+            f"nothing begins with {prefix}: `shardbook tensors {ref}` lists every entry", is_plain=is_plain
+        )
     if more:
-        output.print_line(f"only the first {limit} entries: --limit 0 shows all, --prefix narrows them down")
+        output.print_line(
+            f"only the first {limit} entries: --limit 0 shows all, --prefix narrows them down", is_plain=is_plain
+        )
 
 
 def _row(tensor: TensorInfo) -> tuple[str, ...]:

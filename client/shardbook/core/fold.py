@@ -94,8 +94,37 @@ def fold(records: Sequence[RegistrationRecord]) -> FoldedAttempt:
     written_bytes = sum(
         _check_registration(record, infos[number]) for record, number in zip(by_rank, rank_index.tolist(), strict=True)
     )
-    checkpoint = assemble(decoded, rank_index)
     registrations = [(record.extents, record.volatile) for record in by_rank]
+    said = next((record.said for record in by_rank if record.said), b"")
+    folded = fold_decoded(identity, decoded, digests, registrations, structures.used(distinct), said=said)
+    return replace(folded, written_bytes=written_bytes)
+
+
+def fold_decoded(
+    identity: AttemptIdentity,
+    structures: Sequence[RankStructure],
+    digests: Sequence[bytes],
+    registrations: Sequence[tuple[bytes, bytes]],
+    blobs: tuple[StoredBlob, ...],
+    metadata_header: bytes = b"",
+    said: bytes = b"",
+) -> FoldedAttempt:
+    """Assembles and validates an attempt of which one process knows everything.
+
+    Args:
+        identity: The attempt.
+        structures: The distinct ones, in the order in which ``digests`` first names them.
+        digests: Of every registration's structure, 32 bytes each.
+        registrations: Payloads of extents and volatile properties, likewise.
+        blobs: Every table, plan and structure, each once.
+        metadata_header: See ``shardbook.core.head``; empty for saves by Shardbook.
+        said: What is said of the checkpoint, see ``shardbook.core.description``.
+
+    Raises:
+        InvalidGeometryError: The chunks do not make whole tensors.
+    """
+    number = {digest: at for at, digest in enumerate(dict.fromkeys(digests))}
+    checkpoint = assemble(structures, np.fromiter((number[digest] for digest in digests), np.int64, len(digests)))
     manifest = Manifest(
         identity=identity,
         head=encode_head(checkpoint),
@@ -106,10 +135,11 @@ def fold(records: Sequence[RegistrationRecord]) -> FoldedAttempt:
             for first in range(0, len(registrations), limits.SEGMENT_RANKS)
         ),
         structure_digests=tuple(digests),
-        blobs=structures.used(distinct),
-        said=next((record.said for record in by_rank if record.said), b""),
+        blobs=blobs,
+        metadata_header=metadata_header,
+        said=said,
     )
-    return FoldedAttempt(manifest, checkpoint, locate(checkpoint, registrations), written_bytes)
+    return FoldedAttempt(manifest, checkpoint, locate(checkpoint, registrations))
 
 
 def unfold(manifest: Manifest) -> FoldedAttempt:

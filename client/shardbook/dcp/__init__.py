@@ -8,6 +8,8 @@
     dcp.async_save(state, checkpoint_id=f"{root}/step-{step}")   # DCP's arguments
     dcp.load(state, "llm/8b-v3@latest")                          # any world size; a path works too
 
+Or torch's own ``save``, ``async_save`` and ``load``, with ``ShardbookWriter`` and ``ShardbookReader``.
+
 The only package of Shardbook that imports torch. It may import everything else of the client, and never the server.
 """
 
@@ -24,6 +26,8 @@ from shardbook.dcp.results import SaveResult, SaveState, SaveStats
 from shardbook.dcp.saving import save
 from shardbook.dcp.session import OnLive, Session, new_session, start_session
 from shardbook.dcp.starting import close, init
+from shardbook.dcp.storage_reader import ShardbookReader
+from shardbook.dcp.storage_writer import ShardbookWriter
 
 __all__ = [
     "init",
@@ -44,6 +48,8 @@ __all__ = [
     "LoadReport",
     "ShardbookLoadPlanner",
     "LoadPlanner",
+    "ShardbookWriter",
+    "ShardbookReader",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
 
@@ -74,6 +75,16 @@ def storage_writer_for(storage_writer: StorageWriter | None, checkpoint_id: Any)
 def storage_reader_for(storage_reader: StorageReader | None, checkpoint_id: Any) -> Any:
     """Returns the reader, reset to ``checkpoint_id``; without one, the reader that DCP takes for the id."""
     return _storage_setup(storage_reader, checkpoint_id, reader=True)
+
+
+def plain_fsspec(filesystem: Any) -> Any | None:
+    """Returns the fsspec filesystem behind torch's own adapter; None where something else opens its files."""
+    adapters = sys.modules.get("torch.distributed.checkpoint._fsspec_filesystem")  # who has one has imported it
+    if adapters is None or "create_stream" in vars(filesystem):
+        return None
+    adapter = adapters.FileSystem
+    is_plain = isinstance(filesystem, adapter) and type(filesystem).create_stream is adapter.create_stream
+    return filesystem.fs if is_plain else None
 
 
 def flat_names(state_dict: dict[str, Any]) -> set[str]:
@@ -183,6 +194,7 @@ __all__ = [
     "has_plain_part",
     "highest",
     "identity_of",
+    "plain_fsspec",
     "rebuild_dtensor",
     "rebuild_sharded_tensor",
     "set_element",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
+
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from shardbook import _attempts, _publishing
 from shardbook._newest import incomplete_attempts, read_attempt
@@ -18,6 +20,7 @@ from shardbook.core import directory as names
 from shardbook.core import limits
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.manifest import RegistrationRecord
+from shardbook.dcp.headers import plain_storage_meta
 from shardbook.dcp.writer import CheckpointFiles
 
 _LOG = logging.getLogger(__name__)
@@ -146,6 +149,24 @@ def _failure(files: CheckpointFiles, prefix: str, rank: int) -> str:
     return content.decode("utf-8", "replace")
 
 
+def exporter(directory: str, prefix: str, storage_meta: Callable[[], StorageMeta | None]) -> MakeMetadata:
+    """Returns what makes ``.metadata`` of a directory in which an attempt has just been saved.
+
+    Args:
+        directory: Path or URL, as the user gave it.
+        prefix: The attempt's.
+        storage_meta: Makes what the attempt's storage writer says of itself.
+    """
+
+    def export(folded: FoldedAttempt) -> Iterator[bytes]:
+        header = folded.header(directory)
+        if folded.manifest.identity.prefix == prefix:  # a newer one of somebody else's has its own id
+            header = replace(header, storage_meta=plain_storage_meta(storage_meta()))
+        return folded.dcp_metadata(header)
+
+    return export
+
+
 def publish(files: CheckpointFiles, folded: FoldedAttempt, metadata: MakeMetadata | None) -> tuple[str, ...]:
     """Makes a folded attempt what the directory means: manifest, ``.metadata``, and no records any more.
 
@@ -176,6 +197,7 @@ __all__ = [
     "Absence",
     "MakeMetadata",
     "await_records",
+    "exporter",
     "go_alone",
     "has_records",
     "incomplete_attempts",

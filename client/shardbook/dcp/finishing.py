@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -16,9 +16,17 @@ from shardbook.core.manifest import RegistrationRecord
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.catching_up import Waiting, catch_up
-from shardbook.dcp.directory import Absence, MakeMetadata, await_records, go_alone, is_alone, publish, read_records
+from shardbook.dcp.directory import (
+    Absence,
+    MakeMetadata,
+    await_records,
+    exporter,
+    go_alone,
+    is_alone,
+    publish,
+    read_records,
+)
 from shardbook.dcp.failing import failure_of, raise_failure_of_others
-from shardbook.dcp.headers import plain_storage_meta
 from shardbook.dcp.results import SaveState
 from shardbook.dcp.runtime import Runtime
 from shardbook.dcp.standing_in import OtherRanks
@@ -334,14 +342,4 @@ class Finisher:
         return fold(records)
 
     def _exporter(self, storage_meta: Callable[[], StorageMeta | None] | None) -> MakeMetadata | None:
-        if storage_meta is None:
-            return None
-        make_meta = storage_meta
-
-        def export(folded: FoldedAttempt) -> Iterator[bytes]:
-            header = folded.header(self._attempt.path)
-            if folded.manifest.identity.prefix == self._attempt.prefix:  # a newer one of somebody else's has its own id
-                header = replace(header, storage_meta=plain_storage_meta(make_meta()))
-            return folded.dcp_metadata(header)
-
-        return export
+        return None if storage_meta is None else exporter(self._attempt.path, self._attempt.prefix, storage_meta)

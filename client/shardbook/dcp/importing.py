@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Final
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from shardbook.core.extents import encode_extents, encode_volatile
+from shardbook.core.extents import encode_volatile
 from shardbook.core.manifest import StoredBlob
 from shardbook.core.structure import BlobKind, encode_plan, encode_structure
 from shardbook.core.table import encode_table
 from shardbook.dcp._torch import storage_reader_for
 from shardbook.dcp.pickled import read_pickled_metadata
-from shardbook.dcp.slices import slice_metadata
+from shardbook.dcp.slices import MetadataSlice, slice_metadata
+from shardbook.dcp.submission import extents_as_sent
 from shardbook.errors import FailedPreconditionError
 from shardbook.recording import RecordedContent
 
@@ -49,17 +51,22 @@ def content_of(metadata: Metadata) -> RecordedContent:
         InvalidArgumentError: A limit of ``shardbook.core.limits`` is passed.
     """
     sliced = slice_metadata(metadata)
+    return encode_slices(sliced.slices, sliced.header)
+
+
+def encode_slices(slices: Iterable[MetadataSlice], header: bytes = b"") -> RecordedContent:
+    """Returns registrations, one a slice, as the catalogue records them; a header for what belongs to the whole."""
     blobs: dict[tuple[BlobKind, bytes], StoredBlob] = {}
     digests, pairs = [], []
-    for one in sliced.slices:
+    for one in slices:
         table = encode_table(one.structure.plan.table)
         plan = encode_plan(one.structure.plan, table.digest)
         structure = encode_structure(one.structure, plan.digest)
         for kind, encoded in ((BlobKind.TABLE, table), (BlobKind.PLAN, plan), (BlobKind.STRUCTURE, structure)):
             blobs[kind, encoded.digest] = StoredBlob(kind, encoded.digest, encoded.payload)
         digests.append(structure.digest)
-        pairs.append((encode_extents(one.extents), encode_volatile(one.requires_grad, one.pin_memory)))
-    return RecordedContent(tuple(digests), tuple(pairs), tuple(blobs.values()), sliced.header)
+        pairs.append((extents_as_sent(one.extents), encode_volatile(one.requires_grad, one.pin_memory)))
+    return RecordedContent(tuple(digests), tuple(pairs), tuple(blobs.values()), header)
 
 
-__all__ = ["content_of", "read_metadata"]
+__all__ = ["content_of", "encode_slices", "read_metadata"]

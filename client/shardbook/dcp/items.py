@@ -241,6 +241,12 @@ def structure_columns(
     return structure, Extents(variable_lengths=lengths[order][variable[order]], checksums=checksums)
 
 
+def check_results(items: Sequence[WriteItem], results: Sequence[WriteResult], prefix: str) -> None:
+    """Refuses what a storage writer reports that cannot be located; arguments and errors as ``structure_columns``."""
+    for row in _match(items, results).tolist():
+        _located(results[row], prefix)
+
+
 def _match(items: Sequence[WriteItem], results: Sequence[WriteResult]) -> Int64Array:
     """(K,) index of each item's result. Writers hand back the item's own index object, or an equal one."""
     by_identity = {id(result.index): row for row, result in enumerate(results)}

@@ -99,10 +99,10 @@ def load(
     name = checkpoint_named(target)
     metadata: Metadata
     if name is not None:
-        metadata, reader = LazyMetadata(_source_of(name, current_config())), storage_reader
+        metadata, reader = LazyMetadata(source_of(name, current_config())), storage_reader
     else:
         reader = storage_reader_for(storage_reader, target)
-        metadata = _directory_metadata(reader, trusted=not weights_only)
+        metadata = lazy_directory_metadata(reader, trusted=not weights_only)
     if planner is None:
         planner = ShardbookLoadPlanner(weights_only=weights_only, strict=strict, allow_dtype_change=allow_dtype_change)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
@@ -128,7 +128,8 @@ def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> Chec
     return _columns(Answers.of(config, _METADATA_S).everything(name), config)
 
 
-def _source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
+def source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
+    """Returns what answers questions about a checkpoint of the catalogue; asks nothing yet."""
     answers = Answers.of(config, _METADATA_S)
     return ServiceSource(answers.client, name, config.stores, _METADATA_S, answers.cache)
 
@@ -152,11 +153,12 @@ def directory_metadata(reader: Any, *, trusted: bool = False) -> Metadata:
         NotFoundError: Neither is there, or an attempt that is not complete.
         CorruptManifestError: What Shardbook left is damaged.
     """
-    metadata = _directory_metadata(reader, trusted=trusted)
+    metadata = lazy_directory_metadata(reader, trusted=trusted)
     return metadata.everything() if isinstance(metadata, LazyMetadata) else metadata
 
 
-def _directory_metadata(reader: Any, *, trusted: bool) -> Metadata:
+def lazy_directory_metadata(reader: Any, *, trusted: bool) -> Metadata:
+    """Returns a directory's metadata, fetched as it is looked at where Shardbook saved it."""
     files = CheckpointFiles.of(reader) if hasattr(reader, "fs") and hasattr(reader, "path") else None
     stored = None if files is None else read_newest(files, FoundAttempt.stored)
     if files is not None and stored is not None:

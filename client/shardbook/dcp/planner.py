@@ -38,20 +38,41 @@ def check_planner(planner: SavePlanner) -> DefaultSavePlanner:
             f"{name} does not derive from DefaultSavePlanner, so what its global plan would do is not known",
             field="planner",
         )
-    for method in _GLOBAL_METHODS:
-        if getattr(type(planner), method) is not getattr(DefaultSavePlanner, method) or method in vars(planner):
-            raise UnsupportedPlannerError(
-                f"{name} has a {method} of its own, which needs the plans of all ranks on one of them; Shardbook "
-                "leaves out duplicates without that: change the local plan in create_local_plan or finish_plan",
-                field="planner",
-            )
+    for method in _own_global_methods(planner):
+        raise UnsupportedPlannerError(
+            f"{name} has a {method} of its own, which needs the plans of all ranks on one of them; Shardbook "
+            "leaves out duplicates without that: change the local plan in create_local_plan or finish_plan",
+            field="planner",
+        )
+    check_no_caching(planner)
+    return planner
+
+
+def _own_global_methods(planner: DefaultSavePlanner) -> list[str]:
+    return [
+        method
+        for method in _GLOBAL_METHODS
+        if getattr(type(planner), method) is not getattr(DefaultSavePlanner, method) or method in vars(planner)
+    ]
+
+
+def plans_as_dcp(planner: SavePlanner) -> bool:
+    """Returns True when the global plan is DCP's own: then the ranks' plans say all that its metadata does."""
+    return isinstance(planner, DefaultSavePlanner) and not _own_global_methods(planner)
+
+
+def check_no_caching(planner: SavePlanner) -> None:
+    """Refuses planners that give an attempt the plan, and the directory, of an earlier one.
+
+    Raises:
+        UnsupportedPlannerError: It is one.
+    """
     if getattr(planner, "_enable_plan_caching", False):
         raise UnsupportedPlannerError(
             "enable_plan_caching keeps plans in the class, where another state dict of the same planner finds them; "
             "the server remembers plans by content, also across restarts: leave it out",
             field="planner",
         )
-    return planner
 
 
 def set_up_planner(

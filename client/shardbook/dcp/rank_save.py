@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from shardbook.config import Checksum
 from shardbook.core import directory as names
@@ -38,7 +37,7 @@ from shardbook.dcp.prepared import PreparedSave
 from shardbook.dcp.results import SaveResult, SaveState, SaveStats
 from shardbook.dcp.submission import EncodedPlan, Submitter, connect, make_record
 from shardbook.dcp.verdicts import explain, is_mismatch, is_verdict, report_mismatch
-from shardbook.dcp.writer import CheckpointFiles
+from shardbook.dcp.writer import CheckpointFiles, reported
 from shardbook.errors import (
     FailedPreconditionError,
     ForkedClientError,
@@ -64,11 +63,6 @@ class _Written:
     final: SavePlan
     results: list[WriteResult]
     checksums: Int64Array | None
-
-
-def _reported(future: Future[list[WriteResult]]) -> list[WriteResult]:
-    future.wait()
-    return list(future.value())
 
 
 class RankSave:
@@ -276,10 +270,10 @@ class RankSave:
     def _write_data(self, plan: SavePlan) -> tuple[list[WriteResult], Int64Array | None]:
         """Returns what the writer reports, and checksums of it in the same order where some are to be kept."""
         if self._prepared.checksum is Checksum.NONE:
-            return _reported(self._writer.write_data(plan, self._planner)), None
+            return reported(self._writer.write_data(plan, self._planner)), None
         written = WrittenChecksums(self._writer)
         with written.watching():
-            results = _reported(self._writer.write_data(plan, self._planner))
+            results = reported(self._writer.write_data(plan, self._planner))
         checksums = written.of(results)
         unchecked_count = int((checksums == NO_CHECKSUM).sum())
         if unchecked_count and not self._runtime.unchecked_told:

@@ -56,6 +56,16 @@ class _Counts:
 
     of_step: dict[tuple[str, int], int] = field(default_factory=dict)
     of_directory: dict[str, int] = field(default_factory=dict)
+    #: The highest of all, and the highest that another process may have used: those that follow are above it.
+    highest: int = 0
+    reserved: int = 0
+
+    def note(self, part: str, step: int, location: str, number: int) -> int:
+        """Counts an attempt; returns its number."""
+        self.of_step[part, step] = max(number, self.of_step.get((part, step), 0))
+        self.of_directory[location] = max(number, self.of_directory.get(location, 0))
+        self.highest = max(number, self.highest)
+        return number
 
 
 class Runtime:
@@ -124,20 +134,30 @@ class Runtime:
             FailedPreconditionError: The other ranks do not hold this session.
         """
         if no_dist:
-            if self.joined.world_size > 1:
-                raise InvalidArgumentError(
-                    "no_dist=True would make every rank write as rank 0; this session has several ranks: leave it "
-                    "out, or init a run or part of their own for saves by one process",
-                    reason="NO_DIST",
-                    field="no_dist",
-                )
-            return Member(0, 1)
+            return self._alone()
         member = self.alone
         if is_distributed():
             rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
             if rank < 0:
                 raise InvalidArgumentError("this process is not in the process group", field="process_group")
             member = Member(rank, world_size)
+        return self._shared(member)
+
+    def coordinator(self, world_size: int) -> Member:
+        """Returns the place of rank 0 of a save whose ranks torch has counted; raises as ``member`` does."""
+        return self._alone() if world_size == 1 else self._shared(Member(0, world_size))
+
+    def _alone(self) -> Member:
+        if self.joined.world_size > 1:
+            raise InvalidArgumentError(
+                "no_dist=True would make every rank write as rank 0; this session has several ranks: leave it "
+                "out, or init a run or part of their own for saves by one process",
+                reason="NO_DIST",
+                field="no_dist",
+            )
+        return Member(0, 1)
+
+    def _shared(self, member: Member) -> Member:
         if member.world_size > 1 and not self.is_shared:
             raise FailedPreconditionError(
                 "shardbook.dcp.init ran before the process group was there, so every rank has a session of its own: "
@@ -157,9 +177,23 @@ class Runtime:
         """
         with self._lock:
             counts = self._counts
-            attempt = 1 + max(counts.of_step.get((part, step), 0), counts.of_directory.get(location, 0))
-            counts.of_step[part, step] = counts.of_directory[location] = attempt
-        return attempt
+            last = max(counts.of_step.get((part, step), 0), counts.of_directory.get(location, 0), counts.reserved)
+            return counts.note(part, step, location, last + 1)
+
+    def note_attempt(self, part: str, step: int, location: str, number: int) -> None:
+        """Counts an attempt that another rank has counted for this one, so that both go on alike."""
+        with self._lock:
+            self._counts.note(part, step, location, number)
+
+    def reserve_attempt(self) -> int:
+        """Returns a number above all that were handed out and below all that will be, whatever their step.
+
+        For a save by another process, of which this one will not hear what it saved.
+        """
+        with self._lock:
+            counts = self._counts
+            counts.reserved = counts.highest = counts.highest + 1
+            return counts.reserved
 
     def client(self, budget: SaveBudget) -> Client | None:
         """Returns a client whose calls are charged to one save; None when the service is not to be asked.
@@ -320,6 +354,11 @@ def replace_current(runtime: Runtime | None) -> Runtime | None:
     with _current_lock:
         before, _current = _current, runtime
     return before
+
+
+def current_or_none() -> Runtime | None:
+    """Returns the session of this process; None where there is none."""
+    return _current
 
 
 def current() -> Runtime:

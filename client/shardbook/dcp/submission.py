@@ -76,7 +76,7 @@ def make_record(
         identity=attempt.identity(session),
         rank=attempt.member.rank,
         structure_digest=encoded.digest,
-        extents=_within_limit(extents),
+        extents=extents_as_sent(extents),
         volatile=encode_volatile(*volatile),
         blobs=(plan.table, plan.plan, StoredBlob(BlobKind.STRUCTURE, encoded.digest, encoded.payload)),
         host=host_name(),
@@ -84,8 +84,8 @@ def make_record(
     )
 
 
-def _within_limit(extents: Extents) -> bytes:
-    """Extents as sent; without their checksums where those might keep a save out of the catalogue."""
+def extents_as_sent(extents: Extents) -> bytes:
+    """Returns extents as sent; without their checksums where those might keep a save out of the catalogue."""
     payload = encode_extents(extents)
     if extents.checksums is None or len(payload) <= limits.MAX_CHECKED_EXTENTS_BYTES:
         return payload

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ from typing import Any, Final
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
 
 from shardbook._side_by_side import side_by_side
 from shardbook._trees import facts_of, in_blocks, storage_errors
 from shardbook.core.exported import FileFacts
-from shardbook.dcp._torch import FileSystem
+from shardbook.dcp._torch import FileSystem, plain_fsspec
 from shardbook.errors import UnsupportedWriterError
 from shardbook.stores import normalized
 
@@ -46,10 +49,20 @@ def check_writer(writer: StorageWriter) -> FileSystemWriter:
             "checkpoint's own directory; save with FileSystemWriter and convert, or use DCP's own save for exports",
         )
     if not isinstance(writer, FileSystemWriter):
-        raise _refused(writer, "only FileSystemWriter and FsspecWriter, subclasses included, write into a prefix")
+        raise _refused(
+            writer,
+            "only FileSystemWriter and FsspecWriter, subclasses included, write into a prefix; ShardbookWriter is for "
+            "torch's own save: pass the writer that it is made around",
+        )
     if writer.serialization_format is not SerializationFormat.TORCH_SAVE:
         raise _refused(writer, f"with serialization_format={writer.serialization_format.name} it reports no offsets")
     return writer
+
+
+def reported(future: Future[list[WriteResult]]) -> list[WriteResult]:
+    """Waits for a storage writer; returns what it reports."""
+    future.wait()
+    return list(future.value())
 
 
 def _refused(writer: StorageWriter, why: str) -> UnsupportedWriterError:
@@ -117,8 +130,7 @@ class CheckpointFiles:
         with storage_errors("write", path):
             self.make_directory(path.rpartition("/")[0])
             if self._protocols & _SINGLE_PUT:
-                with self.fs.create_stream(self._full(path), "wb") as stream:
-                    _put(stream, content)
+                self._put_object(path, content)
                 return
             temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
             try:
@@ -130,6 +142,25 @@ class CheckpointFiles:
                 self._remove(temporary)
                 raise
             self.sync_directory(path.rpartition("/")[0])
+
+    def _put_object(self, path: str, content: bytes | Iterable[bytes]) -> None:
+        """Puts an object, which is there as a whole or as it was before.
+
+        Not through a stream of fsspec's: one that an error ends sends what it was given, in place of what was there.
+        """
+        store, full = plain_fsspec(self.fs), self._full(path)
+        if isinstance(content, bytes) and store is not None:
+            store.pipe_file(full, content)
+            return
+        with tempfile.NamedTemporaryFile(prefix="shardbook-") as file:
+            file.writelines(in_blocks(content))
+            file.flush()
+            if store is not None:
+                store.put_file(file.name, full)
+                return
+            file.seek(0)
+            with self.fs.create_stream(full, "wb") as stream:
+                shutil.copyfileobj(file, stream)
 
     def _write_through(self, path: str, content: bytes | Iterable[bytes]) -> None:
         with self.fs.create_stream(self._full(path), "wb") as stream:

@@ -149,13 +149,18 @@ def _stand_in(module: str, name: str) -> Any:
     raise _unsafe(f"it names {module}.{name}")
 
 
-def read_plain_metadata(content: bytes, fqns: Iterable[str]) -> dict[str, TensorChunks | None]:
-    """Returns entries of a ``.metadata`` file by name; None for a name that it lacks.
+def read_plain_metadata(content: bytes, fqns: Iterable[str] | None = None) -> dict[str, TensorChunks | None]:
+    """Returns entries of a ``.metadata`` file by name, all or some; None for a name that it lacks.
 
     Raises:
         FailedPreconditionError: Reason ``UNSAFE_METADATA``: it holds something else than DCP's metadata.
     """
-    return read_stand_ins(content, lambda metadata: {fqn: _entry(metadata, fqn) for fqn in fqns})
+
+    def read(metadata: Any) -> dict[str, TensorChunks | None]:
+        wanted = list(metadata.state_dict_metadata) if fqns is None else fqns
+        return {fqn: _entry(metadata, fqn) for fqn in wanted}
+
+    return read_stand_ins(content, read)
 
 
 def read_stand_ins(content: bytes, read: Callable[[Any], _T]) -> _T:

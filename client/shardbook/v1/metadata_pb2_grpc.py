@@ -52,6 +52,11 @@ class MetadataServiceStub(object):
                 request_serializer=shardbook_dot_v1_dot_metadata__pb2.ListTensorsRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_metadata__pb2.ListTensorsResponse.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/shardbook.v1.MetadataService/GetServerInfo',
+                request_serializer=shardbook_dot_v1_dot_metadata__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_metadata__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
 
 
 class MetadataServiceServicer(object):
@@ -85,6 +90,13 @@ class MetadataServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Tells who answers, for whoever looks for what is wrong between both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MetadataServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -102,6 +114,11 @@ def add_MetadataServiceServicer_to_server(servicer, server):
                     servicer.ListTensors,
                     request_deserializer=shardbook_dot_v1_dot_metadata__pb2.ListTensorsRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_metadata__pb2.ListTensorsResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=shardbook_dot_v1_dot_metadata__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_metadata__pb2.GetServerInfoResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -187,6 +204,33 @@ class MetadataService(object):
             '/shardbook.v1.MetadataService/ListTensors',
             shardbook_dot_v1_dot_metadata__pb2.ListTensorsRequest.SerializeToString,
             shardbook_dot_v1_dot_metadata__pb2.ListTensorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.MetadataService/GetServerInfo',
+            shardbook_dot_v1_dot_metadata__pb2.GetServerInfoRequest.SerializeToString,
+            shardbook_dot_v1_dot_metadata__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

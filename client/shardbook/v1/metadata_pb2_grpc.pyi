@@ -14,6 +14,7 @@ class MetadataServiceStub:
     GetMetadata: grpc.UnaryStreamMultiCallable[metadata_pb2.GetMetadataRequest, metadata_pb2.GetMetadataResponse]
     QueryChunks: grpc.UnaryUnaryMultiCallable[metadata_pb2.QueryChunksRequest, metadata_pb2.QueryChunksResponse]
     ListTensors: grpc.UnaryUnaryMultiCallable[metadata_pb2.ListTensorsRequest, metadata_pb2.ListTensorsResponse]
+    GetServerInfo: grpc.UnaryUnaryMultiCallable[metadata_pb2.GetServerInfoRequest, metadata_pb2.GetServerInfoResponse]
 
 @type_check_only
 class MetadataServiceAsyncStub:
@@ -21,6 +22,7 @@ class MetadataServiceAsyncStub:
     GetMetadata: grpc.aio.UnaryStreamMultiCallable[metadata_pb2.GetMetadataRequest, metadata_pb2.GetMetadataResponse]
     QueryChunks: grpc.aio.UnaryUnaryMultiCallable[metadata_pb2.QueryChunksRequest, metadata_pb2.QueryChunksResponse]
     ListTensors: grpc.aio.UnaryUnaryMultiCallable[metadata_pb2.ListTensorsRequest, metadata_pb2.ListTensorsResponse]
+    GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[metadata_pb2.GetServerInfoRequest, metadata_pb2.GetServerInfoResponse]
 
 class MetadataServiceServicer:
     def GetMetadata(
@@ -38,6 +40,11 @@ class MetadataServiceServicer:
         request: metadata_pb2.ListTensorsRequest,
         context: grpc.aio.ServicerContext[metadata_pb2.ListTensorsRequest, metadata_pb2.ListTensorsResponse],
     ) -> Awaitable[metadata_pb2.ListTensorsResponse]: ...
+    def GetServerInfo(
+        self,
+        request: metadata_pb2.GetServerInfoRequest,
+        context: grpc.aio.ServicerContext[metadata_pb2.GetServerInfoRequest, metadata_pb2.GetServerInfoResponse],
+    ) -> Awaitable[metadata_pb2.GetServerInfoResponse]: ...
 
 def add_MetadataServiceServicer_to_server(
     servicer: MetadataServiceServicer, server: grpc.Server | grpc.aio.Server

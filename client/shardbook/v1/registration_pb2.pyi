@@ -201,6 +201,52 @@ class GetCheckpointProgressResponse(_message.Message):
     checkpoint: _types_pb2.Checkpoint
     def __init__(self, progress: _Optional[_Union[_types_pb2.AttemptProgress, _Mapping[str, _Any]]] = ..., checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ...) -> None: ...
 
+class GetRunStatusRequest(_message.Message):
+    __slots__ = ("run", "part")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    part: str
+    def __init__(self, run: _Optional[str] = ..., part: _Optional[str] = ...) -> None: ...
+
+class GetRunStatusResponse(_message.Message):
+    __slots__ = ("parts", "read_time")
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    READ_TIME_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[PartStatus]
+    read_time: _timestamp_pb2.Timestamp
+    def __init__(self, parts: _Optional[_Iterable[_Union[PartStatus, _Mapping[str, _Any]]]] = ..., read_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+
+class PartStatus(_message.Message):
+    __slots__ = ("part", "last_commit", "last_failure", "open", "open_count")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    LAST_COMMIT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    OPEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    part: _types_pb2.RunPart
+    last_commit: _types_pb2.Checkpoint
+    last_failure: _types_pb2.Checkpoint
+    open: _containers.RepeatedCompositeFieldContainer[AttemptStatus]
+    open_count: int
+    def __init__(self, part: _Optional[_Union[_types_pb2.RunPart, _Mapping[str, _Any]]] = ..., last_commit: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., last_failure: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., open: _Optional[_Iterable[_Union[AttemptStatus, _Mapping[str, _Any]]]] = ..., open_count: _Optional[int] = ...) -> None: ...
+
+class AttemptStatus(_message.Message):
+    __slots__ = ("checkpoint", "progress", "registration_count", "registered", "unplanned", "plan_time")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    REGISTRATION_COUNT_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
+    UNPLANNED_FIELD_NUMBER: _ClassVar[int]
+    PLAN_TIME_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: _types_pb2.Checkpoint
+    progress: _types_pb2.AttemptProgress
+    registration_count: int
+    registered: _containers.RepeatedCompositeFieldContainer[_types_pb2.RankHost]
+    unplanned: _containers.RepeatedScalarFieldContainer[int]
+    plan_time: _timestamp_pb2.Timestamp
+    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., progress: _Optional[_Union[_types_pb2.AttemptProgress, _Mapping[str, _Any]]] = ..., registration_count: _Optional[int] = ..., registered: _Optional[_Iterable[_Union[_types_pb2.RankHost, _Mapping[str, _Any]]]] = ..., unplanned: _Optional[_Iterable[int]] = ..., plan_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+
 class CommitCheckpointRequest(_message.Message):
     __slots__ = ("key", "wait", "description")
     KEY_FIELD_NUMBER: _ClassVar[int]

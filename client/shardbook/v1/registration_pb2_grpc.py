@@ -68,6 +68,11 @@ class RegistrationServiceStub(object):
                 request_serializer=shardbook_dot_v1_dot_registration__pb2.GetCheckpointProgressRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_registration__pb2.GetCheckpointProgressResponse.FromString,
                 _registered_method=True)
+        self.GetRunStatus = channel.unary_unary(
+                '/shardbook.v1.RegistrationService/GetRunStatus',
+                request_serializer=shardbook_dot_v1_dot_registration__pb2.GetRunStatusRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_registration__pb2.GetRunStatusResponse.FromString,
+                _registered_method=True)
         self.CommitCheckpoint = channel.unary_unary(
                 '/shardbook.v1.RegistrationService/CommitCheckpoint',
                 request_serializer=shardbook_dot_v1_dot_registration__pb2.CommitCheckpointRequest.SerializeToString,
@@ -135,6 +140,14 @@ class RegistrationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRunStatus(self, request, context):
+        """Tells where the saves of a run stand, for people and alarms: open attempts,
+        and the last commit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CommitCheckpoint(self, request, context):
         """Assembles, validates and commits an attempt in which every rank is there.
         """
@@ -189,6 +202,11 @@ def add_RegistrationServiceServicer_to_server(servicer, server):
                     servicer.GetCheckpointProgress,
                     request_deserializer=shardbook_dot_v1_dot_registration__pb2.GetCheckpointProgressRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_registration__pb2.GetCheckpointProgressResponse.SerializeToString,
+            ),
+            'GetRunStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRunStatus,
+                    request_deserializer=shardbook_dot_v1_dot_registration__pb2.GetRunStatusRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_registration__pb2.GetRunStatusResponse.SerializeToString,
             ),
             'CommitCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitCheckpoint,
@@ -371,6 +389,33 @@ class RegistrationService(object):
             '/shardbook.v1.RegistrationService/GetCheckpointProgress',
             shardbook_dot_v1_dot_registration__pb2.GetCheckpointProgressRequest.SerializeToString,
             shardbook_dot_v1_dot_registration__pb2.GetCheckpointProgressResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRunStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.RegistrationService/GetRunStatus',
+            shardbook_dot_v1_dot_registration__pb2.GetRunStatusRequest.SerializeToString,
+            shardbook_dot_v1_dot_registration__pb2.GetRunStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

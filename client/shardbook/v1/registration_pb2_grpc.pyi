@@ -17,6 +17,7 @@ class RegistrationServiceStub:
     RegisterShards: grpc.UnaryUnaryMultiCallable[registration_pb2.RegisterShardsRequest, registration_pb2.RegisterShardsResponse]
     ReportFailure: grpc.UnaryUnaryMultiCallable[registration_pb2.ReportFailureRequest, registration_pb2.ReportFailureResponse]
     GetCheckpointProgress: grpc.UnaryUnaryMultiCallable[registration_pb2.GetCheckpointProgressRequest, registration_pb2.GetCheckpointProgressResponse]
+    GetRunStatus: grpc.UnaryUnaryMultiCallable[registration_pb2.GetRunStatusRequest, registration_pb2.GetRunStatusResponse]
     CommitCheckpoint: grpc.UnaryUnaryMultiCallable[registration_pb2.CommitCheckpointRequest, registration_pb2.CommitCheckpointResponse]
     AbortCheckpoint: grpc.UnaryUnaryMultiCallable[registration_pb2.AbortCheckpointRequest, registration_pb2.AbortCheckpointResponse]
     RecordCheckpoint: grpc.UnaryUnaryMultiCallable[registration_pb2.RecordCheckpointRequest, registration_pb2.RecordCheckpointResponse]
@@ -30,6 +31,7 @@ class RegistrationServiceAsyncStub:
     RegisterShards: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.RegisterShardsRequest, registration_pb2.RegisterShardsResponse]
     ReportFailure: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.ReportFailureRequest, registration_pb2.ReportFailureResponse]
     GetCheckpointProgress: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.GetCheckpointProgressRequest, registration_pb2.GetCheckpointProgressResponse]
+    GetRunStatus: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.GetRunStatusRequest, registration_pb2.GetRunStatusResponse]
     CommitCheckpoint: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.CommitCheckpointRequest, registration_pb2.CommitCheckpointResponse]
     AbortCheckpoint: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.AbortCheckpointRequest, registration_pb2.AbortCheckpointResponse]
     RecordCheckpoint: grpc.aio.UnaryUnaryMultiCallable[registration_pb2.RecordCheckpointRequest, registration_pb2.RecordCheckpointResponse]
@@ -65,6 +67,11 @@ class RegistrationServiceServicer:
         request: registration_pb2.GetCheckpointProgressRequest,
         context: grpc.aio.ServicerContext[registration_pb2.GetCheckpointProgressRequest, registration_pb2.GetCheckpointProgressResponse],
     ) -> Awaitable[registration_pb2.GetCheckpointProgressResponse]: ...
+    def GetRunStatus(
+        self,
+        request: registration_pb2.GetRunStatusRequest,
+        context: grpc.aio.ServicerContext[registration_pb2.GetRunStatusRequest, registration_pb2.GetRunStatusResponse],
+    ) -> Awaitable[registration_pb2.GetRunStatusResponse]: ...
     def CommitCheckpoint(
         self,
         request: registration_pb2.CommitCheckpointRequest,

@@ -253,11 +253,12 @@ def checkpoint(view: views.CheckpointInfo) -> types_pb2.Checkpoint:
 def run(view: views.RunInfo) -> types_pb2.Run:
     """Returns a run."""
     return types_pb2.Run(
-        name=view.name, create_time=timestamp(view.create_time_us), parts=[_run_part(part) for part in view.parts]
+        name=view.name, create_time=timestamp(view.create_time_us), parts=[run_part(part) for part in view.parts]
     )
 
 
-def _run_part(part: views.RunPartInfo) -> types_pb2.RunPart:
+def run_part(part: views.RunPartInfo) -> types_pb2.RunPart:
+    """Returns where a part of a run stands."""
     return types_pb2.RunPart(
         part=part.part,
         session=part.session,

@@ -44,6 +44,13 @@ class MetadataHandlers(MetadataServiceServicer):
         )
         return convert.query_response(view)
 
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
+        """Tells who answers."""
+        info = await self._bridge.read(self._services.status.server_info)
+        return pb.GetServerInfoResponse(
+            version=info.version, database=info.database, time=convert.timestamp(info.time_us)
+        )
+
     async def ListTensors(self, request: pb.ListTensorsRequest, context: Context) -> pb.ListTensorsResponse:
         """Lists the entries of a committed checkpoint, a page at a time."""
         page = await self._bridge.read(

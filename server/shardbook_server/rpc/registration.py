@@ -11,7 +11,7 @@ from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.registration_pb2_grpc import RegistrationServiceServicer
 from shardbook.v1.types_pb2 import Checkpoint
-from shardbook_server.rpc import convert
+from shardbook_server.rpc import convert, convert_status
 from shardbook_server.rpc.attempts import REACHED, Attempts
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.limits import wait_s
@@ -82,6 +82,11 @@ class RegistrationHandlers(RegistrationServiceServicer):
         return pb.GetCheckpointProgressResponse(
             progress=convert.progress(view), checkpoint=convert.checkpoint(checkpoint) if checkpoint else None
         )
+
+    async def GetRunStatus(self, request: pb.GetRunStatusRequest, context: Context) -> pb.GetRunStatusResponse:
+        """Tells where the saves of a run stand."""
+        view = await self._bridge.read(self._services.status.run_status, request.run, request.part)
+        return convert_status.run_status(view)
 
     async def CommitCheckpoint(
         self, request: pb.CommitCheckpointRequest, context: Context

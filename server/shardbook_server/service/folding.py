@@ -17,7 +17,7 @@ from shardbook.core.assembly import assemble
 from shardbook.core.blocks import encode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import Int64Array, encode_name
-from shardbook.core.digest import ordered_digest
+from shardbook.core.digest import structure_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
 from shardbook.core.table import printable
@@ -34,10 +34,6 @@ from shardbook_server.storage.database import Database
 from shardbook_server.storage.registrations import RegistrationRow
 from shardbook_server.storage.runs import PartRow
 from shardbook_server.storage.structures import NewStructure, NewTensor
-
-#: Part of a structure's address: raise the number when assembly gives another result for the same ranks.
-_STRUCTURE_DOMAIN = "checkpoint-structure/1"
-
 
 #: What an item of a rank takes while it is assembled, bytes: decoded, merged, judged, placed.
 _BYTES_PER_ITEM: Final = 256
@@ -73,7 +69,7 @@ class Folder:
         with self._database.read() as connection:
             blobs = blob_rows.find_by_ids(connection, distinct.tolist())
         digests = [blobs[blob_id].digest for blob_id in distinct.tolist()]
-        digest = ordered_digest(_STRUCTURE_DOMAIN, [digests[at] for at in index.tolist()])
+        digest = structure_digest([digests[at] for at in index.tolist()])
         structure_id = self._find(part, digest)
         if structure_id is None:
             items = sum(blobs[blob_id].item_count for blob_id in distinct.tolist())

@@ -72,6 +72,7 @@ class PlanService:
         self._decisions = DecisionService(database, blobs, memory)
         # By key and time of the attempt: a database that lost its last commits hands out the same keys again.
         self._by_attempt: BoundedCache[tuple[int, int], DecisionKey] = BoundedCache(_ATTEMPT_COUNT)
+        self._planned_us: BoundedCache[tuple[int, int], int] = BoundedCache(_ATTEMPT_COUNT)
 
     def plan_batch(self, entries: Sequence[PlanEntry]) -> list[PlanAnswer | ShardbookError]:
         """Submits plans in one transaction; one verdict an entry, in order.
@@ -162,6 +163,10 @@ class PlanService:
             opened_us=opened_us,
         )
 
+    def planned_us(self, checkpoint_id: int, opened_us: int) -> int | None:
+        """Returns when this server saw that every rank of an attempt had planned; None when it did not see it."""
+        return self._planned_us.get((checkpoint_id, opened_us))
+
     def held(self, checkpoint_id: int, rank: int, opened_us: int) -> PlanAnswer | None:
         """Returns DECIDED where the decision is in memory; never waits. Arguments are those of ``decide``."""
         key = self._by_attempt.get((checkpoint_id, opened_us))
@@ -205,6 +210,7 @@ class PlanService:
                 raise NotFoundError("there is no such attempt")
             plans = plan_rows.read_digests(connection, checkpoint_id)
             part = run_rows.part_by_id(connection, checkpoint.part_id)
+            now_us = self._database.now_us(connection)
         if not checkpoint.staged:
             raise closed_error(checkpoint)
         if len(plans) < checkpoint.world_size:
@@ -216,5 +222,7 @@ class PlanService:
             )
         digests = [digest for digest, _ in plans]
         question = Question(part.name.run.project, part.project_id, digests, bool(options.pop()))
-        self._by_attempt.put((checkpoint_id, checkpoint.create_time_us), question.key)
+        attempt = (checkpoint_id, checkpoint.create_time_us)
+        self._by_attempt.put(attempt, question.key)
+        self._planned_us.put(attempt, self._planned_us.get(attempt) or now_us)
         return question

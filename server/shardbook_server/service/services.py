@@ -20,6 +20,7 @@ from shardbook_server.service.query import QueryService
 from shardbook_server.service.record import RecordService
 from shardbook_server.service.registration import RegistrationService
 from shardbook_server.service.sessions import REAP_INTERVAL_S, SessionService
+from shardbook_server.service.status import StatusService
 from shardbook_server.storage.database import Database
 
 #: How long a lease lasts without a sign of life, seconds.
@@ -46,6 +47,7 @@ class Services:
     metadata: MetadataService
     queries: QueryService
     catalog: CatalogService
+    status: StatusService
     descriptions: DescriptionService
     aliases: AliasService
     events: EventService
@@ -66,17 +68,20 @@ def build_services(
     blobs = BlobService(database, cache_bytes=blob_cache_bytes)
     memory = MemoryBudget(work_memory_bytes)
     commits = CommitService(database, blobs, memory, lease_ttl_s=lease_ttl_s, observer=observer)
+    catalog = CatalogService(database)
+    plans = PlanService(database, blobs, memory, lease_ttl_s=lease_ttl_s, observer=observer)
     return Services(
         sessions=SessionService(database, lease_ttl_s=lease_ttl_s, reap_interval_s=reap_interval_s, observer=observer),
         blobs=blobs,
-        plans=PlanService(database, blobs, memory, lease_ttl_s=lease_ttl_s, observer=observer),
+        plans=plans,
         registrations=RegistrationService(database, blobs, lease_ttl_s=lease_ttl_s, observer=observer),
         progress=ProgressService(database),
         commits=commits,
         records=RecordService(database, blobs, commits, lease_ttl_s=lease_ttl_s),
         metadata=MetadataService(database),
         queries=QueryService(database, cache_bytes=index_cache_bytes),
-        catalog=CatalogService(database),
+        catalog=catalog,
+        status=StatusService(database, catalog, plans),
         descriptions=DescriptionService(database),
         aliases=AliasService(database),
         events=EventService(database),

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, update
 
-from shardbook_server.storage.dialect import insert_ignore, lock_rows
+from shardbook_server.storage.dialect import among, insert_ignore, lock_rows
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import (
     IS_LIVE,
@@ -267,7 +267,9 @@ def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedC
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
-        rows = [_listed(row) for row in connection.execute(_LISTED.where(checkpoints.c.id.in_(some))).all()]
+        rows = [
+            _listed(row) for row in connection.execute(_LISTED.where(among(connection, checkpoints.c.id, some))).all()
+        ]
         found.update({listed.row.id: listed for listed in rows})
     return found
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Table, delete, insert, literal_column, select, union_all, update
 
-from shardbook_server.storage.dialect import insert_ignore
+from shardbook_server.storage.dialect import among, insert_ignore
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import aliases, descriptions, labels, metrics, rank_stats
 
@@ -45,7 +45,7 @@ def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int
             (aliases, literal_column("3"), literal_column("''"), literal_column("0.0")),
         ]
         parts = [
-            select(table.c.checkpoint_id, table.c.name, *shown).where(table.c.checkpoint_id.in_(some))
+            select(table.c.checkpoint_id, table.c.name, *shown).where(among(connection, table.c.checkpoint_id, some))
             for table, *shown in columns
         ]
         for checkpoint_id, name, kind, value, number in connection.execute(union_all(*parts)).all():

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Connection, Table, literal_column, select, text
+from sqlalchemy import BigInteger, Column, ColumnElement, Connection, Table, func, literal, literal_column, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 
 from shardbook_server.storage.lists import slices
@@ -28,6 +28,13 @@ def lock_names(connection: Connection, names: Iterable[str]) -> None:
     # SQLite's one writer has nobody beside it.
     if connection.dialect.name == "postgresql":
         connection.execute(_LOCK, {"keys": sorted(map(lock_key, names))})
+
+
+def among(connection: Connection, column: ColumnElement[int], values: Sequence[int]) -> ColumnElement[bool]:
+    """Returns the condition that a key is one of some: to Postgres they are one value, which costs far less to send."""
+    if connection.dialect.name == "postgresql":
+        return column == func.any(literal(list(values), postgresql.ARRAY(BigInteger)))
+    return column.in_(values)
 
 
 def unindexed(connection: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -232,6 +232,9 @@ def test_names_that_are_none_are_refused_everywhere(api: Api, run: str, name: st
     if name:
         part = pb.StartSessionRequest(run=run, part=name, incarnation=b"x" * 16)
         assert ["part"] == fields(refusal(api.registration.StartSession, part))
+        status = pb.GetRunStatusRequest(run=run, part=name)
+        assert ["part"] == fields(refusal(api.registration.GetRunStatus, status))
+    assert ["run"] == fields(refusal(api.registration.GetRunStatus, pb.GetRunStatusRequest(run=resource)))
     checkpoint = metadata_pb2.GetMetadataRequest(name=f"{run}/parts/default/checkpoints/{name}")
     assert ["name"] == fields(refusal(lambda: next(api.metadata.GetMetadata(checkpoint))))
 
@@ -322,6 +325,8 @@ def test_what_is_not_there_is_not_found(api: Api, run: str) -> None:
     job = Job.start(api, run)
     calls: list[Callable[[], object]] = [
         lambda: api.catalog.GetRun(catalog_pb2.GetRunRequest(name=run + "-other")),
+        lambda: api.registration.GetRunStatus(pb.GetRunStatusRequest(run=run + "-other")),
+        lambda: api.registration.GetRunStatus(pb.GetRunStatusRequest(run=run, part="other")),
         lambda: _get(api, job, "7"),
         lambda: _get(api, job, "latest"),
         lambda: next(

@@ -69,6 +69,7 @@ def test_no_growing_table_is_walked_through(services: Services, database: Databa
         page = services.catalog.list_checkpoints(parent, page_size=2, show_all=show_all)
         services.catalog.list_checkpoints(parent, page_token=page.next_page_token, show_all=show_all)
     services.catalog.get_run("projects/llm/runs/8b")
+    services.status.run_status("projects/llm/runs/8b")
     services.metadata.list_tensors("llm/8b@1")
     Job(services, Model(2)).start(on_live=OnLive.TAKEOVER)
     walks = _walks_of_postgres if is_postgres(database.url) else _walks_of_sqlite
