@@ -66,7 +66,9 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
 | `shardbook show` | `{"checkpoint": checkpoint}`; with `--ranks` also `"ranks": [rank]` |
-| `shardbook label`, `metric`, `note` | `{"checkpoint": checkpoint}` |
+| `shardbook label` | `{"checkpoint": checkpoint}` |
+| `shardbook metric` | `{"checkpoint": checkpoint}` |
+| `shardbook note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
 | `shardbook watch` | an event on each line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |

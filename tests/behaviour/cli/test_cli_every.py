@@ -26,9 +26,14 @@ ROOT = Path(__file__).resolve().parents[3]
 REF, RUN = "llm/8b@10", "llm/8b"
 #: Arguments with which each command asks the server; DIR is a checkpoint directory that needs it.
 ASKING = {
+    "projects": [],
     "runs": [],
     "ls": [RUN],
     "show": [REF],
+    "label": [REF, "stage=eval"],
+    "metric": [REF, "loss=1.5"],
+    "note": [REF, "a note"],
+    "alias": ["production", REF],
     "tensors": [REF],
     "chunks": [REF, "model.w"],
     "diff": [REF, "llm/8b@20"],
