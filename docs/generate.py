@@ -70,7 +70,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook metric` | `{"checkpoint": checkpoint}` |
 | `shardbook note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
-| `shardbook watch` | an event on each line, as it happens |
+| `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
 | `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |

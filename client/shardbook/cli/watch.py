@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from shardbook._watching import EVERYTHING, NOW
+from shardbook._watching import EVERYTHING, NOW, Watching
 from shardbook.cli import names, output
 from shardbook.cli.checkpoints import state_of
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Server, Timeout, client_of
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.client import Client
-from shardbook.core.names import RunName, check_segment
+from shardbook.core.names import check_segment
 from shardbook.errors import InvalidArgumentError
 from shardbook.events import Event, EventKind, Subscription
 
@@ -90,6 +90,7 @@ def watch(
     ] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Forget the subscription, its place and claims.")] = False,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -102,12 +103,14 @@ def watch(
     place, part = names.runs_of(run)
     client, config = client_of(server, timeout_s)
     if status or delete:
-        _look_after(client, name, command, delete=delete, as_json=as_json)
+        _look_after(client, name, command, delete=delete, as_json=as_json, is_plain=is_plain)
         return
     if command is None:
         if name is not None:
             raise InvalidArgumentError("--name goes with --exec, --status or --delete", field="name")
-        _print_events(client, place, part, filter_text, kinds or [], since, limit, once=once, as_json=as_json)
+        wanted = [kind.value for kind in kinds or []]
+        with client.watch(place, part=part, filter=filter_text, kinds=wanted, since=since, until_now=once) as events:
+            _print_events(events, limit, as_json=as_json, is_plain=is_plain)
         return
     if name is None:
         raise InvalidArgumentError("--exec needs --name NAME: the server keeps the place under it", field="name")
@@ -129,33 +132,21 @@ def watch(
         limit=limit,
         once=once,
         as_json=as_json,
+        is_plain=is_plain,
     )
     raise typer.Exit(Worker(client, config.stores, work).run())
 
 
-def _print_events(
-    client: Client,
-    place: RunName | str,
-    part: str | None,
-    filter_text: str,
-    kinds: list[Kind],
-    since: str,
-    limit: int,
-    *,
-    once: bool,
-    as_json: bool,
-) -> None:
-    wanted = [kind.value for kind in kinds]
-    with client.watch(place, part=part, filter=filter_text, kinds=wanted, since=since, until_now=once) as events:
-        for at, event in enumerate(events, start=1):
-            if as_json:
-                output.print_json_line(event.to_json())
-            else:
-                output.print_line("  ".join(_cells(event)))
-            # Somebody reads along, through a pipe too.
-            sys.stdout.flush()
-            if at == limit:
-                return
+def _print_events(events: Watching, limit: int, *, as_json: bool, is_plain: bool) -> None:
+    for at, event in enumerate(events, start=1):
+        if as_json:
+            output.print_json_line(event.to_json())
+        else:
+            output.print_line("  ".join(_cells(event)), is_plain=is_plain)
+        # Somebody reads along, through a pipe too.
+        sys.stdout.flush()
+        if at == limit:
+            return
 
 
 def _cells(event: Event) -> tuple[str, ...]:
@@ -170,7 +161,9 @@ def _cells(event: Event) -> tuple[str, ...]:
     return *what, checkpoint.ref, checkpoint.failure if event.kind is EventKind.FAILED else state_of(checkpoint)
 
 
-def _look_after(client: Client, name: str | None, command: str | None, *, delete: bool, as_json: bool) -> None:
+def _look_after(
+    client: Client, name: str | None, command: str | None, *, delete: bool, as_json: bool, is_plain: bool
+) -> None:
     if name is None or command is not None:
         raise InvalidArgumentError("--status and --delete go with --name alone", field="name")
     found = client.get_subscription(name)
@@ -179,12 +172,12 @@ def _look_after(client: Client, name: str | None, command: str | None, *, delete
     if as_json:
         output.print_json({"subscription": found.to_json()})
     elif delete:
-        output.print_line(f"{name} is forgotten")
+        output.print_line(f"{name} is forgotten", is_plain=is_plain)
     else:
-        _show(found)
+        _show(found, is_plain=is_plain)
 
 
-def _show(found: Subscription) -> None:
+def _show(found: Subscription, *, is_plain: bool) -> None:
     facts: list[tuple[str, Any]] = [
         ("name", found.name),
         ("about", found.parent),
@@ -194,7 +187,7 @@ def _show(found: Subscription) -> None:
         ("done", output.count(found.done_count)),
         ("made", output.time(found.create_time)),
     ]
-    output.print_facts(facts)
+    output.print_facts(facts, is_plain=is_plain)
     if found.claims:
         rows = [
             (
@@ -207,4 +200,4 @@ def _show(found: Subscription) -> None:
             )
             for one in found.claims
         ]
-        output.print_table(_COLUMNS, rows, expendable=("HOLDER", "DUE"))
+        output.print_table(_COLUMNS, rows, expendable=("HOLDER", "DUE"), is_plain=is_plain)

@@ -53,6 +53,7 @@ class Work:
         limit: End after so many checkpoints; 0 never.
         once: End when there is nothing to do.
         as_json: Print JSON, one object a line.
+        is_plain: Print text for other programs.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Work:
     limit: int = 0
     once: bool = False
     as_json: bool = False
+    is_plain: bool = False
 
     @property
     def grace_s(self) -> float:
@@ -255,7 +257,7 @@ class Worker:
             fact = {"ref": claim.ref, "outcome": what, "attempt": claim.attempt, "exit_code": exit_code}
             output.print_json_line({**fact, "checkpoint": claim.checkpoint.to_json()})
         else:
-            output.print_line(f"{claim.ref}  {what}: {more}")
+            output.print_line(f"{claim.ref}  {what}: {more}", is_plain=self._work.is_plain)
         sys.stdout.flush()
 
 
