@@ -231,7 +231,7 @@ class Transport:
                     future = started.future(request, timeout=remaining_s, metadata=self._metadata())
                     return wait_for(future)
                 except grpc.RpcError as error:
-                    raise self._typed(error, rpc.name) from error
+                    raise self.typed(error, rpc.name) from error
                 except ShardbookError:
                     if future is not None:  # nobody waits for it any more
                         future.cancel()
@@ -252,9 +252,17 @@ class Transport:
                 self._count(request)
                 return list(started(request, timeout=remaining_s, metadata=self._metadata()))
             except grpc.RpcError as error:
-                raise self._typed(error, rpc.name) from error
+                raise self.typed(error, rpc.name) from error
 
         return self._until_deadline(attempt, self.timeout_s if deadline_s is None else deadline_s)
+
+    def stream(self, rpc: StreamRpc[Q, R], request: Q) -> Any:
+        """Begins a stream that has no deadline; what goes wrong comes as gRPC raises it, see ``typed``."""
+        return rpc.on(connections.get(self.address))(request, metadata=self._metadata())
+
+    def typed(self, error: grpc.RpcError, method: str) -> ShardbookError:
+        """Returns the typed error for what gRPC raised."""
+        return error_from_rpc(error, method=method, target=str(self.address))
 
     def _guard(self, method: str) -> AbstractContextManager[GuardedCall | None]:
         return self.budget.call(method) if self.budget is not None else nullcontext()
@@ -304,7 +312,7 @@ class Transport:
             future: Any = started.future(request, timeout=guarded.linger_s, metadata=self._metadata())
             return cast("R", self._wait_for_probe(future, remaining_s, guarded))
         except grpc.RpcError as error:
-            raise self._typed(error, rpc.name) from error
+            raise self.typed(error, rpc.name) from error
 
     def _wait_for_probe(self, future: Any, remaining_s: float, guarded: GuardedCall) -> Any:
         """Waits for a probe as long as the save does; leaves it running and notes a late answer."""
@@ -314,7 +322,7 @@ class Transport:
 
             def note(done: Any) -> None:
                 late = done.exception()
-                if late is None or not is_outage(self._typed(late, guarded.method)):
+                if late is None or not is_outage(self.typed(late, guarded.method)):
                     guarded.answered()
 
             future.add_done_callback(note)
@@ -333,6 +341,3 @@ class Transport:
 
     def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
-
-    def _typed(self, error: grpc.RpcError, method: str) -> ShardbookError:
-        return error_from_rpc(error, method=method, target=str(self.address))

@@ -7,7 +7,7 @@ from typing import type_check_only
 import grpc
 import grpc.aio
 
-from shardbook.v1 import catalog_pb2
+from shardbook.v1 import catalog_pb2, events_pb2
 
 class CatalogServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
@@ -21,6 +21,12 @@ class CatalogServiceStub:
     ListAliases: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
     SetAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
     DeleteAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse]
+    WatchCheckpoints: grpc.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
+    ClaimCheckpoint: grpc.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
+    RenewClaim: grpc.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
+    FinishClaim: grpc.UnaryUnaryMultiCallable[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse]
+    GetSubscription: grpc.UnaryUnaryMultiCallable[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse]
+    DeleteSubscription: grpc.UnaryUnaryMultiCallable[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse]
 
 @type_check_only
 class CatalogServiceAsyncStub:
@@ -35,6 +41,12 @@ class CatalogServiceAsyncStub:
     ListAliases: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
     SetAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
     DeleteAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse]
+    WatchCheckpoints: grpc.aio.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
+    ClaimCheckpoint: grpc.aio.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
+    RenewClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
+    FinishClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse]
+    GetSubscription: grpc.aio.UnaryUnaryMultiCallable[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse]
+    DeleteSubscription: grpc.aio.UnaryUnaryMultiCallable[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse]
 
 class CatalogServiceServicer:
     def ListProjects(
@@ -87,6 +99,36 @@ class CatalogServiceServicer:
         request: catalog_pb2.DeleteAliasRequest,
         context: grpc.aio.ServicerContext[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse],
     ) -> Awaitable[catalog_pb2.DeleteAliasResponse]: ...
+    def WatchCheckpoints(
+        self,
+        request: events_pb2.WatchCheckpointsRequest,
+        context: grpc.aio.ServicerContext[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse],
+    ) -> AsyncIterator[events_pb2.WatchCheckpointsResponse]: ...
+    def ClaimCheckpoint(
+        self,
+        request: events_pb2.ClaimCheckpointRequest,
+        context: grpc.aio.ServicerContext[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse],
+    ) -> Awaitable[events_pb2.ClaimCheckpointResponse]: ...
+    def RenewClaim(
+        self,
+        request: events_pb2.RenewClaimRequest,
+        context: grpc.aio.ServicerContext[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse],
+    ) -> Awaitable[events_pb2.RenewClaimResponse]: ...
+    def FinishClaim(
+        self,
+        request: events_pb2.FinishClaimRequest,
+        context: grpc.aio.ServicerContext[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse],
+    ) -> Awaitable[events_pb2.FinishClaimResponse]: ...
+    def GetSubscription(
+        self,
+        request: events_pb2.GetSubscriptionRequest,
+        context: grpc.aio.ServicerContext[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse],
+    ) -> Awaitable[events_pb2.GetSubscriptionResponse]: ...
+    def DeleteSubscription(
+        self,
+        request: events_pb2.DeleteSubscriptionRequest,
+        context: grpc.aio.ServicerContext[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse],
+    ) -> Awaitable[events_pb2.DeleteSubscriptionResponse]: ...
 
 def add_CatalogServiceServicer_to_server(
     servicer: CatalogServiceServicer, server: grpc.Server | grpc.aio.Server

@@ -9,8 +9,10 @@ from shardbook_server.service.admission import MemoryBudget
 from shardbook_server.service.aliases import AliasService
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
+from shardbook_server.service.claims import ClaimService
 from shardbook_server.service.commit import CommitService
 from shardbook_server.service.descriptions import DescriptionService
+from shardbook_server.service.events import EventService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -48,6 +50,8 @@ class Services:
     status: StatusService
     descriptions: DescriptionService
     aliases: AliasService
+    events: EventService
+    claims: ClaimService
 
 
 def build_services(
@@ -80,4 +84,6 @@ def build_services(
         status=StatusService(database, catalog, plans),
         descriptions=DescriptionService(database),
         aliases=AliasService(database),
+        events=EventService(database),
+        claims=ClaimService(database),
     )

@@ -213,6 +213,8 @@ class SessionService:
                 if checkpoint_rows.expire_record(connection, checkpoint_id):
                     closing.empty_staging(connection, [checkpoint_id])
                     count += 1
+                    event = Event(EventKind.EXPIRED, part_id, checkpoint_id)
+                    event_rows.append(connection, [event], self._database.now_us(connection))
         self._observer.attempts_expired(count)
         return count
 

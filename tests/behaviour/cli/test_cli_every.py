@@ -38,6 +38,7 @@ ASKING = {
     "chunks": [REF, "model.w"],
     "diff": [REF, "llm/8b@20"],
     "status": [RUN],
+    "watch": ["--once"],
     "cat": [REF, "model.w"],
     "read": [REF, "model.w"],
     "export": [REF, "-o", "DIR/exported"],
