@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from sqlalchemy import select
 
+from benchmarks.claimants import measure_claimants
 from benchmarks.common import Cell, Goal, Report, rss_bytes
 from benchmarks.followers import (
     BYE,
@@ -27,23 +28,18 @@ from benchmarks.followers import (
     EVERYTHING,
     HELLO,
     RECONNECTING,
-    Acknowledged,
     Follower,
     Following,
     Heard,
-    Peers,
-    Writing,
-    Wrote,
-    call_nothing,
     fact_of,
     follow,
-    peers,
     signal,
-    write,
 )
+from benchmarks.peers import Peers, peers
 from benchmarks.places import Place
 from benchmarks.postgres import free_port
 from benchmarks.simulated import Server, running_server
+from benchmarks.writers import Acknowledged, Writing, Wrote, call_nothing, write
 from shardbook.events import EventKind
 from shardbook_server.service.events import Place as EventPlace
 from shardbook_server.storage import events as event_rows
@@ -67,6 +63,8 @@ class FollowSizes:
         rounds: Without watchers, and with them.
         paced_saves: Of each writer in the round that is not in a hurry.
         period_s: Between two of those.
+        claimants: Watchers that share the work on checkpoints.
+        claimed: Checkpoints that they share.
     """
 
     writers: int = 24
@@ -75,6 +73,8 @@ class FollowSizes:
     rounds: int = 3
     paced_saves: int = 10
     period_s: float = 2.0
+    claimants: int = 4
+    claimed: int = 40
 
     @property
     def followers(self) -> list[Follower]:
@@ -83,7 +83,7 @@ class FollowSizes:
         return [kinds[at % len(kinds)] for at in range(self.watchers)]
 
 
-QUICK: Final = FollowSizes(saves=16, rounds=1, paced_saves=3, period_s=1.0)
+QUICK: Final = FollowSizes(saves=10, rounds=1, paced_saves=3, period_s=1.0, claimants=3, claimed=10)
 
 
 # ---------------------------------------------------------------- what is true
@@ -319,12 +319,15 @@ def measure_following(report: Report, found: Sequence[Place], sizes: FollowSizes
             try:
                 with _serving(place) as servers:
                     _measure(report, place.name, servers, _Rounds(database, servers, group, sizes), sizes)
+                    addresses = [server.address for server in servers]
+                    measure_claimants(report, place.name, addresses, sizes.claimants, sizes.claimed)
             finally:
                 database.close()
 
 
 def _measure(report: Report, place: str, servers: Sequence[Server], rounds: _Rounds, sizes: FollowSizes) -> None:
-    rounds.alone()
+    # What only happens once: structures that are new, statements that are compiled.
+    rounds.watched(saves=2)
     taken: dict[str, list[Round]] = {"empty calls": [], "writers alone": [], "writers and watchers": []}
     for _ in range(sizes.rounds):
         alone = rounds.alone()
@@ -373,4 +376,3 @@ def _columns(some: Sequence[Round]) -> Mapping[str, Cell]:
             **vars(verdict),
         }
     return columns
-
