@@ -69,9 +69,9 @@ class FollowSizes:
 
     writers: int = 24
     watchers: int = 50
-    saves: int = 40
-    rounds: int = 3
-    paced_saves: int = 10
+    saves: int = 24
+    rounds: int = 2
+    paced_saves: int = 8
     period_s: float = 2.0
     claimants: int = 4
     claimed: int = 40

@@ -206,7 +206,7 @@ def follow(session: Session, known: Known) -> None:
     later.start()
     session.type(f"watch 'llm/*' --kind committed --limit 1 --since {watching.cursor}", rf"committed\s+{run}@{step}\b")
     later.join()
-    session.type(f"watch {run} --since start --once", rf"alias-moved\s+{run}@latest -> {run}@{step}\b")
+    session.type(f"watch {run} --since start --once", rf"alias-moved\s+{run}@latest\s+->\s+{run}@{step}\b")
     session.type(f"watch {run} --name mmlu --since start --once --exec 'true {{ref}}'", rf"{run}@{step}\S*  done")
     session.type("watch --name mmlu --status", r"done\s+4\b")
 

@@ -15,6 +15,7 @@ from tests.behaviour.cli.conftest import Shardbook
 from tests.databases import Databases, opened
 
 
+@pytest.mark.soak_with("postgres")
 def test_every_command_of_the_session_does_what_it_should(
     databases: Databases, shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
