@@ -13,14 +13,14 @@ from typing import Final
 import numpy as np
 
 from shardbook.core import limits
-from shardbook.core.assembly import assemble
+from shardbook.core.assembly import Assembly
 from shardbook.core.blocks import encode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import Int64Array, encode_name
 from shardbook.core.digest import structure_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
-from shardbook.core.table import printable
+from shardbook.core.table import EntryKind, printable
 from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError, UnavailableError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService
@@ -88,17 +88,7 @@ class Folder:
     def _assemble(
         self, part: PartRow, digest: bytes, blob_ids: Int64Array, digests: Sequence[bytes], index: Int64Array
     ) -> int:
-        assembled = self._assembled(part, digest, digests, index)
-        new = NewStructure(
-            digest=digest,
-            tensor_count=assembled.tensor_count,
-            chunk_count=assembled.chunk_count,
-            bytes_entry_count=assembled.bytes_entry_count,
-            warnings=json.dumps([prose(warning, limits.MAX_REASON_CHARS) for warning in assembled.warnings]),
-            rank_structure_ids=blob_ids,
-            head=encode_head(assembled),
-            tensors=_tensors(assembled),
-        )
+        new = self._assembled(part, digest, blob_ids, digests, index)
         # Content-addressed and of no effect until a commit names it, so it needs no lock of the run. Two replicas
         # that store tensors of one project do so one after the other: in unlike orders they would deadlock.
         # And what its packed lists name is not dropped meanwhile: that is done under the same lock.
@@ -116,17 +106,36 @@ class Folder:
             return structure_rows.insert_structure(connection, part.project_id, new, now_us)
 
     def _assembled(
-        self, part: PartRow, digest: bytes, digests: Sequence[bytes], index: Int64Array
-    ) -> CheckpointStructure:
+        self, part: PartRow, digest: bytes, blob_ids: Int64Array, digests: Sequence[bytes], index: Int64Array
+    ) -> NewStructure:
         refusal = self._refusals.get((part.project_id, digest))
         if refusal is not None:
             raise copy.copy(refusal)
         structures = self._blobs.structures(part.name.run.project, digests)
         try:
-            return assemble(structures, index.astype(np.int64))
+            return _new_structure(digest, blob_ids, Assembly(structures, index.astype(np.int64)))
         except (InvalidGeometryError, InvalidArgumentError) as error:
             self._refusals.put((part.project_id, digest), copy.copy(error))
             raise
+
+
+def _new_structure(digest: bytes, blob_ids: Int64Array, assembly: Assembly) -> NewStructure:
+    """Packs what is assembled part by part; chunks of one part are in memory at a time."""
+    tensors: list[NewTensor] = []
+    for part in assembly.parts():
+        tensors += _tensors(part)
+    head = assembly.head
+    bytes_entry_count = sum(new.kind == EntryKind.BYTES for new in tensors)
+    return NewStructure(
+        digest=digest,
+        tensor_count=len(tensors) - bytes_entry_count,
+        chunk_count=sum(new.chunk_count for new in tensors if new.kind != EntryKind.BYTES),
+        bytes_entry_count=bytes_entry_count,
+        warnings=json.dumps([prose(warning, limits.MAX_REASON_CHARS) for warning in head.warnings]),
+        rank_structure_ids=blob_ids,
+        head=encode_head(head),
+        tensors=tensors,
+    )
 
 
 def _segments(rows: Sequence[RegistrationRow]) -> tuple[tuple[int, bytes], ...]:
