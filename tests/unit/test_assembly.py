@@ -28,9 +28,9 @@ from tests.unit.ranks import (
 from tests.unit.strategies_geometry import Cut, cuts, paint
 
 
-def _refusal(*ranks: list[Item], part_items: int = 1 << 20) -> InvalidGeometryError:
+def _refusal(*ranks: list[Item], at_once: int = 1 << 20) -> InvalidGeometryError:
     with pytest.raises(InvalidGeometryError) as caught:
-        assembled(*ranks, part_items=part_items)
+        assembled(*ranks, at_once=at_once)
     return caught.value
 
 
@@ -121,13 +121,13 @@ def test_a_whole_tensor_that_ranks_hold_differently_is_the_lowest_keepers() -> N
     assert f"tensor 't': {said}" == warning
 
 
-@pytest.mark.parametrize("part_items", [1 << 20, 7])
-def test_at_most_fifty_warnings_are_kept_and_the_last_counts_the_rest(part_items: int) -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_at_most_fifty_warnings_are_kept_and_the_last_counts_the_rest(at_once: int) -> None:
     """Warnings are bounded like everything else."""
     names = [f"t{at}" for at in range(60)]
 
     ranks = ([whole(name, (elements,)) for name in names] for elements in (1, 2))
-    checkpoint = assembled(*ranks, part_items=part_items)
+    checkpoint = assembled(*ranks, at_once=at_once)
 
     assert 50 == len(checkpoint.warnings)
     assert "11 more whole tensors differ between ranks" == checkpoint.warnings[-1]
@@ -194,12 +194,12 @@ def test_an_entry_that_nobody_kept_is_a_hole(item: Item) -> None:
     assert "tensor 't': no rank kept it; declared by ranks 1, 2" == error.message
 
 
-@pytest.mark.parametrize("part_items", [1 << 20, 7])
-def test_all_tensors_at_fault_are_named_up_to_fifty_with_the_count(part_items: int) -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_all_tensors_at_fault_are_named_up_to_fifty_with_the_count(at_once: int) -> None:
     """In key order; the message is about the first, the rest are violations; names are made printable."""
     names = ["first\0\ud800", *(f"t{at:04}" for at in range(4999))]
 
-    error = _refusal([shard(name, (4,), (0,), (3,)) for name in names], part_items=part_items)
+    error = _refusal([shard(name, (4,), (0,), (3,)) for name in names], at_once=at_once)
 
     assert 50 == len(error.violations)
     assert ("first\\x00\\xed\\xa0\\x80", "t0000") == tuple(violation.field for violation in error.violations[:2])
@@ -226,9 +226,9 @@ def test_chunks_that_take_too_long_to_tell_apart_are_refused_by_name(monkeypatch
     # The limit is for the checkpoint, and what is cut alike is compared once, in however many parts it is looked at.
     monkeypatch.setattr(limits, "MAX_BOX_COMPARISONS", 10)
     alike = [shard(name, (3, 3), *box) for name in ("weight", "moment") for box in pinwheel]
-    assert assembled(alike, part_items=1).chunk_count == 10
+    assert assembled(alike, at_once=1).chunk_count == 10
     with pytest.raises(InvalidArgumentError):
-        assembled([*alike, *(shard("other", (3, 3), *box) for box in pinwheel[::-1])], part_items=1)
+        assembled([*alike, *(shard("other", (3, 3), *box) for box in pinwheel[::-1])], at_once=1)
 
 
 def test_a_rank_index_that_names_no_structure_is_refused() -> None:
@@ -259,7 +259,7 @@ def test_what_counts_and_what_is_refused_is_as_brute_force_says(data: st.DataObj
     faults = {fqn: fault for fqn, fault in faults.items() if fault}
 
     try:
-        checkpoint = assembled(*ranks, part_items=data.draw(st.sampled_from([1, 4, 1 << 20])))
+        checkpoint = assembled(*ranks, at_once=data.draw(st.sampled_from([1, 4, 1 << 20])))
     except InvalidGeometryError as error:
         assert faults == {v.field: v.description.partition(":")[0] for v in error.violations}
         assert next(iter(faults.values())) == error.reason

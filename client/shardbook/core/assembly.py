@@ -37,20 +37,20 @@ from shardbook.core.table import EntryKind, printable
 from shardbook.errors import InvalidArgumentError
 
 #: Items of a part, at least: below, numpy's calls cost more than their work.
-_PART_ITEMS: Final = 1 << 20
+_ITEMS_AT_ONCE: Final = 1 << 20
 #: Most parts, but for those that a large entry makes: each goes through the structures of all ranks.
 _PART_COUNT: Final = 16
 
 
 def assemble(
-    structures: Sequence[RankStructure], rank_index: Int64Array, *, part_items: int = _PART_ITEMS
+    structures: Sequence[RankStructure], rank_index: Int64Array, *, at_once: int = _ITEMS_AT_ONCE
 ) -> CheckpointStructure:
     """Returns the checkpoint that the ranks' structures make together.
 
     Args:
         structures: The distinct structures; structures that share a table object are merged faster.
         rank_index: (R,) which of them each rank has.
-        part_items: About how many items are worked on at a time; it makes no difference to what is returned.
+        at_once: About how many items are worked on at a time; it makes no difference to what is returned.
 
     Raises:
         InvalidGeometryError: Chunks leave their tensor, overlap, leave a hole, or disagree on dtype or shape. At
@@ -58,9 +58,14 @@ def assemble(
         InvalidArgumentError: ``rank_index`` names no structure; or the chunks of a tensor lie so irregularly that
             telling them apart takes more than ``limits.MAX_BOX_COMPARISONS`` (reason ``LIMIT_EXCEEDED``).
     """
-    assembly = Assembly(structures, rank_index, part_items=part_items)
+    assembly = Assembly(structures, rank_index, at_once=at_once)
     checkpoint = joined(list(assembly.parts()))
     return replace(checkpoint, warnings=assembly.head.warnings)
+
+
+def part_items(item_count: int) -> int:
+    """Returns how many of so many items are worked on at a time, but for a tensor that has more by itself."""
+    return min(item_count, max(_ITEMS_AT_ONCE, item_count // _PART_COUNT))
 
 
 class Assembly:
@@ -70,12 +75,12 @@ class Assembly:
     """
 
     def __init__(
-        self, structures: Sequence[RankStructure], rank_index: Int64Array, *, part_items: int = _PART_ITEMS
+        self, structures: Sequence[RankStructure], rank_index: Int64Array, *, at_once: int = _ITEMS_AT_ONCE
     ) -> None:
         """Looks at what there is; nothing is judged yet."""
         world = World.of(structures, rank_index)
         self._kept = Kept.of(world)
-        self._part_items = max(part_items, len(self._kept.row) // _PART_COUNT)
+        self._at_once = max(at_once, len(self._kept.row) // _PART_COUNT)
         self._rank_files = world.rank_files()
         self._key_paths = merge_key_paths(world)
         self._findings = Findings()
@@ -89,7 +94,7 @@ class Assembly:
 
     def parts(self) -> Iterator[CheckpointStructure]:
         """Yields the entries in order, without warnings. What was yielded is of no use when an error follows."""
-        bounds = bounds_of(self._kept.counts.tolist(), self._part_items)
+        bounds = bounds_of(self._kept.counts.tolist(), self._at_once)
         for first, end in pairwise(bounds if len(bounds) > 1 else [0, 0]):
             part = self._part(first, end)
             if self._findings.are_none:

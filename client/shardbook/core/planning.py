@@ -65,6 +65,11 @@ def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_
     return drops
 
 
+def part_items(item_count: int) -> int:
+    """Returns how many of so many items are looked at at a time, but for an entry that has more by itself."""
+    return min(item_count, max(_ITEMS_AT_ONCE, item_count // _PART_COUNT))
+
+
 _NO_DROPS: BoolArray = np.zeros(0, dtype=np.bool_)
 
 
@@ -102,8 +107,7 @@ def _decide(
     """Returns what each of ranks (R,), climbing, drops of its plan; plans are in the order of their lowest rank."""
     every = Items.of(plans)
     contest = _Contest(np.bincount(plan_of_rank, minlength=len(plans)).astype(np.int64))
-    limit = max(_ITEMS_AT_ONCE, len(every.row) // _PART_COUNT)
-    for first, end in pairwise(bounds_of(every.counts.tolist(), limit)):
+    for first, end in pairwise(bounds_of(every.counts.tolist(), part_items(len(every.row)))):
         contest.add(every.part(first, end))
     found = contest.result()
     if save_to_lowest_rank:

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from shardbook.core import limits
-from shardbook.core.assembly import Assembly
+from shardbook.core.assembly import Assembly, part_items
 from shardbook.core.blocks import encode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import Int64Array, encode_name
@@ -35,8 +35,10 @@ from shardbook_server.storage.registrations import RegistrationRow
 from shardbook_server.storage.runs import PartRow
 from shardbook_server.storage.structures import NewStructure, NewTensor
 
-#: What an item of a rank takes while it is assembled, bytes: decoded, merged, judged, placed.
-_BYTES_PER_ITEM: Final = 256
+#: What an item of a rank takes while a checkpoint is assembled, decoded and placed, and what one of the part that is
+#: being judged takes on top, bytes.
+_BYTES_PER_ITEM: Final = 112
+_BYTES_PER_JUDGED: Final = 192
 #: Refusals that are remembered.
 _REFUSAL_COUNT: Final = 1024
 
@@ -76,7 +78,8 @@ class Folder:
             with self._flight.alone((part.project_id, digest)):
                 structure_id = self._find(part, digest)
                 if structure_id is None:
-                    with self._memory.hold(items * _BYTES_PER_ITEM):
+                    judged = part_items(items)
+                    with self._memory.hold(items * _BYTES_PER_ITEM + judged * _BYTES_PER_JUDGED):
                         structure_id = self._assemble(part, digest, blob_ids, digests, index)
         stats = RankStats.of([row.phases for row in rows], [row.size_bytes for row in rows])
         return Folded(structure_id, _segments(rows), _size_bytes(rows), any(row.explicit for row in rows), stats)
