@@ -128,7 +128,7 @@ def test_crashes_during_sync(server: ServerProcess, run: str, tmp_path: Path) ->
     assert [SyncOutcome.RECORDED] == [one.outcome for one in sync_directories(server.client, [tmp_path])]
     # Its structure is known by now, so one call records it.
     CheckpointDirectory(tmp_path / "step-3").add_records(identity(3, run=run))
-    impatient = Client(server.address, timeout_s=2.0)
+    impatient = Client(server.address, timeout_s=2.0, outage_s=1.0)
     server.restart("record.before_db=exit")
     attempts: list[Checkpoint] = []
     for failpoints in ("record.after_db=exit", ""):
@@ -152,7 +152,7 @@ def test_a_crash_in_the_middle_of_a_save(
     """Real ranks go on without it; ``sync`` brings the step in after a later session has saved later ones."""
     server.restart(f"{point}=exit")
     start = {"run": run, "server": server.address, "job_id": run}
-    patience = {"SHARDBOOK_OUTAGE_FIRST_S": "4"}
+    patience = {"SHARDBOOK_OUTAGE_FIRST_S": "2"}
     lost = tmp_path / "step-1"
     saved = pool.run(hurt.save_steps, start, [str(lost)], world_size=2, environment=patience)
     assert [SaveState.UNREGISTERED] * 2 == [one.result.state for (one,) in saved], saved
