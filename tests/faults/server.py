@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from shardbook import Client, UnavailableError
+from shardbook.errors import DeadlineExceededError
 from tests.forks import forked
 
 _START_S = 30.0
@@ -77,8 +78,8 @@ class ServerProcess:
             time.sleep(0.02)
         while True:
             try:
-                list(Client(self.address, timeout_s=1.0).list_runs())
-            except UnavailableError:
+                list(Client(self.address, timeout_s=5.0).list_runs())
+            except (UnavailableError, DeadlineExceededError):
                 if time.monotonic() > end_s or self.has_ended:
                     raise
                 time.sleep(0.1)

@@ -60,6 +60,7 @@ def _resource(run: str) -> str:
     return str(RunName.parse(run))
 
 
+@pytest.mark.soak_with("postgres")
 def test_crashes_at_start_session(server: ServerProcess, api: Api, run: str) -> None:
     """Just before: there is no run. Just after: there is, and asking again returns the one session."""
     job = Job(api, _resource(run))
@@ -80,6 +81,7 @@ def _sessions(server: ServerProcess, run: str) -> list[tuple[str, int]]:
     return [(part.part, part.session) for part in server.client.get_run(run).parts]
 
 
+@pytest.mark.soak_with("postgres")
 def test_crashes_at_register(server: ServerProcess, api: Api, run: str) -> None:
     """Just before: the rank is not there. Just after: it is, and registering again is the same registration."""
     job = Job.start(api, _resource(run))
