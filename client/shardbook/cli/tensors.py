@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import TensorInfo
-from shardbook.cli import names, output
+from shardbook.cli import completing, names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 
 EXAMPLES = """\b
@@ -20,7 +20,9 @@ _EXPENDABLE = ("CHUNKS", "DTYPE", "SIZE IN FILES", "SHAPE")
 
 
 def list_tensors(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", shell_complete=completing.refs)
+    ],
     prefix: Annotated[str, typer.Option("--prefix", "-p", help="Only entries whose name starts with this.")] = "",
     limit: Limit = 50,
     as_json: AsJson = False,
