@@ -67,6 +67,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 
 | command | object |
 |---|---|
+| `shardbook demo` | `{"held": [what held], "took_s": number, "directory": what `--keep` named, or null}` |
 | `shardbook projects` | `{"projects": [project], "more": bool}` |
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |

@@ -15,6 +15,7 @@ from shardbook.cli import (
     checkpoints,
     chunks,
     completing,
+    demo,
     describing,
     diff,
     doctor,
@@ -67,6 +68,7 @@ def _root(
     """Finds, describes, checks and recovers checkpoints."""
 
 
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("projects", epilog=projects.EXAMPLES)(projects.list_projects)
 app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
 app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)

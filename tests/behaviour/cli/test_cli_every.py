@@ -48,8 +48,9 @@ ASKING = {
     "import": ["DIR", "--run", RUN],
     "gc": ["DIR", "--dry-run", "--older-than", "1s"],
 }
-#: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on.
-OTHERS = {"doctor", "relay"}
+#: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on,
+#: `demo` starts one.
+OTHERS = {"doctor", "relay", "demo"}
 
 
 def commands() -> dict[str, Any]:
