@@ -31,7 +31,7 @@ def alias(
         typer.Argument(
             metavar="[NAME] RUN|REF",
             help="RUN alone lists its aliases; NAME REF sets one.",
-            shell_complete=completing.runs_or_refs,
+            autocompletion=completing.runs_or_refs,
         ),
     ],
     metric: Annotated[

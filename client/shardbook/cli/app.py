@@ -96,9 +96,9 @@ app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 
 def run() -> None:
     """Runs the command line of this process and exits."""
-    completing.begin()
     try:
-        app(prog_name="shardbook")
+        with completing.mended():
+            app(prog_name="shardbook")
     except failures.HANDLED as error:
         sys.exit(failures.report(error))
     finally:

@@ -50,7 +50,7 @@ def list_checkpoints(
         typer.Argument(
             metavar="RUN",
             help="project/run, project/run:part for one part, or a pattern: 'llm/*', '*/8b-*'.",
-            shell_complete=completing.runs,
+            autocompletion=completing.runs,
         ),
     ],
     filter_text: Annotated[
@@ -107,7 +107,7 @@ def list_checkpoints(
 
 def show_checkpoint(
     ref: Annotated[
-        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", shell_complete=completing.refs)
+        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", autocompletion=completing.refs)
     ],
     ranks: Annotated[bool, typer.Option("--ranks", help="What each rank took and wrote, too.")] = False,
     as_json: AsJson = False,

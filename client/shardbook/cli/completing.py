@@ -6,11 +6,16 @@ nothing, silently. Paths are left to the shell.
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from typing import Any, Final
+
+import typer
 
 from shardbook.core.names import DEFAULT_PART
 
@@ -22,44 +27,57 @@ _MOST_CHECKPOINTS: Final = 50
 #: What bash takes for words of their own, of what a ref is made of.
 _BREAKS: Final = re.compile(r"[@:=]+")
 
-#: What bash has before the word that it asks for, and keeps.
-_kept = ""
 
+@contextmanager
+def mended() -> Iterator[None]:
+    """Puts the words together again that bash took apart: ``llm/8b@15`` comes as ``llm/8b``, ``@`` and ``15``.
 
-def begin() -> None:
-    """Puts the words together again that bash took apart: ``llm/8b@15`` comes as ``llm/8b``, ``@`` and ``15``."""
-    global _kept  # noqa: PLW0603 - one process completes one line
+    What bash keeps by itself is taken off what is offered. Other shells, and commands that run, are left alone.
+    """
     if os.environ.get("_SHARDBOOK_COMPLETE") != "complete_bash":
+        yield
         return
+    kept = _mend()
+    offered = io.StringIO()
+    try:
+        with redirect_stdout(offered):
+            yield
+    finally:
+        sys.stdout.writelines(line.removeprefix(kept) + "\n" for line in offered.getvalue().splitlines())
+
+
+def _mend() -> str:
+    """Mends the words in the environment; returns what the last one has before what bash asks for."""
     words = os.environ.get("COMP_WORDS", "").split("\n")
     number = os.environ.get("COMP_CWORD", "")
     at = int(number) if number.isdecimal() else 0
-    mended: list[str] = []
-    is_open = False
+    mended_words: list[str] = []
+    is_open, kept = False, ""
     for word in (*words, "")[: at + 1]:
         is_break = bool(_BREAKS.fullmatch(word))
-        if len(mended) > 1 and (is_break or is_open):
-            _kept = mended[-1] + (word if is_break else "")
-            mended[-1] += word
+        if len(mended_words) > 1 and (is_break or is_open):
+            kept = mended_words[-1] + (word if is_break else "")
+            mended_words[-1] += word
         else:
-            _kept = ""
-            mended.append(word)
+            kept = ""
+            mended_words.append(word)
         is_open = is_break
-    os.environ["COMP_WORDS"] = "\n".join(mended)
-    os.environ["COMP_CWORD"] = str(len(mended) - 1)
+    os.environ["COMP_WORDS"] = "\n".join(mended_words)
+    os.environ["COMP_CWORD"] = str(len(mended_words) - 1)
+    return kept
 
 
-def projects(ctx: Any, _param: Any, incomplete: str) -> list[str]:
+def projects(ctx: typer.Context, incomplete: str) -> list[str]:
     """Completes a project."""
     return _offered(ctx, incomplete, lambda client: (one.ref for one in client.list_projects(page_size=200)))
 
 
-def runs(ctx: Any, _param: Any, incomplete: str) -> list[str]:
+def runs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Completes a run."""
     return _offered(ctx, incomplete, lambda client: _runs(client, incomplete))
 
 
-def refs(ctx: Any, _param: Any, incomplete: str) -> list[str]:
+def refs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Completes a checkpoint: the newest of each run, and all of a run that is written out."""
     run, at, _ = incomplete.partition("@")
     if at:
@@ -67,9 +85,9 @@ def refs(ctx: Any, _param: Any, incomplete: str) -> list[str]:
     return _offered(ctx, incomplete, lambda client: (f"{one}@latest" for one in _runs(client, incomplete)))
 
 
-def runs_or_refs(ctx: Any, param: Any, incomplete: str) -> list[str]:
+def runs_or_refs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Completes a run, or a checkpoint once there is an ``@``."""
-    return refs(ctx, param, incomplete) if "@" in incomplete else runs(ctx, param, incomplete)
+    return refs(ctx, incomplete) if "@" in incomplete else runs(ctx, incomplete)
 
 
 def _runs(client: Any, incomplete: str) -> Iterator[str]:
@@ -87,8 +105,8 @@ def _checkpoints(client: Any, run: str) -> Iterator[str]:
         yield f"{run}@{one.step}"
 
 
-def _offered(ctx: Any, incomplete: str, ask: Callable[[Any], Iterable[str]]) -> list[str]:
-    """Returns what begins like ``incomplete``, without what bash keeps by itself."""
+def _offered(ctx: typer.Context, incomplete: str, ask: Callable[[Any], Iterable[str]]) -> list[str]:
+    """Returns what begins like ``incomplete``; nothing where that is a path, or the server does not answer."""
     if incomplete.startswith(("/", ".", "~")) or "://" in incomplete:
         return []
     try:
@@ -101,7 +119,7 @@ def _offered(ctx: Any, incomplete: str, ask: Callable[[Any], Iterable[str]]) -> 
         found = dict.fromkeys(ask(client))
     except Exception:  # noqa: BLE001 - nobody reads an error in the middle of a line
         return []
-    return [name.removeprefix(_kept) for name in found if name.startswith(incomplete)]
+    return [name for name in found if name.startswith(incomplete)]
 
 
-__all__ = ["begin", "projects", "refs", "runs", "runs_or_refs"]
+__all__ = ["mended", "projects", "refs", "runs", "runs_or_refs"]

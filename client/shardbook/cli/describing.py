@@ -28,7 +28,7 @@ Examples:
 
 Ref = Annotated[
     str,
-    typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest, @best.", shell_complete=completing.refs),
+    typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest, @best.", autocompletion=completing.refs),
 ]
 Remove = Annotated[list[str] | None, typer.Option("--remove", metavar="KEY", help="Remove this one; may be repeated.")]
 

@@ -30,11 +30,11 @@ def diff_checkpoints(
         typer.Argument(
             metavar="A",
             help="project/run@1500, @latest; or a checkpoint directory or URL.",
-            shell_complete=completing.refs,
+            autocompletion=completing.refs,
         ),
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", help="The same of the other checkpoint.", shell_complete=completing.refs)
+        str, typer.Argument(metavar="B", help="The same of the other checkpoint.", autocompletion=completing.refs)
     ],
     tensors_only: Annotated[
         bool, typer.Option("--tensors", help="Exit by the tensors alone, whatever bytes and world size are.")

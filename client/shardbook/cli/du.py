@@ -28,7 +28,7 @@ def disk_usage(
         typer.Argument(
             metavar="[PROJECT|RUN]...",
             help="Projects, and runs as project/run; all of them when none is named.",
-            shell_complete=completing.runs,
+            autocompletion=completing.runs,
         ),
     ] = None,
     as_json: AsJson = False,

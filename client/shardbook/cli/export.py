@@ -26,7 +26,7 @@ def export(
         typer.Argument(
             metavar="REF",
             help="project/run@1500, @1500.s3, @latest; or a directory or URL.",
-            shell_complete=completing.refs,
+            autocompletion=completing.refs,
         ),
     ],
     target: Annotated[

@@ -75,7 +75,7 @@ def collect(
             "-r",
             metavar="RUN",
             help="The only run that saves there; else all are looked at.",
-            shell_complete=completing.runs,
+            autocompletion=completing.runs,
         ),
     ] = None,
     is_offline: Annotated[

@@ -52,7 +52,7 @@ def import_checkpoints(
             "-r",
             metavar="RUN",
             help="project/run to record them in; made when new.",
-            shell_complete=completing.runs,
+            autocompletion=completing.runs,
         ),
     ],
     part: Annotated[

@@ -32,7 +32,7 @@ _EXPENDABLE = ("SESSION", "USER", "HOST", "LAST SEEN", "WRITING", "CHECKPOINTS",
 def list_runs(
     project: Annotated[
         str | None,
-        typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.", shell_complete=completing.projects),
+        typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.", autocompletion=completing.projects),
     ] = None,
     limit: Limit = 50,
     as_json: AsJson = False,

@@ -30,7 +30,7 @@ def show_status(
     run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="project/run, or project/run:part for one part.", shell_complete=completing.runs
+            metavar="RUN", help="project/run, or project/run:part for one part.", autocompletion=completing.runs
         ),
     ],
     max_age_s: Annotated[

@@ -21,7 +21,7 @@ _EXPENDABLE = ("CHUNKS", "DTYPE", "SIZE IN FILES", "SHAPE")
 
 def list_tensors(
     ref: Annotated[
-        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", shell_complete=completing.refs)
+        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", autocompletion=completing.refs)
     ],
     prefix: Annotated[str, typer.Option("--prefix", "-p", help="Only entries whose name starts with this.")] = "",
     limit: Limit = 50,

@@ -39,7 +39,7 @@ def verify_checkpoint(
         typer.Argument(
             metavar="REF|DIR",
             help="project/run@1500, @latest; or a checkpoint directory or URL.",
-            shell_complete=completing.refs,
+            autocompletion=completing.refs,
         ),
     ],
     ranks: Annotated[

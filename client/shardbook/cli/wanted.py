@@ -23,7 +23,7 @@ Target = Annotated[
     typer.Argument(
         metavar="REF",
         help="project/run@1500, @1500.s3, @latest; or a directory or URL.",
-        shell_complete=completing.refs,
+        autocompletion=completing.refs,
     ),
 ]
 

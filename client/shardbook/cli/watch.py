@@ -54,7 +54,7 @@ def watch(
         typer.Argument(
             metavar="[RUN]",
             help="project/run, project/run:part, or a pattern: 'llm/*'.",
-            shell_complete=completing.runs,
+            autocompletion=completing.runs,
         ),
     ] = EVERYTHING,
     filter_text: Annotated[

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from shardbook.cli import completing
 from shardbook.client import Client
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.saves import save
@@ -35,7 +34,6 @@ def complete(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> Complete:
         monkeypatch.setenv("_SHARDBOOK_COMPLETE", "complete_bash")
         monkeypatch.setenv("COMP_WORDS", "\n".join(["shardbook", *words]))
         monkeypatch.setenv("COMP_CWORD", str(len(words)))
-        monkeypatch.setattr(completing, "_kept", "")
         ran = shardbook()
         assert "" == ran.err
         return ran.out.split()
