@@ -56,7 +56,8 @@ def _mend() -> str:
     for word in (*words, "")[: at + 1]:
         is_break = bool(_BREAKS.fullmatch(word))
         if len(mended_words) > 1 and (is_break or is_open):
-            kept = mended_words[-1] + (word if is_break else "")
+            # A break that is the last word is one that bash replaces.
+            kept = mended_words[-1]
             mended_words[-1] += word
         else:
             kept = ""

@@ -48,7 +48,7 @@ def complete(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> Complete:
         (("ls", "complete/"), [RUN, "complete/other"]),
         (("status", "complete/8"), [RUN]),
         (("show", "complete/8"), [f"{RUN}@latest"]),
-        (("show", RUN, "@"), ["latest", "good", "1500", "1000"]),
+        (("show", RUN, "@"), ["@latest", "@good", "@1500", "@1000"]),
         (("show", RUN, "@", "1"), ["1500", "1000"]),
         (("show", RUN, ":", "default", "@", "15"), ["1500"]),
         (("diff", RUN, "@", "1000", RUN, "@", "g"), ["good"]),
@@ -62,7 +62,7 @@ def complete(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> Complete:
 def test_names_come_from_the_server(
     catalogue: Client, complete: Complete, words: tuple[str, ...], offered: list[str]
 ) -> None:
-    """Rule: what begins like the word; bash gets what stands after the `@` or `:` that it stops at."""
+    """Rule: what begins like the word; bash gets what stands after the `@` or `:` that it stops at, and one that it is at."""
     assert sorted(offered) == sorted(complete(*words))
 
 
