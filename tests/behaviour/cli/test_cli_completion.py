@@ -62,7 +62,7 @@ def complete(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> Complete:
 def test_names_come_from_the_server(
     catalogue: Client, complete: Complete, words: tuple[str, ...], offered: list[str]
 ) -> None:
-    """Rule: what begins like the word; bash gets what stands after the `@` or `:` that it stops at, and one that it is at."""
+    """Rule: what begins like the word; bash gets what stands after the `@` or `:` that it stops at."""
     assert sorted(offered) == sorted(complete(*words))
 
 
