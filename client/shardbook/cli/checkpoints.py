@@ -9,9 +9,20 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import Checkpoint, CheckpointState
-from shardbook.cli import completing, names, output
+from shardbook.cli import completing, names, output, progress
 from shardbook.cli.describing import note_text
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    Limit,
+    Plain,
+    Server,
+    Timeout,
+    client_of,
+    counted,
+    page_size,
+    take,
+)
 from shardbook.core.names import RunName
 from shardbook.descriptions import RankInfo, SaveTiming, Writer
 
@@ -81,7 +92,8 @@ def list_checkpoints(
     found = client.list_checkpoints(
         name, part=part, show_all=show_all, filter=filter_text, order_by=order_by, page_size=page_size(limit)
     )
-    checkpoints, more = take(found, limit)
+    with progress.shown("listing", is_wanted=not (is_plain or as_json)) as tell:
+        checkpoints, more = take(counted(found, tell, "checkpoints"), limit)
     if as_json:
         rows = [checkpoint.to_json() for checkpoint in checkpoints]
         # By part. The listing does not say: what @latest means need not be among what it shows.
