@@ -35,7 +35,7 @@ _COMMIT_S: Final = 20.0
 def expected(name: str, step: int) -> npt.NDArray[np.float32]:
     """Returns the values of a tensor at a step."""
     rows, columns = SHAPES[name]
-    return (np.arange(rows * columns, dtype=np.float32) / step).reshape(rows, columns)
+    return (np.arange(rows * columns, dtype=np.float32) / np.float32(step)).reshape(rows, columns)
 
 
 class DemoJob:
@@ -145,8 +145,9 @@ class DemoJob:
             shapes=shapes,
             key_paths=None,
         )
-        sizes = shapes // [WORLD_SIZE, 1]
-        plan = RankPlan(table, np.arange(count), sizes * [rank, 0], sizes)
+        sizes = shapes // np.array([WORLD_SIZE, 1], np.int64)
+        offsets = sizes * np.array([rank, 0], np.int64)
+        plan = RankPlan(table, np.arange(count), offsets, sizes)
         structure = RankStructure(
             plan,
             kept=np.arange(count),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from shardbook.client import Client
+from shardbook.errors import NotFoundError
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.saves import save
 
@@ -19,6 +21,9 @@ Complete = Callable[..., list[str]]
 @pytest.fixture
 def catalogue(client: Client, tmp_path: Path) -> Client:
     """Two runs of one project; one has an alias of its own."""
+    with suppress(NotFoundError):
+        client.get_checkpoint(f"{RUN}@good")
+        return client  # the server is the module's
     for step in (1000, 1500):
         save(client, tmp_path / str(step), step, run=RUN, incarnation=b"c" * 16)
     save(client, tmp_path / "other", 7, run="complete/other", incarnation=b"d" * 16)
