@@ -63,9 +63,9 @@ def test_a_stuck_save_says_who_is_missing(client: Client, shardbook: Shardbook, 
     assert ("writing", 2, 2) == tuple(attempt[name] for name in ("phase", "registered_count", "missing_count"))
     assert [("gpu-0", 1, "1"), ("gpu-1", 1, "2")] == [tuple(one.values()) for one in attempt["missing_hosts"]]
     client.set_alias("stuck/run@good", "stuck/run@5", protected=True)
-    out = shardbook("status", "stuck/run")
-    assert ["alias", "@good: stuck/run@5.s1.a1, protected"] in out.rows
-    assert ["alias", "@latest: stuck/run@5.s1.a1"] in out.rows
+    ran = shardbook("status", "stuck/run")
+    assert ["alias", "@good: stuck/run@5.s1.a1, protected"] in ran.rows
+    assert ["alias", "@latest: stuck/run@5.s1.a1"] in ran.rows
     register(client, who, tmp_path, ranks=(1, 2))
     assert "stuck/run@10.s1.a1: committing" in shardbook("status", "stuck/run").out
     client.commit_when_complete(pb.CommitCheckpointRequest(key=attempt_key(who)), timeout_s=10)
