@@ -192,7 +192,7 @@ def follow(session: Session, known: Known) -> None:
     job = Writer(Client(known.address), run, rank_payloads(Workload(8, TENSORS, 8)), random.Random())
     job.start()
     job.register(step, range(6))
-    session.type(f"status {run}:default", r"6 of 8 [\s\S]*missing +6, 7")
+    session.type(f"status {run}:default", r"6 of 8 [\s\S]*missing +6-7")
 
     session.title("Somebody watches while it is committed")
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from shardbook.cli import completing
 from shardbook.client import Client
 from shardbook.errors import NotFoundError
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.saves import save
 
 RUN = "complete/8b-v3"
+PATIENCE_S = completing._PATIENCE_S
 Complete = Callable[..., list[str]]
 
 
@@ -29,6 +31,12 @@ def catalogue(client: Client, tmp_path: Path) -> Client:
     save(client, tmp_path / "other", 7, run="complete/other", incarnation=b"d" * 16)
     client.set_alias(f"{RUN}@good", f"{RUN}@1000")
     return client
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no server that is away."""
+    monkeypatch.setattr(completing, "_PATIENCE_S", 20.0)
 
 
 @pytest.fixture
@@ -73,6 +81,7 @@ def test_names_come_from_the_server(
 
 def test_a_server_that_is_away_completes_to_nothing_soon(complete: Complete, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule: silently; the line being written is not disturbed. Commands and options need no server."""
+    monkeypatch.setattr(completing, "_PATIENCE_S", PATIENCE_S)
     monkeypatch.setenv("SHARDBOOK_SERVER", "127.0.0.1:9")
     began_s = time.monotonic()
     assert [] == complete("show", "llm/")
