@@ -20,7 +20,9 @@ from shardbook.cli.read import Statistics
 from shardbook.collecting import LeftAttempt
 from shardbook.comparing import CheckpointDiff, ComparedCheckpoint, TensorChange, TensorFacts
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
-from shardbook.descriptions import Alias, PhaseTiming, Project, RankInfo, SaveTiming, Writer
+from shardbook.core.retention import RetentionPolicy
+from shardbook.deleting import DeletedFiles, FileList
+from shardbook.descriptions import Alias, Hold, PhaseTiming, Project, PruneDecision, RankInfo, SaveTiming, Writer
 from shardbook.doctor import Finding
 from shardbook.importing import ImportedCheckpoint
 from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus
@@ -67,6 +69,13 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook show` | `{"checkpoint": checkpoint}`; with `--ranks` also `"ranks": [rank]` |
 | `shardbook label`, `metric`, `note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
+| `shardbook hold` | `{"checkpoint": checkpoint, "hold": hold}` |
+| `shardbook release`, `undelete` | `{"checkpoint": checkpoint}` |
+| `shardbook rm` | `{"checkpoint": checkpoint, "deleted_aliases": [name], "files": deleted files, or null}` |
+| `shardbook rm --dry-run` | `{"files": files}` |
+| `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref]}`, and what was done: \
+`"deleted": [decision], "files": [deleted files], "failures": [{"ref": ref, "message": text}]` |
+| `shardbook policy` | `{"policy": policy, or null}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook chunks` | `{"tensor": {"fqn", "dtype", "shape", "chunk_count"}, "directory": path or URL, \
 "chunks": [printed chunk], "more": bool}` |
@@ -93,6 +102,11 @@ _OBJECTS = (
     ("timing of a phase", PhaseTiming),
     ("rank", RankInfo),
     ("alias", Alias),
+    ("hold", Hold),
+    ("files", FileList),
+    ("deleted files", DeletedFiles),
+    ("decision", PruneDecision),
+    ("policy", RetentionPolicy),
     ("project", Project),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),

@@ -15,7 +15,7 @@ import importlib.metadata
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet, ServiceDescriptorProto
@@ -74,8 +74,13 @@ def generate() -> dict[str, str]:
             raise GeneratorError("protoc refused the proto files; its message is above")
         files = {path.name: path.read_text() for path in (Path(scratch) / PACKAGE).iterdir()}
         descriptors = FileDescriptorSet.FromString((Path(scratch) / "descriptors").read_bytes())
+    homes = {
+        f".{file.package}.{message.name}": f"{Path(file.name).stem}_pb2"
+        for file in descriptors.file
+        for message in file.message_type
+    }
     for file in descriptors.file:
-        files[f"{Path(file.name).stem}_pb2_grpc.pyi"] = "".join(_service_stubs(file))
+        files[f"{Path(file.name).stem}_pb2_grpc.pyi"] = "".join(_service_stubs(file, homes))
     result = {name: HEADER + (_strict(text) if name.endswith("_pb2.pyi") else text) for name, text in files.items()}
     result["__init__.py"] = HEADER + INIT
     return result
@@ -132,24 +137,28 @@ def _strict(text: str) -> str:
     return text
 
 
-def _service_stubs(file: FileDescriptorProto) -> Iterator[str]:
-    """Yields the ``.pyi`` of a file's services."""
+def _service_stubs(file: FileDescriptorProto, homes: Mapping[str, str]) -> Iterator[str]:
+    """Yields the ``.pyi`` of a file's services; ``homes`` are the modules of messages."""
     yield f'"""Types of the services in {Path(file.name).name}."""\n\n'
     if not file.service:
         return
     yield "from collections.abc import AsyncIterator, Awaitable\n"
     yield "from typing import type_check_only\n\n"
     yield "import grpc\nimport grpc.aio\n\n"
-    module = f"{Path(file.name).stem}_pb2"
-    yield f"from shardbook.v1 import {module}\n"
+    used = {
+        homes[name] for one in file.service for method in one.method for name in (method.input_type, method.output_type)
+    }
+    yield f"from shardbook.v1 import {', '.join(sorted(used))}\n"
     for service in file.service:
-        yield from _stub(service, module, kind="Stub", channel="grpc.Channel", package="grpc")
+        yield from _stub(service, homes, kind="Stub", channel="grpc.Channel", package="grpc")
         yield "\n@type_check_only"
-        yield from _stub(service, module, kind="AsyncStub", channel="grpc.aio.Channel", package="grpc.aio")
-        yield from _servicer(service, module)
+        yield from _stub(service, homes, kind="AsyncStub", channel="grpc.aio.Channel", package="grpc.aio")
+        yield from _servicer(service, homes)
 
 
-def _stub(service: ServiceDescriptorProto, module: str, *, kind: str, channel: str, package: str) -> Iterator[str]:
+def _stub(
+    service: ServiceDescriptorProto, homes: Mapping[str, str], *, kind: str, channel: str, package: str
+) -> Iterator[str]:
     either = "grpc.Channel | grpc.aio.Channel" if kind == "Stub" else channel
     yield f"\nclass {service.name}{kind}:\n    def __init__(self, channel: {either}) -> None: ...\n"
     for method in service.method:
@@ -157,14 +166,14 @@ def _stub(service: ServiceDescriptorProto, module: str, *, kind: str, channel: s
             "Stream" if streams else "Unary" for streams in (method.client_streaming, method.server_streaming)
         )
         call = f"{sent}{answered}MultiCallable"
-        request, response = _types(method.input_type, module), _types(method.output_type, module)
+        request, response = _type(method.input_type, homes), _type(method.output_type, homes)
         yield f"    {method.name}: {package}.{call}[{request}, {response}]\n"
 
 
-def _servicer(service: ServiceDescriptorProto, module: str) -> Iterator[str]:
+def _servicer(service: ServiceDescriptorProto, homes: Mapping[str, str]) -> Iterator[str]:
     yield f"\nclass {service.name}Servicer:\n"
     for method in service.method:
-        request, response = _types(method.input_type, module), _types(method.output_type, module)
+        request, response = _type(method.input_type, homes), _type(method.output_type, homes)
         result = f"AsyncIterator[{response}]" if method.server_streaming else f"Awaitable[{response}]"
         # As protoc names it.
         sent = f"request_iterator: AsyncIterator[{request}]" if method.client_streaming else f"request: {request}"
@@ -178,9 +187,9 @@ def _servicer(service: ServiceDescriptorProto, module: str) -> Iterator[str]:
     )
 
 
-def _types(name: str, module: str) -> str:
-    """Python name of a message; every request and response lives in the file of its service (buf STANDARD)."""
-    return f"{module}.{name.rsplit('.', 1)[1]}"
+def _type(name: str, homes: Mapping[str, str]) -> str:
+    """Python name of a message."""
+    return f"{homes[name]}.{name.rsplit('.', 1)[1]}"
 
 
 if __name__ == "__main__":

@@ -80,6 +80,18 @@ class Tree(Protocol):
         """Writes a file durably and as a whole, in place of an older one; makes its directory where it lacks."""
         ...
 
+    def remove(self, path: str) -> bool:
+        """Removes a file; False when it is not there."""
+        ...
+
+    def remove_directory(self, path: str) -> None:
+        """Removes a directory if it is empty; one that is not, or that cannot be removed, stays."""
+        ...
+
+    def flush(self, path: str) -> None:
+        """Makes durable what was removed from a directory, where the filesystem has to be asked."""
+        ...
+
 
 @contextmanager
 def storage_errors(what: str, path: str) -> Iterator[None]:
@@ -256,7 +268,24 @@ class _LocalTree:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        self.flush(str(target.parent))
+
+    def remove(self, path: str) -> bool:
+        try:
+            Path(path).unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def remove_directory(self, path: str) -> None:
+        with suppress(OSError):
+            Path(path).rmdir()
+
+    def flush(self, path: str) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return
         try:
             os.fsync(descriptor)
         finally:
@@ -371,6 +400,22 @@ class _FsspecTree:
                 file.writelines(content)
                 file.flush()
                 self._fs.put_file(file.name, self._inside(path))
+
+    def remove(self, path: str) -> bool:
+        with storage_errors("remove", path):
+            try:
+                self._fs.rm_file(self._inside(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def remove_directory(self, path: str) -> None:
+        # Object stores have none, and say so in words of their own.
+        with suppress(Exception):
+            self._fs.rmdir(self._inside(path))
+
+    def flush(self, path: str) -> None:
+        """Removals are durable when they are answered."""
 
     def _inside(self, path: str) -> str:
         import fsspec

@@ -21,6 +21,10 @@ class EventKind(IntEnum):
     LATEST_MOVED = 5
     ALIAS_MOVED = 6
     ALIAS_DELETED = 7
+    DELETED = 8
+    UNDELETED = 9
+    DATA_LOST = 10
+    DATA_FOUND = 11
 
 
 @dataclass(frozen=True)
