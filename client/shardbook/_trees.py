@@ -40,10 +40,6 @@ class Tree(Protocol):
         """
         ...
 
-    def remove(self, path: str) -> None:
-        """Removes a file; nothing when it is not there."""
-        ...
-
     def remove_empty(self, path: str) -> None:
         """Removes a directory and those below it, as far as they are empty; nothing where there are none."""
         ...
@@ -85,7 +81,7 @@ class Tree(Protocol):
         ...
 
     def remove_directory(self, path: str) -> None:
-        """Removes a directory if it is empty; one that is not, or that cannot be removed, stays."""
+        """Removes a directory alone if it is empty; one that is not, or that cannot be removed, stays."""
         ...
 
     def flush(self, path: str) -> None:
@@ -207,9 +203,6 @@ class _LocalTree:
                     found[full.relative_to(path).as_posix()] = FileFacts(facts.st_size, facts.st_mtime)
         return found
 
-    def remove(self, path: str) -> None:
-        Path(path).unlink(missing_ok=True)
-
     def remove_empty(self, path: str) -> None:
         for folder, _, _ in os.walk(path, topdown=False):
             with suppress(OSError):  # not empty, or gone
@@ -319,10 +312,6 @@ class _FsspecTree:
                 return {}
         below = {name: info for name, info in listed.items() if str(name).startswith(f"{inside}/")}
         return {str(name)[len(inside) + 1 :]: facts_of(info) for name, info in below.items()}
-
-    def remove(self, path: str) -> None:
-        with storage_errors("remove", path), suppress(FileNotFoundError):
-            self._fs.rm_file(self._inside(path))
 
     def remove_empty(self, path: str) -> None:
         # Object stores have no directories; others have those that somebody made.

@@ -58,6 +58,7 @@ class MetadataService:
             name: The checkpoint.
             fqn_prefix: Only entries whose fqn starts with this.
             held_structure_digest: A checkpoint of this structure is answered without head and blocks.
+            show_deleted: That of a deleted checkpoint too, until it is purged.
 
         Raises:
             NotFoundError: ``name`` means no checkpoint; or one that is deleted, unless ``show_deleted``, or purged.
