@@ -127,7 +127,7 @@ def test_killed_anywhere_nothing_claims_to_be_whole_that_is_not(tmp_path: Path, 
             saved(path, other)
         saved(path, who)
         try:
-            remove(Fragile(open_tree(path), fatal), doomed(path, who))  # type: ignore[arg-type]
+            remove(Fragile(open_tree(path), fatal), doomed(path, who))
         except KilledError:
             is_over = False
         else:
@@ -246,11 +246,11 @@ class TestDirectories:
         saved(tmp_path / "step-2", identity(2, session=1))
         for fatal in (4, 8):
             with pytest.raises(KilledError):
-                remove(Fragile(open_tree(path), fatal), doomed(path, who))  # type: ignore[arg-type]
+                remove(Fragile(open_tree(path), fatal), doomed(path, who))
             plan = plan_directories([tmp_path], LAST, now_us=NOW_US)
             assert ["llm/8b@2.s1.a1"] == [one.ref for one in plan.decisions]
             assert ((str(path), "llm/8b@1.s1.a1"),) == plan.unfinished
-        plan.delete()
+        plan_directories([tmp_path], LAST, now_us=NOW_US).delete()
         assert not path.exists()
         assert () == plan_directories([tmp_path], LAST, now_us=NOW_US).unfinished
 
