@@ -26,6 +26,7 @@ from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import DATA_MISSING, FILES_GOING, FILES_GONE, PURGED, CheckpointRow
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.events import Event, EventKind
+from shardbook_server.storage.runs import PartRow
 
 #: How long a deleted checkpoint can be brought back, unless it is set otherwise, seconds.
 UNDELETE_S: Final = 7 * 86_400.0
@@ -131,7 +132,7 @@ class DeletionService:
                 checkpoint_rows.supersede(connection, live.id)
                 events.append(Event(EventKind.SUPERSEDED, row.part_id, live.id))
             rows.mark_undeleted(connection, row.id, live=takes_over)
-            if takes_over and not row.flags & DATA_MISSING and moves_latest(connection, part, row):
+            if takes_over and (part.latest_id is None or _takes_latest(connection, part, row)):
                 run_rows.set_latest(connection, row.part_id, row.id)
                 events.append(Event(EventKind.LATEST_MOVED, row.part_id, row.id))
             events += follow(connection, row.part_id, now_us)
@@ -174,7 +175,7 @@ class DeletionService:
     def _latest_of_whole(connection: Connection, row: CheckpointRow, *, missing: bool) -> list[Event]:
         part = run_rows.part_by_id(connection, row.part_id)
         if missing:
-            wanted = rows.newest_whole(connection, row.part_id) if part.latest_id == row.id else None
+            wanted = rows.newest_live(connection, row.part_id, whole=True) if part.latest_id == row.id else None
         else:
             wanted = row.id if row.live and moves_latest(connection, part, row) else None
         if wanted is None or wanted == part.latest_id:
@@ -247,11 +248,15 @@ def mark(
     rows.mark_deleted(connection, [row.id for row in deleted], now_us, now_us + undelete_us, files=files)
     told = [*events, *(Event(EventKind.DELETED, part.id, row.id) for row in deleted)]
     if part.latest_id in {row.id for row in deleted}:
-        newest = rows.newest_whole(connection, part.id)
+        newest = rows.newest_live(connection, part.id, whole=True) or rows.newest_live(connection, part.id, whole=False)
         run_rows.set_latest(connection, part.id, newest)
         told.append(Event(EventKind.LATEST_MOVED, part.id, newest or 0))
     told += follow(connection, part.id, now_us)
     event_rows.append(connection, told, now_us)
+
+
+def _takes_latest(connection: Connection, part: PartRow, row: CheckpointRow) -> bool:
+    return not row.flags & DATA_MISSING and moves_latest(connection, part, row)
 
 
 def _check_undeletable(row: CheckpointRow, name: CheckpointName) -> None:

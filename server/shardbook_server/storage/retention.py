@@ -91,9 +91,14 @@ def set_flags(connection: Connection, checkpoint_id: int, flags: int) -> None:
     connection.execute(update(checkpoints).where(checkpoints.c.id == checkpoint_id).values(flags=flags))
 
 
-def newest_whole(connection: Connection, part_id: int) -> int | None:
-    """Returns the live checkpoint of a part with the highest session and step whose data is not known to be lost."""
-    where = (checkpoints.c.part_id == part_id, IS_LIVE, checkpoints.c.flags.op("&")(DATA_MISSING) == 0)
+def newest_live(connection: Connection, part_id: int, *, whole: bool) -> int | None:
+    """Returns the live checkpoint of a part with the highest session and step; None when there is none.
+
+    With ``whole`` of those alone whose data is not known to be lost.
+    """
+    where = [checkpoints.c.part_id == part_id, IS_LIVE]
+    if whole:
+        where.append(checkpoints.c.flags.op("&")(DATA_MISSING) == 0)
     order = (checkpoints.c.session.desc(), SAVE_TIME.desc())
     if connection.scalar(select(func.max(checkpoints.c.session)).where(*where)) != 0:
         # Only what was saved offline has no order but time.
