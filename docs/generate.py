@@ -67,14 +67,17 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
 | `shardbook show` | `{"checkpoint": checkpoint}`; with `--ranks` also `"ranks": [rank]` |
-| `shardbook label`, `metric`, `note` | `{"checkpoint": checkpoint}` |
+| `shardbook label` | `{"checkpoint": checkpoint}` |
+| `shardbook metric` | `{"checkpoint": checkpoint}` |
+| `shardbook note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
 | `shardbook hold` | `{"checkpoint": checkpoint, "hold": hold}` |
-| `shardbook release`, `undelete` | `{"checkpoint": checkpoint}` |
+| `shardbook release` | `{"checkpoint": checkpoint}` |
+| `shardbook undelete` | `{"checkpoint": checkpoint}` |
 | `shardbook rm` | `{"checkpoint": checkpoint, "deleted_aliases": [name], "files": deleted files, or null}` |
 | `shardbook rm --dry-run` | `{"files": files}` |
-| `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref]}`, and what was done: \
-`"deleted": [decision], "files": [deleted files], "failures": [{"ref": ref, "message": text}]` |
+| `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref], "deleted": [decision], \
+"files": [deleted files], "failures": [{"ref": ref, "message": text}]}` |
 | `shardbook policy` | `{"policy": policy, or null}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook chunks` | `{"tensor": {"fqn", "dtype", "shape", "chunk_count"}, "directory": path or URL, \

@@ -70,7 +70,9 @@ def rm(
             return
         if delete_data:
             output.print_table((("FILE", False),), ((path,) for path in listed.files), is_plain=is_plain)
-        output.print_line(f"{len(listed.files)} files, {output.size(listed.size_bytes)} in {listed.directory}")
+        output.print_line(
+            f"{len(listed.files)} files, {output.size(listed.size_bytes)} in {listed.directory}", is_plain=is_plain
+        )
         return
     if delete_data:
         with asking_storage():
@@ -86,9 +88,9 @@ def rm(
         output.print_json(answer | {"files": None if files is None else files.to_json()})
         return
     gone = f", and the aliases {', '.join(aliases)}" if aliases else ""
-    output.print_line(f"deleted {checkpoint.ref}{gone}")
+    output.print_line(f"deleted {checkpoint.ref}{gone}", is_plain=is_plain)
     here = config.stores.here(checkpoint.location) or checkpoint.location
-    output.print_line(_left(checkpoint, here) if files is None else told(files))
+    output.print_line(_left(checkpoint, here) if files is None else told(files), is_plain=is_plain)
 
 
 def told(files: DeletedFiles) -> str:
@@ -114,6 +116,7 @@ def _left(checkpoint: Checkpoint, directory: str) -> str:
 def undelete(
     ref: Ref,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = _TIMEOUT_S,
 ) -> None:
@@ -124,7 +127,7 @@ def undelete(
         output.print_json({"checkpoint": checkpoint.to_json()})
         return
     means = f", which {', '.join(checkpoint.aliases)} means" if checkpoint.aliases else ""
-    output.print_line(f"{checkpoint.ref} is back{means}")
+    output.print_line(f"{checkpoint.ref} is back{means}", is_plain=is_plain)
 
 
 def hold(
@@ -140,6 +143,7 @@ def hold(
     ],
     holder: Holder = None,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = _TIMEOUT_S,
 ) -> None:
@@ -155,7 +159,8 @@ def hold(
         return
     output.print_line(
         f"{checkpoint.ref} is held by {held.holder} until {output.time(held.expire_time)}; "
-        f"`shardbook release {checkpoint.ref} --name {held.holder}` ends that"
+        f"`shardbook release {checkpoint.ref} --name {held.holder}` ends that",
+        is_plain=is_plain,
     )
 
 
@@ -163,6 +168,7 @@ def release(
     ref: Ref,
     holder: Holder = None,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = _TIMEOUT_S,
 ) -> None:
@@ -174,7 +180,9 @@ def release(
         output.print_json({"checkpoint": checkpoint.to_json()})
         return
     left = ", ".join(one.holder for one in checkpoint.holds)
-    output.print_line(f"{checkpoint.ref} is not held by {who}" + (f", but by {left}" if left else ""))
+    output.print_line(
+        f"{checkpoint.ref} is not held by {who}" + (f", but by {left}" if left else ""), is_plain=is_plain
+    )
 
 
 def _me() -> str:

@@ -229,6 +229,7 @@ def policy(
     newer_than_s: NewerThan = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the stored policy.")] = False,
     as_json: AsJson = False,
+    is_plain: Plain = False,
     server: Server = None,
     timeout_s: Timeout = _TIMEOUT_S,
 ) -> None:
@@ -248,9 +249,9 @@ def policy(
     if as_json:
         output.print_json({"policy": None if stored is None else stored.to_json()})
     elif stored is None:
-        output.print_line(f"no policy: `shardbook policy {run} --keep-last 5` stores one")
+        output.print_line(f"no policy: `shardbook policy {run} --keep-last 5` stores one", is_plain=is_plain)
     else:
-        output.print_facts(_rules(stored))
+        output.print_facts(_rules(stored), is_plain=is_plain)
 
 
 def _policy(

@@ -68,8 +68,8 @@ def verify_checkpoint(
         output.print_json({"report": report.to_json()})
     else:
         _print(target, report, is_plain=is_plain)
-        for line in told:
-            output.print_line(line, is_plain=is_plain)
+    for line in told:
+        output.print_error(line)
     if not report.is_ok:
         raise typer.Exit(NEGATIVE)
 

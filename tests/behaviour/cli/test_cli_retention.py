@@ -215,7 +215,7 @@ class TestPrune:
         assert 0 == shardbook(*arguments, "--delete-files", "--yes").code
         assert (False, True) == (first.exists(), second.exists())
         ran = shardbook("verify", f"{run}@1")
-        assert (1, True) == (ran.code, "flagged in the catalogue" in ran.out)
+        assert (1, True) == (ran.code, "flagged in the catalogue" in ran.err)
 
     def test_somebody_at_the_terminal_is_asked(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
@@ -246,14 +246,14 @@ class TestLostData:
         content = file.read_bytes()
         file.unlink()
         ran = shardbook("verify", f"{run}@latest")
-        assert (1, True) == (ran.code, "flagged in the catalogue: its data is missing" in ran.out)
+        assert (1, True) == (ran.code, "flagged in the catalogue: its data is missing" in ran.err)
         assert [["2", "data missing"], ["1", "committed"]] == [row[:2] for row in shardbook("ls", run).rows[1:]]
         assert "missing: `shardbook verify" in shardbook("show", f"{run}@2").out
         assert 1 == client.get_checkpoint(f"{run}@latest").step
         assert 0 == shardbook("verify", f"{run}@2", "--rank", "0").code
         assert client.get_checkpoint(f"{run}@2").data_missing
         file.write_bytes(content)
-        assert "no longer flagged" in shardbook("verify", f"{run}@2").out
+        assert "no longer flagged" in shardbook("verify", f"{run}@2").err
         assert (2, False) == ((found := client.get_checkpoint(f"{run}@latest")).step, found.data_missing)
 
     def test_a_volume_that_is_not_here_flags_nothing(
