@@ -20,17 +20,18 @@ RM_EXAMPLES = """\b
 Examples:
   shardbook rm llm/8b-v3@1500
   shardbook rm llm/8b-v3@1500 --delete-files --dry-run
-  shardbook rm llm/8b-v3@1500 --delete-files
-  shardbook undelete llm/8b-v3@1500"""
+  shardbook rm llm/8b-v3@1500 --delete-files"""
 UNDELETE_EXAMPLES = """\b
 Examples:
-  shardbook ls llm/8b-v3 --all --filter 'state = DELETED'
   shardbook undelete llm/8b-v3@1500
   shardbook undelete llm/8b-v3@1500.s3.a1"""
 HOLD_EXAMPLES = """\b
 Examples:
   shardbook hold llm/8b-v3@latest --ttl 2h
-  shardbook hold llm/8b-v3@1500 --ttl 7d --name eval-mmlu
+  shardbook hold llm/8b-v3@1500 --ttl 7d --name eval-mmlu"""
+RELEASE_EXAMPLES = """\b
+Examples:
+  shardbook release llm/8b-v3@1500
   shardbook release llm/8b-v3@1500 --name eval-mmlu"""
 #: Deadline of one call, seconds: the metadata of a large checkpoint takes its time.
 _TIMEOUT_S = 60.0

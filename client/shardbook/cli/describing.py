@@ -15,12 +15,10 @@ from shardbook.errors import InvalidArgumentError
 LABEL_EXAMPLES = """\b
 Examples:
   shardbook label llm/8b-v3@1500 stage=eval owner=ada
-  shardbook label llm/8b-v3@1500 --remove stage
-  shardbook ls 'llm/*' --filter 'labels.stage = eval'"""
+  shardbook label llm/8b-v3@1500 --remove stage"""
 METRIC_EXAMPLES = """\b
 Examples:
-  shardbook metric llm/8b-v3@1500 val_loss=1.87 mmlu=0.62
-  shardbook ls 'llm/*' --order-by metrics.val_loss --limit 1"""
+  shardbook metric llm/8b-v3@1500 val_loss=1.87 mmlu=0.62"""
 NOTE_EXAMPLES = """\b
 Examples:
   shardbook note llm/8b-v3@1500 "before the learning rate was halved"
