@@ -172,4 +172,4 @@ def test_rules_hold_in_any_order(services: Services, clock: Clock) -> None:
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(lambda: Keeping(services, clock), settings=some)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(lambda: Keeping(services, clock), settings=some)  # type: ignore[arg-type]
