@@ -24,6 +24,7 @@ from shardbook.core.retention import RetentionPolicy
 from shardbook.deleting import DeletedFiles, FileList
 from shardbook.descriptions import Alias, Hold, PhaseTiming, Project, PruneDecision, RankInfo, SaveTiming, Writer
 from shardbook.doctor import Finding
+from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
 from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus
 from shardbook.sync import SyncedAttempt
@@ -79,6 +80,9 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref], "deleted": [decision], \
 "files": [deleted files], "failures": [{"ref": ref, "message": text}]}` |
 | `shardbook policy` | `{"policy": policy, or null}` |
+| `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
+| `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
+| `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook chunks` | `{"tensor": {"fqn", "dtype", "shape", "chunk_count"}, "directory": path or URL, \
 "chunks": [printed chunk], "more": bool}` |
@@ -111,6 +115,9 @@ _OBJECTS = (
     ("decision", PruneDecision),
     ("policy", RetentionPolicy),
     ("project", Project),
+    ("event", Event),
+    ("subscription", Subscription),
+    ("claim", Claim),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),
     ("report", VerifyReport),
@@ -212,6 +219,10 @@ def _command(words: str, command: Any) -> Iterator[str]:
         yield from ("", "| | |", "|---|---|", *rows)
 
 
+def _shown(default: object) -> str:
+    return f"{default:g}" if isinstance(default, int | float) else str(default)
+
+
 def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
     for argument in arguments:
         yield f"| `{_cell(argument.metavar)}` | {_cell(argument.help or '')} |"
@@ -219,7 +230,7 @@ def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
         if option.param_type_name == "option":
             names = ", ".join([*option.opts, *option.secondary_opts])
             value = "" if option.is_flag else f" {option.metavar or 'TEXT'}"
-            default = "" if option.is_flag or option.default in (None, "") else f" Default: {option.default:g}."
+            default = "" if option.is_flag or option.default in (None, "") else f" Default: {_shown(option.default)}."
             yield f"| `{names}{value}` | {_cell(option.help or '')}{default} |"
 
 

@@ -115,7 +115,9 @@ def test_crashes_at_commit(server: ServerProcess, api: Api, run: str) -> None:
     _crash(server, api, job.commit)
     listed = p2_no_torn_checkpoint(client, run, has_files=False)
     answer = p4_one_effect(job.commit, lambda: p2_no_torn_checkpoint(client, run, has_files=False))
-    assert [Checkpoint.of(answer)] == listed == list(client.list_checkpoints(run))
+    assert listed == list(client.list_checkpoints(run))
+    assert [answer.name] == [one.name for one in listed]
+    assert Checkpoint.of(answer) == client.get_checkpoint(answer.name)
     assert answer.name == client.get_checkpoint(f"{run}@latest").name
 
 

@@ -31,6 +31,7 @@ from shardbook.cli import (
     sync,
     tensors,
     verify,
+    watch,
 )
 
 _EPILOG = """\b
@@ -74,6 +75,7 @@ app.command("label", epilog=describing.LABEL_EXAMPLES)(describing.label)
 app.command("metric", epilog=describing.METRIC_EXAMPLES)(describing.metric)
 app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
 app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
+app.command("watch", epilog=watch.EXAMPLES)(watch.watch)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("chunks", epilog=chunks.EXAMPLES)(chunks.list_chunks)
 app.command("diff", epilog=diff.EXAMPLES)(diff.diff_checkpoints)

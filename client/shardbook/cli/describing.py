@@ -18,7 +18,8 @@ Examples:
   shardbook label llm/8b-v3@1500 --remove stage"""
 METRIC_EXAMPLES = """\b
 Examples:
-  shardbook metric llm/8b-v3@1500 val_loss=1.87 mmlu=0.62"""
+  shardbook metric llm/8b-v3@1500 val_loss=1.87 mmlu=0.62
+  shardbook metric llm/8b-v3@1500 --json | jq .checkpoint.metrics"""
 NOTE_EXAMPLES = """\b
 Examples:
   shardbook note llm/8b-v3@1500 "before the learning rate was halved"

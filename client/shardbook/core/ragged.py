@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -52,3 +53,16 @@ def within_group(counts: Int64Array) -> Int64Array:
 def rows_of(firsts: Int64Array, counts: Int64Array) -> Int64Array:
     """Returns the rows of the ranges ``firsts[i] .. firsts[i] + counts[i]``, one range after the other."""
     return np.repeat(firsts, counts) + within_group(counts)
+
+
+def bounds_of(counts: Iterable[int], limit: int) -> list[int]:
+    """Returns where to cut consecutive entries into pages of about ``limit`` chunks; the first is 0, the last T."""
+    bounds, held, at = [0], 0, 0
+    for at, count in enumerate(counts, 1):
+        held += count
+        if held >= limit:
+            bounds.append(at)
+            held = 0
+    if bounds[-1] != at:
+        bounds.append(at)
+    return bounds

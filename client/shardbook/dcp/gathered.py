@@ -29,6 +29,7 @@ from shardbook.dcp._torch import CURRENT_DCP_VERSION, StorageInfo
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.catching_up import Waiting, catch_up
 from shardbook.dcp.directory import exporter, publish
+from shardbook.dcp.ending import result_of, tell_outage, unregistered
 from shardbook.dcp.importing import encode_slices
 from shardbook.dcp.items import plan_columns, structure_columns
 from shardbook.dcp.results import SaveResult, SaveState, SaveStats
@@ -40,7 +41,6 @@ from shardbook.errors import (
     SessionFencedError,
     SessionUnknownError,
     ShardbookError,
-    UnregisteredError,
     UnsupportedMetadataError,
 )
 from shardbook.recording import record_attempt
@@ -197,15 +197,8 @@ class GatheredSave:
         if not is_outage(error):
             is_ours = isinstance(error, ShardbookError)
             _LOG.warning("step %d is on storage only: %s", self._attempt.step, self._reason, exc_info=not is_ours)
-        elif not self._runtime.outage_told:
-            self._runtime.outage_told = True
-            _LOG.warning(
-                "step %d and those to come are saved without the service until it answers: %s. The data is safe; the "
-                "first save that reaches the service records what it missed, or run `shardbook sync %s`",
-                self._attempt.step,
-                encodable(str(error)),
-                encodable(self._attempt.path),
-            )
+        else:
+            tell_outage(_LOG, logging.WARNING, self._runtime, self._attempt, error)
 
     def _fail(self, error: Exception) -> None:
         name = error.reason if isinstance(error, ShardbookError) else type(error).__name__
@@ -222,30 +215,16 @@ class GatheredSave:
         catch_up(self._runtime, self._files, attempt.step, is_committed=is_committed, exports=True)
 
     def _result(self, problems: Sequence[str], stats: SaveStats) -> SaveResult:
-        attempt, checkpoint = self._attempt, self._checkpoint
-        return SaveResult(
-            state=SaveState.UNREGISTERED if checkpoint is None else SaveState.COMMITTED,
-            ref=attempt.path if checkpoint is None else checkpoint.ref,
-            reason=encodable("; ".join(filter(None, (self._reason, *problems)))),
-            path=attempt.path,
-            step=attempt.step,
-            name="" if checkpoint is None else checkpoint.name,
-            attempt=attempt.number,
-            prefix=attempt.prefix,
-            stats=stats,
-        )
+        state = SaveState.UNREGISTERED if self._checkpoint is None else SaveState.COMMITTED
+        reason = "; ".join(filter(None, (self._reason, *problems)))
+        return result_of(self._attempt, state, self._checkpoint, reason, stats)
 
     def _raise_unregistered(self, result: SaveResult) -> None:
         if result.state is SaveState.COMMITTED:
             return
         if isinstance(self._error, SessionFencedError):
             raise self._error
-        shown = encodable(result.path)
-        raise UnregisteredError(
-            f"step {result.step} is in {shown}, but not in the catalogue ({result.reason}): run `shardbook sync "
-            f"{shown}` once the server is back",
-            metadata={"path": result.path},
-        ) from self._error
+        raise unregistered(self._attempt, result.reason) from self._error
 
 
 def _since(began_s: float) -> float:

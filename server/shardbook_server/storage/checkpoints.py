@@ -274,7 +274,7 @@ def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedC
     found: dict[int, ListedCheckpoint] = {}
     for some in slices(ids):
         rows = [
-            _listed(row) for row in connection.execute(_LISTED.where(among(connection, checkpoints.c.id, some))).all()
+            listed_of(row) for row in connection.execute(LISTED.where(among(connection, checkpoints.c.id, some))).all()
         ]
         found.update({listed.row.id: listed for listed in rows})
     return found
@@ -324,7 +324,8 @@ _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.warnings, "[]"),
 )
 _SHOWN = (projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE, parts.c.latest_id)
-_LISTED: Select[*tuple[Any, ...]] = (
+#: Checkpoints with their names and structures.
+LISTED: Select[*tuple[Any, ...]] = (
     select(checkpoints, *_SHOWN)
     .select_from(checkpoints)
     .join(parts, parts.c.id == checkpoints.c.part_id)
@@ -343,5 +344,6 @@ def _checkpoint(row: Row[*tuple[Any, ...]]) -> CheckpointRow:
     return CheckpointRow(*values)
 
 
-def _listed(row: Row[*tuple[Any, ...]]) -> ListedCheckpoint:
+def listed_of(row: Row[*tuple[Any, ...]]) -> ListedCheckpoint:
+    """Returns a row of ``LISTED``."""
     return ListedCheckpoint(_checkpoint(row), *list(row)[_WIDTH:])

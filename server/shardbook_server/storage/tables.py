@@ -7,19 +7,15 @@ database's clock.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import (
-    REAL,
-    BigInteger,
     Column,
-    Double,
     ForeignKey,
     Index,
     Integer,
     LargeBinary,
     MetaData,
-    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -27,31 +23,13 @@ from sqlalchemy import (
     literal_column,
     text,
 )
-from sqlalchemy.types import TypeEngine
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
+from shardbook_server.storage.columns import NAMING, Digest, Int64, Name, Number, Small
+from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
+from shardbook_server.storage.columns import STRICT as _STRICT
 
-#: 64-bit integer; SQLite's STRICT tables know it as INTEGER.
-Int64 = BigInteger().with_variant(Integer(), "sqlite")
-#: Small number or flag (0 or 1).
-Small = SmallInteger().with_variant(Integer(), "sqlite")
-Digest = LargeBinary(32)
-#: 64-bit floating point number; SQLite's STRICT tables know it as REAL.
-Number: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
-#: Name that listings are ordered by: by code point, as SQLite does, whatever the database's language.
-Name = Text().with_variant(Text(collation="C"), "postgresql")
-
-_STRICT: Final[dict[str, Any]] = {"sqlite_strict": True}
-#: For narrow rows found by their key only; wide ones would spill to overflow pages.
-_CLUSTERED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_with_rowid": False}
-_NEVER_REUSED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_autoincrement": True}
+metadata = MetaData(naming_convention=NAMING)
 
 #: One row: what belongs to the database as a whole.
 catalog = Table(
@@ -408,6 +386,39 @@ events = Table(
     Column("checkpoint_id", Int64, nullable=False),
     Column("alias", Text),
     **_STRICT,
+)
+
+#: What several watchers work on together: which checkpoints, and the event that they have come to.
+subscriptions = Table(
+    "subscriptions",
+    metadata,
+    Column("id", Int64, primary_key=True),
+    Column("name", Name, nullable=False, unique=True),
+    Column("parent", Text, nullable=False),
+    Column("filter", Text, nullable=False),
+    Column("cursor", Int64, nullable=False),
+    Column("done_count", Int64, nullable=False),
+    Column("create_time_us", Int64, nullable=False),
+    **_NEVER_REUSED,
+)
+
+#: One watcher's work on a checkpoint; none for what is done. ``due_time_us`` is when the lease of one that runs ends,
+#: when one that waits is tried again, and when one failed for good. ``claim`` is a UUID that its holder made.
+claims = Table(
+    "claims",
+    metadata,
+    Column("subscription_id", ForeignKey("subscriptions.id"), primary_key=True, autoincrement=False),
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("claim", LargeBinary(16), nullable=False),
+    Column("state", Small, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("due_time_us", Int64, nullable=False),
+    Column("holder", Text, nullable=False),
+    Column("failure", Text, nullable=False),
+    Index("ix_claims_due", "subscription_id", "state", "due_time_us"),
+    # Whether somebody works on a checkpoint.
+    Index("ix_claims_checkpoint_id", "checkpoint_id"),
+    **_CLUSTERED,
 )
 
 #: When a checkpoint was saved: what was recorded afterwards says when it was written. As an index has it.

@@ -62,7 +62,7 @@ def test_the_last_commit_is_the_newest_whatever_is_open(services: Services, cloc
     clock.advance(10)
     second.register(25, whole(second.model)[:1])
     [part] = services.status.run_status(RUN).parts
-    assert part.last_commit == saved
+    assert part.last_commit == services.catalog.get_attempt(saved.checkpoint_id)
     assert ["llm/8b@25.s2.a1"] == [attempt.checkpoint.ref for attempt in part.open]
     assert (1, None) == (part.open_count, part.last_failure)
 
@@ -75,10 +75,10 @@ def test_what_was_saved_offline_counts_by_when_it_was_written(services: Services
     offline = Job(services, Model(2))
     old_us = clock.now_us - 1_000_000_000
     offline.record(5, write_time_us=old_us)
-    assert saved == services.status.run_status(RUN).parts[0].last_commit
+    assert services.catalog.get_attempt(saved.checkpoint_id) == services.status.run_status(RUN).parts[0].last_commit
     clock.advance(100)
     fresh = Job(services, Model(2)).record(15, write_time_us=clock.now_us)
-    assert fresh == services.status.run_status(RUN).parts[0].last_commit
+    assert services.catalog.get_attempt(fresh.checkpoint_id) == services.status.run_status(RUN).parts[0].last_commit
 
 
 def test_an_attempt_that_failed_last_is_told(services: Services, clock: Clock) -> None:
