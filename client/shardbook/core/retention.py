@@ -56,7 +56,7 @@ class RetentionPolicy:
     """What to keep: everything that at least one rule keeps. No rule at all is no policy, and deletes nothing.
 
     Attributes:
-        keep_last: The newest by session and step, so many of them.
+        keep_last: The newest by session and step, so many of them; and as many saved offline after the newest.
         keep_every: Those whose step is a multiple of it.
         keep_best: Those with the best values.
         newer_than_s: Those saved within so many seconds.
@@ -189,6 +189,10 @@ def _apply(
     policy: RetentionPolicy, committed: Sequence[Candidate], counted: Sequence[Candidate], now_us: int, keep: _Keep
 ) -> None:
     keep(counted[: policy.keep_last], lambda _: f"one of the last {policy.keep_last}")
+    if policy.keep_last and counted and counted[0].session:
+        # Recorded after an outage, they come before every session: by time they may be what was saved last.
+        offline = [one for one in counted if one.session == 0 and one.time_us > counted[0].time_us]
+        keep(offline[: policy.keep_last], lambda _: f"one of the last {policy.keep_last} saved offline")
     if policy.keep_every:
         every = policy.keep_every
         keep((one for one in counted if one.step % every == 0), lambda _: f"every {every} steps")
@@ -218,19 +222,15 @@ def _keep_one(committed: Sequence[Candidate], kept: Mapping[int, Sequence[str]],
 def _newest_first(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Orders by session and step: an abandoned branch never comes before the one that is being written.
 
-    Offline attempts have no session; of their incarnations the one that saved last is the newest.
+    Offline attempts have no session, and no order but time. Nothing here depends on what else there is: so whatever is
+    deleted, the order of the rest stays.
     """
-    found = list(candidates)
-    ends: dict[bytes, int] = {}
-    for one in found:
-        if one.session == 0:
-            ends[one.incarnation] = max(ends.get(one.incarnation, 0), one.time_us)
 
     def place(one: Candidate) -> tuple[Any, ...]:
-        branch = (ends[one.incarnation], one.incarnation) if one.session == 0 else (0, b"")
-        return (one.session, *branch, one.step, one.attempt, one.time_us, one.incarnation)
+        saved_us = one.time_us if one.session == 0 else 0
+        return (one.session, saved_us, one.step, one.attempt, one.time_us, one.incarnation)
 
-    return sorted(found, key=place, reverse=True)
+    return sorted(candidates, key=place, reverse=True)
 
 
 def _why_not(one: Candidate) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from shardbook._attempts import TreeFiles
 from shardbook._described import told_as_ours
 from shardbook._lost import is_within_reach
+from shardbook._targets import METADATA_S
 from shardbook._trees import Tree, open_tree
 from shardbook.catalog import Checkpoint, StoredMetadata
 from shardbook.client import Client
@@ -22,8 +23,10 @@ from shardbook.deleting.removing import Doomed, Progress, remove
 from shardbook.errors import NotFoundError
 from shardbook.stores import Stores, encodable, normalized
 
-#: What fetching the metadata of a whole checkpoint may take, seconds.
-_METADATA_S: Final = 300.0
+#: In place of a name: something was saved over a checkpoint that plain DCP saved, and has its files.
+SAVED_SINCE: Final = "what was saved there since"
+#: How exact the times of files are, seconds.
+_CLOCK_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class DeletedFiles:
         file_count: Files that are gone, those that were gone already included.
         found_count: Files that were still there.
         size_bytes: Bytes that its extents covered.
-        shared_with: Names of other checkpoints that have some of the files too: then all of them were left.
+        shared_with: Names of other checkpoints that have some of the files too: then all of them were left. Also
+            ``SAVED_SINCE``.
     """
 
     ref: str
@@ -81,7 +85,7 @@ def list_files(name: CheckpointName | str, *, client: Client, config: ClientConf
         NotFoundError: There is no such checkpoint.
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
     """
-    stored = client.get_metadata(name, show_deleted=True, deadline_s=_METADATA_S)
+    stored = client.get_metadata(name, show_deleted=True, deadline_s=METADATA_S)
     directory = config.stores.path_of(stored.checkpoint.location.location)
     footprint = _footprint(stored)
     return FileList(stored.checkpoint.ref, directory, footprint.paths, footprint.size_bytes)
@@ -135,8 +139,10 @@ def delete_files(
         others = same_locations(config.stores, checkpoint.location, directory)
         # Durable before the first file goes, and from here on there is no way back.
         checkpoint, sharing = client.record_file_deletion(checkpoint.name, locations=others, done=False)
-        footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=_METADATA_S))
+        footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=METADATA_S))
         shared_with = _sharing(client, sharing, checkpoint.prefix, footprint)
+        if tree is not None and _is_saved_again(tree, directory, checkpoint, footprint):
+            shared_with = (*shared_with, SAVED_SINCE)
         doomed: tuple[str, ...] = ()
         count = 0
         if not shared_with and tree is not None:
@@ -211,11 +217,23 @@ def _sharing(client: Client, others: Iterable[str], prefix: str, footprint: Foot
                 False  # plain DCP's are recorded as a whole, and nothing else lies outside of its own directory
             )
         else:
-            stored = client.get_metadata(other.name, show_deleted=True, deadline_s=_METADATA_S)
+            stored = client.get_metadata(other.name, show_deleted=True, deadline_s=METADATA_S)
             is_sharing = bool(own & set(_footprint(stored).paths))
         if is_sharing:
             sharing.append(other.name)
     return tuple(sharing)
+
+
+def _is_saved_again(tree: Tree, directory: str, checkpoint: Checkpoint, footprint: Footprint) -> bool:
+    """Returns True when files were written after a checkpoint was: plain DCP saves over what lies in a directory.
+
+    Its ``.metadata`` is written last, and its time is that of the checkpoint. No attempt by Shardbook is written over.
+    """
+    if checkpoint.prefix or checkpoint.create_time is None:
+        return False
+    saved_s = checkpoint.create_time.timestamp() + _CLOCK_S
+    times = (tree.facts(f"{directory}/{name}") for name in (names.DCP_METADATA, *footprint.paths))
+    return any(facts is not None and facts.mtime_s is not None and facts.mtime_s > saved_s for facts in times)
 
 
 def _identity(tree: Tree, directory: str, checkpoint: Checkpoint) -> AttemptIdentity | None:

@@ -15,7 +15,6 @@ from shardbook.core import directory as names
 from shardbook.core.description import unpack_said
 from shardbook.core.footprint import Footprint, rank_of_file
 from shardbook.core.manifest import AttemptIdentity
-from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
 from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge
 from shardbook.deleting.api import DeletedFiles
 from shardbook.deleting.note import DeletionNote
@@ -32,13 +31,6 @@ class _Whole:
     identity: AttemptIdentity
     footprint: Footprint
     metrics: dict[str, float]
-
-    @property
-    def name(self) -> CheckpointName:
-        """Its name, as the catalogue would have it."""
-        one = self.identity
-        part = PartName(RunName.parse(one.run), one.part)
-        return CheckpointName(part, CheckpointId.full(one.step, one.session, one.attempt, one.incarnation))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +96,7 @@ def plan_directories(
         of_part = [one for one in whole if (one.identity.run, one.identity.part) == part]
         for made in judge(policy, _candidates(of_part), now_us):
             chosen = of_part[made.candidate.key]
-            ref, size_bytes = chosen.name.ref, chosen.footprint.size_bytes
+            ref, size_bytes = chosen.identity.checkpoint_name.ref, chosen.footprint.size_bytes
             saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
             decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
             if not made.keep:
@@ -122,17 +114,13 @@ def _sort(found: FoundAttempt, files: TreeFiles, whole: list[_Whole], decisions:
     except (CorruptManifestError, InvalidGeometryError) as error:
         folded, why = None, f"it is damaged: {error}"
     if folded is None:
-        ref = found.prefix if found.identity is None else _name_of(found.identity)
+        ref = found.prefix if found.identity is None else found.identity.checkpoint_name.ref
         decisions.append(PruneDecision("", ref, True, (why,), 0, None))
         return
     identity = folded.manifest.identity
     _, metrics, _, _ = unpack_said(folded.manifest.said)
     footprint = Footprint.of_columns(folded.structure, folded.located, identity.prefix)
     whole.append(_Whole(files, identity, footprint, metrics))
-
-
-def _name_of(identity: AttemptIdentity) -> str:
-    return f"{identity.run}@{identity.step}.s{identity.session}.a{identity.attempt}"
 
 
 def _candidates(whole: list[_Whole]) -> list[Candidate]:
@@ -163,7 +151,7 @@ def _unfinished(files: TreeFiles) -> list[tuple[Tree, str, Doomed, int]]:
         if content is not None:
             note = DeletionNote.of(content, prefix)
             doomed = Doomed(files.directory, note.identity, note.files)
-            begun.append((files.tree, _name_of(note.identity), doomed, 0))
+            begun.append((files.tree, note.identity.checkpoint_name.ref, doomed, 0))
     return begun
 
 

@@ -52,7 +52,8 @@ class DeletionService:
 
         Raises:
             NotFoundError: There is no such checkpoint.
-            FailedPreconditionError: It is not committed (``NOT_COMMITTED``), somebody holds it (``CHECKPOINT_HELD``),
+            FailedPreconditionError: It is not committed (``NOT_COMMITTED``), somebody holds it or works on it
+                (``CHECKPOINT_HELD``),
                 ``latest`` means it (``LATEST_CHECKPOINT``), or a protected alias (``ALIAS_PROTECTED``).
         """
         parsed = CheckpointName.parse(name, "name")
@@ -68,6 +69,7 @@ class DeletionService:
                     f"{parsed.ref} is {CheckpointState(row.state).name}: only what is committed can be deleted",
                     reason="NOT_COMMITTED",
                 )
+            checkpoint_rows.lock_committed(connection, [row.id])
             check_not_held(connection, row.id, parsed, now_us)
             aliases, events = self._unname(connection, row, parsed, force=force)
             mark(connection, [row], now_us, self._undelete_us, events, files=files)

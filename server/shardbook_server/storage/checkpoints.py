@@ -149,6 +149,19 @@ def find_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, Checkpo
     return found
 
 
+def lock_committed(connection: Connection, ids: Sequence[int], *, shared: bool = False) -> set[int]:
+    """Locks checkpoints until the transaction ends; returns those that are committed then.
+
+    Who claims one shares its lock, who deletes it has it alone: so neither misses the other. SQLite has one writer.
+    """
+    found: set[int] = set()
+    for some in slices(sorted(ids)):
+        where = (checkpoints.c.id.in_(some), checkpoints.c.state == COMMITTED)
+        statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id)
+        found.update(connection.scalars(statement.with_for_update(read=shared, key_share=not shared)))
+    return found
+
+
 def read_staged(connection: Connection, part_ids: Sequence[int]) -> list[CheckpointRow]:
     """Returns the attempts of parts that may still be completed: few, whatever the parts hold."""
     found: list[CheckpointRow] = []

@@ -8,7 +8,8 @@ from enum import IntEnum
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from shardbook_server.storage.tables import catalog, events
+from shardbook_server.storage.event_tables import events
+from shardbook_server.storage.tables import catalog
 
 
 class EventKind(IntEnum):

@@ -18,6 +18,7 @@ from shardbook_server.storage.checkpoints import (
     PURGED,
 )
 from shardbook_server.storage.lists import slices
+from shardbook_server.storage.retention_tables import holds, retention_policies
 from shardbook_server.storage.tables import (
     IS_LIVE,
     LOCATION_START,
@@ -25,11 +26,9 @@ from shardbook_server.storage.tables import (
     checkpoints,
     descriptions,
     extent_segments,
-    holds,
     labels,
     metrics,
     rank_stats,
-    retention_policies,
 )
 
 #: Characters of a location that the index has.

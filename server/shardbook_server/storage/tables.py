@@ -1,8 +1,8 @@
-"""Every table. The migrations build the same schema (a test compares them); numbers of states and kinds are stored.
+"""Tables of what is saved; ``metadata`` has those of ``event_tables`` and ``retention_tables`` too.
 
-Keys are integers and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused
-(AUTOINCREMENT, identity columns): packed lists and caches name them. Times are microseconds since the epoch by the
-database's clock.
+The migrations build the same schema (a test compares them); numbers of states and kinds are stored. Keys are integers
+and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused (AUTOINCREMENT,
+identity columns): packed lists and caches name them. Times are microseconds since the epoch by the database's clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     Table,
     Text,
     UniqueConstraint,
@@ -24,12 +23,11 @@ from sqlalchemy import (
     text,
 )
 
+from shardbook_server.storage import event_tables, retention_tables  # noqa: F401 - ``metadata`` has all tables
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
-from shardbook_server.storage.columns import NAMING, Digest, Int64, Name, Number, Small
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT
-
-metadata = MetaData(naming_convention=NAMING)
+from shardbook_server.storage.columns import Digest, Int64, Name, Number, Small, metadata
 
 #: One row: what belongs to the database as a whole.
 catalog = Table(
@@ -243,28 +241,6 @@ aliases = Table(
     **_CLUSTERED,
 )
 
-#: Who needs a checkpoint for a while: it is not deleted meanwhile.
-holds = Table(
-    "holds",
-    metadata,
-    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
-    Column("holder", Name, primary_key=True),
-    Column("create_time_us", Int64, nullable=False),
-    Column("expire_time_us", Int64, nullable=False),
-    **_CLUSTERED,
-)
-
-#: What `prune` keeps when it is told nothing, as JSON. ``part`` is empty for the parts of a run without their own.
-retention_policies = Table(
-    "retention_policies",
-    metadata,
-    Column("run_id", ForeignKey("runs.id"), primary_key=True, autoincrement=False),
-    Column("part", Name, primary_key=True),
-    Column("policy", Text, nullable=False),
-    Column("update_time_us", Int64, nullable=False),
-    **_CLUSTERED,
-)
-
 #: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``; a plan has its
 #: items alone (0 from releases before), a table nothing.
 rank_structures = Table(
@@ -372,53 +348,6 @@ extent_segments = Table(
     Column("first_rank", Integer, primary_key=True, autoincrement=False),
     Column("payload", LargeBinary, nullable=False),
     **_STRICT,
-)
-
-#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``. ``alias`` is the name of the
-#: one that was moved.
-events = Table(
-    "events",
-    metadata,
-    Column("cursor", Int64, primary_key=True, autoincrement=False),
-    Column("time_us", Int64, nullable=False),
-    Column("kind", Small, nullable=False),
-    Column("part_id", Int64, nullable=False),
-    Column("checkpoint_id", Int64, nullable=False),
-    Column("alias", Text),
-    **_STRICT,
-)
-
-#: What several watchers work on together: which checkpoints, and the event that they have come to.
-subscriptions = Table(
-    "subscriptions",
-    metadata,
-    Column("id", Int64, primary_key=True),
-    Column("name", Name, nullable=False, unique=True),
-    Column("parent", Text, nullable=False),
-    Column("filter", Text, nullable=False),
-    Column("cursor", Int64, nullable=False),
-    Column("done_count", Int64, nullable=False),
-    Column("create_time_us", Int64, nullable=False),
-    **_NEVER_REUSED,
-)
-
-#: One watcher's work on a checkpoint; none for what is done. ``due_time_us`` is when the lease of one that runs ends,
-#: when one that waits is tried again, and when one failed for good. ``claim`` is a UUID that its holder made.
-claims = Table(
-    "claims",
-    metadata,
-    Column("subscription_id", ForeignKey("subscriptions.id"), primary_key=True, autoincrement=False),
-    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
-    Column("claim", LargeBinary(16), nullable=False),
-    Column("state", Small, nullable=False),
-    Column("attempt", Integer, nullable=False),
-    Column("due_time_us", Int64, nullable=False),
-    Column("holder", Text, nullable=False),
-    Column("failure", Text, nullable=False),
-    Index("ix_claims_due", "subscription_id", "state", "due_time_us"),
-    # Whether somebody works on a checkpoint.
-    Index("ix_claims_checkpoint_id", "checkpoint_id"),
-    **_CLUSTERED,
 )
 
 #: When a checkpoint was saved: what was recorded afterwards says when it was written. As an index has it.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from shardbook.core.retention import RetentionPolicy
 from shardbook.deleting import delete_files
 from shardbook.errors import FailedPreconditionError, NotFoundError
 from tests.behaviour.cli.conftest import Shardbook
+from tests.behaviour.cli.test_cli_verify import save_plainly
 from tests.behaviour.client.data_files import FILES, write_checkpoint
 from tests.behaviour.client.directories import identity
 
@@ -103,6 +106,22 @@ class TestRm:
         assert 0 == shardbook("release", f"{run}@2").code
         assert 0 == shardbook("rm", f"{run}@latest", "--force").code
 
+    def test_a_call_that_is_made_again_deletes_no_other(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its answer was lost: `latest` means another one by then."""
+        recorded(shardbook, tmp_path, run, 1, 2, 3)
+        call = client._transport.call
+
+        def twice(rpc: Any, request: Any, **more: Any) -> Any:
+            call(rpc, request, **more)
+            return call(rpc, request, **more)
+
+        monkeypatch.setattr(client._transport, "call", twice)
+        assert 3 == client.delete_checkpoint(f"{run}@latest", force=True)[0].step
+        assert 3 == client.delete_checkpoint(f"{run}@3", force=True)[0].step
+        assert [2, 1] == steps(shardbook, run)
+
     def test_shared_files_stay_until_the_last_one_goes(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
     ) -> None:
@@ -114,6 +133,19 @@ class TestRm:
         assert 0 == shardbook("verify", f"{run}-copy@1").code
         assert 0 == shardbook("rm", f"{run}-copy@1", "--force", "--delete-files").code
         assert not first.exists()
+
+    def test_what_plain_dcp_saved_over_it_since_is_left(self, shardbook: Shardbook, tmp_path: Path, run: str) -> None:
+        """It has the same file names, and no catalogue knows of it; what was not saved over goes."""
+        for name, later_s in (("1", 60.0), ("2", 0.0)):
+            save_plainly(tmp_path / name)
+            assert 0 == shardbook("import", str(tmp_path / name), "--run", run).code
+            save = tmp_path / name / ".metadata"
+            os.utime(save, (save.stat().st_atime, save.stat().st_mtime + later_s))
+        ran = shardbook("rm", f"{run}@1", "--delete-files")
+        assert (0, True) == (ran.code, "what was saved there since has it, too" in ran.out)
+        assert 0 == shardbook("verify", str(tmp_path / "1")).code
+        assert 0 == shardbook("rm", f"{run}@2", "--force", "--delete-files").code
+        assert not (tmp_path / "2").exists()
 
     def test_a_directory_out_of_reach_is_not_taken_for_deleted(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str

@@ -18,7 +18,8 @@ from shardbook_server.service.views import CheckpointInfo, CheckpointState, File
 from shardbook_server.storage import events as event_rows
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.events import EventKind
-from shardbook_server.storage.tables import checkpoints, extent_segments, holds, labels, metrics
+from shardbook_server.storage.retention_tables import holds
+from shardbook_server.storage.tables import checkpoints, extent_segments, labels, metrics
 from tests.behaviour.service.conftest import Clock
 from tests.behaviour.service.saves import Job, Model, whole
 
