@@ -76,6 +76,7 @@ def crash(server: ServerProcess, api: Api, call: Callable[[], object], failpoint
     grpc.channel_ready_future(api.channel).result(timeout=DEADLINE_S)
 
 
+@pytest.mark.soak_with("postgres")
 def test_crashes_at_prune_and_at_the_files(server: ServerProcess, api: Api, run: str, tmp_path: Path) -> None:
     """Just before: nothing is deleted. Just after: all of it is, once, and the same again ends it."""
     _, second, first = recorded(server.client, tmp_path, run)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import reduce
+from typing import Any
 
 from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, is_newer, list_attempts
 from shardbook._described import told_as_ours
@@ -92,18 +93,30 @@ def plan_directories(
                 for found in find_attempts(files):
                     _sort(found, files, whole, decisions)
     doomed: list[tuple[Tree, str, Doomed, int]] = []
-    for part in sorted({(one.identity.run, one.identity.part) for one in whole}):
-        of_part = [one for one in whole if (one.identity.run, one.identity.part) == part]
-        for made in judge(policy, _candidates(of_part), now_us):
-            chosen = of_part[made.candidate.key]
-            ref, size_bytes = chosen.identity.checkpoint_name.ref, chosen.footprint.size_bytes
-            saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
-            decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
-            if not made.keep:
-                goes = Doomed(chosen.files.directory, chosen.identity, _with_leftovers(chosen))
-                doomed.append((chosen.files.tree, ref, goes, size_bytes))
+    for _, of_part in sorted(_by_part(whole).items()):
+        for made in judge(policy, _candidates([some[0] for some in of_part]), now_us):
+            for chosen in of_part[made.candidate.key]:
+                ref, size_bytes = chosen.identity.checkpoint_name.ref, chosen.footprint.size_bytes
+                saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
+                decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
+                if not made.keep:
+                    goes = Doomed(chosen.files.directory, chosen.identity, _with_leftovers(chosen))
+                    doomed.append((chosen.files.tree, ref, goes, size_bytes))
     begun = tuple((one.directory, ref) for _, ref, one, _ in unfinished)
     return PrunedDirectories(tuple(decisions), begun, (*unfinished, *doomed))
+
+
+def _by_part(whole: Iterable[_Whole]) -> dict[tuple[str, str], list[list[_Whole]]]:
+    """Returns the checkpoints of each (run, part), each with its copies.
+
+    A copy of a directory, or one that is named twice, by another path perhaps, is the same checkpoint: what is kept of
+    it is not deleted as another.
+    """
+    parts: dict[tuple[str, str], dict[Any, list[_Whole]]] = {}
+    for one in whole:
+        part = parts.setdefault((one.identity.run, one.identity.part), {})
+        part.setdefault(one.identity.key, []).append(one)
+    return {name: list(part.values()) for name, part in parts.items()}
 
 
 def _sort(found: FoundAttempt, files: TreeFiles, whole: list[_Whole], decisions: list[PruneDecision]) -> None:

@@ -23,11 +23,14 @@ from sqlalchemy import (
     text,
 )
 
-from shardbook_server.storage import event_tables, retention_tables  # noqa: F401 - ``metadata`` has all tables
+from shardbook_server.storage import columns, event_tables, retention_tables  # noqa: F401 - ``metadata`` has them
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT
-from shardbook_server.storage.columns import Digest, Int64, Name, Number, Small, metadata
+from shardbook_server.storage.columns import Digest, Int64, Name, Number, Small
+
+#: Of all tables, those of the other modules too.
+metadata = columns.metadata
 
 #: One row: what belongs to the database as a whole.
 catalog = Table(

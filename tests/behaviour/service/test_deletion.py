@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import func, select
 
+from shardbook.core import limits
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.service.aliases import AliasRequest, Direction
 from shardbook_server.service.describing import Description
@@ -174,7 +175,7 @@ def test_holds_block_until_they_end(job: Job, clock: Clock) -> None:
     services.deletions.delete("llm/8b@latest", force=True)
 
 
-def test_holds_are_bounded(job: Job) -> None:
+def test_holds_are_bounded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """In time, in number, and in who they are of."""
     job.save(1)
     hold = job.services.holds.hold
@@ -186,9 +187,10 @@ def test_holds_are_bounded(job: Job) -> None:
         with pytest.raises(InvalidArgumentError) as refused:
             hold("llm/8b@1", holder, 1)
         assert "holder" == refused.value.violations[0].field
-    for at in range(64):
+    monkeypatch.setattr(limits, "MAX_HOLDS", 4)
+    for at in range(4):
         hold("llm/8b@1", f"eval-{at}", 1_000_000)
-    assert "LIMIT_EXCEEDED" == reason(hold, "llm/8b@1", "eval-64", 1_000_000)
+    assert "LIMIT_EXCEEDED" == reason(hold, "llm/8b@1", "eval-4", 1_000_000)
     hold("llm/8b@1", "eval-63", 2_000_000)
 
 
