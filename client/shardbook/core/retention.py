@@ -160,7 +160,7 @@ def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int)
         One decision each, newest session and step first. Whatever is deleted of them, the same is kept again when the
         rest is judged anew at the same time.
     """
-    ordered = _newest_first(candidates)
+    ordered = newest_first(candidates)
     kept: dict[int, list[str]] = {one.key: [] for one in ordered}
 
     def keep(some: Iterable[Candidate], reason: Callable[[Candidate], str]) -> None:
@@ -219,7 +219,7 @@ def _keep_one(committed: Sequence[Candidate], kept: Mapping[int, Sequence[str]],
             return
 
 
-def _newest_first(candidates: Iterable[Candidate]) -> list[Candidate]:
+def newest_first(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Orders by session and step: an abandoned branch never comes before the one that is being written.
 
     Offline attempts have no session, and no order but time. Nothing here depends on what else there is: so whatever is
@@ -246,4 +246,4 @@ def _check_number(value: int, name: str, least: int) -> None:
         )
 
 
-__all__ = ["Candidate", "Decision", "KeepBest", "RetentionPolicy", "judge"]
+__all__ = ["Candidate", "Decision", "KeepBest", "RetentionPolicy", "judge", "newest_first"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
 from typing import Any
@@ -16,7 +16,8 @@ from shardbook.core import directory as names
 from shardbook.core.description import unpack_said
 from shardbook.core.footprint import Footprint, rank_of_file
 from shardbook.core.manifest import AttemptIdentity
-from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge
+from shardbook.core.names import LATEST
+from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge, newest_first
 from shardbook.deleting.api import DeletedFiles
 from shardbook.deleting.note import DeletionNote
 from shardbook.deleting.removing import Doomed, Progress, remove
@@ -67,7 +68,7 @@ def plan_directories(
     """Judges all checkpoints by Shardbook in and below some directories, each part by itself; deletes nothing.
 
     Nobody here knows of aliases and holds: those are in the catalogue. What is not whole is kept, and so is everything
-    by plain DCP.
+    by plain DCP, and what a job would resume from.
 
     Args:
         directories: Paths or URLs.
@@ -94,7 +95,7 @@ def plan_directories(
                     _sort(found, files, whole, decisions)
     doomed: list[tuple[Tree, str, Doomed, int]] = []
     for _, of_part in sorted(_by_part(whole).items()):
-        for made in judge(policy, _candidates([some[0] for some in of_part]), now_us):
+        for made in judge(policy, _with_latest(_candidates([some[0] for some in of_part])), now_us):
             for chosen in of_part[made.candidate.key]:
                 ref, size_bytes = chosen.identity.checkpoint_name.ref, chosen.footprint.size_bytes
                 saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
@@ -154,6 +155,16 @@ def _candidates(whole: list[_Whole]) -> list[Candidate]:
         )
         for at, one in enumerate(whole)
     ]
+
+
+def _with_latest(candidates: list[Candidate]) -> list[Candidate]:
+    """Says which one a job resumes from, as the catalogue's ``latest`` does: no rule lets that go.
+
+    The newest by session and step; and what was saved last, which may be of an incarnation without a session.
+    """
+    live = newest_first(one for one in candidates if one.is_live)
+    latest = {live[0].key, max(live, key=lambda one: one.time_us).key} if live else set()
+    return [replace(one, aliases=(LATEST,)) if one.key in latest else one for one in candidates]
 
 
 def _unfinished(files: TreeFiles) -> list[tuple[Tree, str, Doomed, int]]:

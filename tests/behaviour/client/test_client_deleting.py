@@ -242,6 +242,15 @@ class TestDirectories:
         assert ["step-2", "step-3"] == sorted(one.name for one in (tmp_path / "run").iterdir())
         assert verify(tmp_path / "run" / "step-3").is_ok
 
+    def test_what_a_job_would_resume_from_stays(self, tmp_path: Path) -> None:
+        """Whatever the rules say, as in the catalogue."""
+        for step in (10, 20, 25):
+            saved(tmp_path / f"step-{step}", identity(step))
+        planned = plan_directories([tmp_path], RetentionPolicy(keep_every=20), now_us=NOW_US)
+        assert [(25, True), (20, True), (10, False)] == [
+            (int(one.ref.partition("@")[2].partition(".")[0]), one.keep) for one in planned.decisions
+        ]
+
     def test_what_is_not_whole_stays(self, tmp_path: Path) -> None:
         """A save that may be going on, or may have to be synced."""
         saved(tmp_path / "step-2", identity(2))
@@ -249,7 +258,7 @@ class TestDirectories:
         plan = plan_directories([tmp_path], LAST, now_us=NOW_US)
         assert {
             "llm/8b@1.s0.a1.010203040506": ("it is not committed",),
-            "llm/8b@2.s0.a1.010203040506": ("one of the last 1",),
+            "llm/8b@2.s0.a1.010203040506": ("@latest", "one of the last 1"),
         } == {one.ref: one.reasons for one in plan.decisions}
         assert [] == plan.delete()
 
