@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from shardbook.catalog import Checkpoint, StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core import directory as names
+from shardbook.core import limits
 from shardbook.core.footprint import Footprint, rank_of_file
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import CheckpointName, prefix_of
@@ -203,9 +204,11 @@ def _with_leftovers(tree: Tree, directory: str, checkpoint: Checkpoint, footprin
     return (*footprint.paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
 
 
-def _sharing(client: Client, others: Iterable[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:
+def _sharing(client: Client, others: Sequence[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:
     """Returns those of the other checkpoints of a directory that have some of the files of one, too."""
     own = set(footprint.paths)
+    if len(others) >= limits.MAX_PAGE_SIZE:
+        return tuple(others)  # and more, of which nobody has said anything
     sharing = []
     for name in others:
         other = client.get_checkpoint(name)

@@ -196,7 +196,8 @@ class DeletionService:
             done: False before the first file goes, True after the last one.
 
         Returns:
-            The checkpoint, and the names of others there that can be loaded, are being written, or can be brought back.
+            The checkpoint, and the names of others there that can be loaded, are being written, or can be brought back,
+            and may have some of its files; the first ``limits.MAX_PAGE_SIZE``.
 
         Raises:
             NotFoundError: There is no such checkpoint.
@@ -221,7 +222,8 @@ class DeletionService:
             if row.flags & PURGED:
                 raise _purged(parsed)
             rows.set_flags(connection, row.id, row.flags | FILES_GOING | (FILES_GONE if done else 0))
-            sharing = rows.find_sharing(connection, row.id, [row.location, *locations], limits.MAX_PAGE_SIZE)
+            everywhere = [row.location, *locations]
+            sharing = rows.find_sharing(connection, row.id, row.prefix, everywhere, limits.MAX_PAGE_SIZE)
             listed = checkpoint_rows.find_listed(connection, sharing)
             names = [present.checkpoint_of(listed[one]).name for one in sharing]
             return full_info(connection, row.id, now_us), names
