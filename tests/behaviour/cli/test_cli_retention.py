@@ -14,6 +14,7 @@ import typer
 
 import shardbook
 from shardbook import dcp
+from shardbook._transport import Transport
 from shardbook.catalog import FileDeletion
 from shardbook.client import Client
 from shardbook.config import ClientConfig
@@ -111,13 +112,13 @@ class TestRm:
     ) -> None:
         """Its answer was lost: `latest` means another one by then."""
         recorded(shardbook, tmp_path, run, 1, 2, 3)
-        call = client._transport.call
+        call = Transport.call
 
-        def twice(rpc: Any, request: Any, **more: Any) -> Any:
-            call(rpc, request, **more)
-            return call(rpc, request, **more)
+        def twice(transport: Transport, rpc: Any, request: Any, **more: Any) -> Any:
+            call(transport, rpc, request, **more)
+            return call(transport, rpc, request, **more)
 
-        monkeypatch.setattr(client._transport, "call", twice)
+        monkeypatch.setattr(Transport, "call", twice)
         assert 3 == client.delete_checkpoint(f"{run}@latest", force=True)[0].step
         assert 3 == client.delete_checkpoint(f"{run}@3", force=True)[0].step
         assert [2, 1] == steps(shardbook, run)
@@ -134,7 +135,9 @@ class TestRm:
         assert 0 == shardbook("rm", f"{run}-copy@1", "--force", "--delete-files").code
         assert not first.exists()
 
-    def test_what_plain_dcp_saved_over_it_since_is_left(self, shardbook: Shardbook, tmp_path: Path, run: str) -> None:
+    def test_what_plain_dcp_saved_over_it_since_is_left(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
         """It has the same file names, and no catalogue knows of it; what was not saved over goes."""
         for name, later_s in (("1", 60.0), ("2", 0.0)):
             save_plainly(tmp_path / name)
@@ -198,6 +201,7 @@ class TestPrune:
         shown = shardbook("policy", run, "--json").json["policy"]
         assert {"keep_last": 2, "keep_every": 0, "newer_than_s": 0} == {k: shown[k] for k in shown if k != "keep_best"}
         assert [{"metric": "loss", "count": 1, "largest": False}] == shown["keep_best"]
+        assert 0 == shardbook("metric", f"{run}@3", "loss=1.5").code
         ran = shardbook("prune", run, "--delete-files", "--yes", "--json")
         assert ([f"{run}@1"], [6]) == (
             [one["ref"].partition(".")[0] for one in ran.json["deleted"]],

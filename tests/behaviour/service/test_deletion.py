@@ -229,6 +229,9 @@ def test_from_the_first_file_on_nothing_comes_back(job: Job) -> None:
     other.start()
     other.location = lambda step, attempt=1: Job.location(job, 1)  # type: ignore[method-assign]
     copy = other.save(1)
+    beside = Job(services, Model(2), run="projects/llm/runs/beside")
+    beside.start()
+    beside.save(1)  # in the same directory, with files in one of its own
     services.deletions.delete("llm/8b@1")
     info, sharing = services.deletions.record_files(first.name, [], done=False)
     assert (FileDeletion.BEGUN, [copy.name]) == (info.file_deletion, sharing)
