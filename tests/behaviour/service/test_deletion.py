@@ -191,7 +191,7 @@ def test_holds_are_bounded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     for at in range(4):
         hold("llm/8b@1", f"eval-{at}", 1_000_000)
     assert "LIMIT_EXCEEDED" == reason(hold, "llm/8b@1", "eval-4", 1_000_000)
-    hold("llm/8b@1", "eval-63", 2_000_000)
+    hold("llm/8b@1", "eval-3", 2_000_000)
 
 
 def test_what_is_not_committed_is_not_deleted(job: Job) -> None:
