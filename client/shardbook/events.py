@@ -24,6 +24,8 @@ class EventKind(StrEnum):
     SUPERSEDED = "superseded"
     DELETED = "deleted"
     UNDELETED = "undeleted"
+    DATA_LOST = "data-lost"
+    DATA_FOUND = "data-found"
     ALIAS_MOVED = "alias-moved"
     ALIAS_DELETED = "alias-deleted"
     #: A newer server's; known by its place alone.
@@ -38,6 +40,8 @@ KINDS = {
     EventKind.SUPERSEDED: events_pb2.Event.KIND_SUPERSEDED,
     EventKind.DELETED: events_pb2.Event.KIND_DELETED,
     EventKind.UNDELETED: events_pb2.Event.KIND_UNDELETED,
+    EventKind.DATA_LOST: events_pb2.Event.KIND_DATA_LOST,
+    EventKind.DATA_FOUND: events_pb2.Event.KIND_DATA_FOUND,
     EventKind.ALIAS_MOVED: events_pb2.Event.KIND_ALIAS_MOVED,
     EventKind.ALIAS_DELETED: events_pb2.Event.KIND_ALIAS_DELETED,
 }

@@ -34,6 +34,8 @@ class Kind(StrEnum):
     SUPERSEDED = EventKind.SUPERSEDED.value
     DELETED = EventKind.DELETED.value
     UNDELETED = EventKind.UNDELETED.value
+    DATA_LOST = EventKind.DATA_LOST.value
+    DATA_FOUND = EventKind.DATA_FOUND.value
     ALIAS_MOVED = EventKind.ALIAS_MOVED.value
     ALIAS_DELETED = EventKind.ALIAS_DELETED.value
 

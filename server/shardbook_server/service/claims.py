@@ -94,7 +94,7 @@ class ClaimService:
         """Lets a claim last from now on; one whose lease has ended too, if nobody has taken it.
 
         Raises:
-            ClaimLostError: Another watcher has the checkpoint.
+            ClaimLostError: Another watcher has the checkpoint, or it was deleted after the lease had ended.
         """
         name = subscription_name(subscription, "subscription")
         check_claim_id(claim_id)
@@ -102,7 +102,7 @@ class ClaimService:
         with self._database.write(lock=subscription) as connection:
             found = rows.find_subscription(connection, name)
             row = None if found is None else rows.find_by_id(connection, found.id, claim_id)
-            if row is None:
+            if row is None or not checkpoint_rows.lock_committed(connection, [row.checkpoint_id], shared=True):
                 raise _lost(subscription)
             due_us = self._database.now_us(connection) + round(lease_s * 1e6)
             rows.put_claim(connection, replace(row, due_time_us=max(row.due_time_us, due_us)))
@@ -200,9 +200,12 @@ def _check_same(found: SubscriptionRow, request: ClaimRequest) -> None:
 
 
 def _held(connection: Connection, found: SubscriptionRow, request: ClaimRequest, now_us: int) -> ClaimRow | None:
-    """Returns what the same request claimed when its answer was lost, for another lease."""
+    """Returns what the same request claimed when its answer was lost, for another lease; what is gone is forgotten."""
     row = rows.find_by_id(connection, found.id, request.claim_id)
     if row is None:
+        return None
+    if not checkpoint_rows.lock_committed(connection, [row.checkpoint_id], shared=True):
+        rows.drop_claim(connection, row)
         return None
     return _put(connection, found.id, row.checkpoint_id, request, now_us, row.attempt, row.failure)
 
@@ -210,8 +213,7 @@ def _held(connection: Connection, found: SubscriptionRow, request: ClaimRequest,
 def _due(connection: Connection, found: SubscriptionRow, request: ClaimRequest, now_us: int) -> ClaimRow | None:
     """Claims what is due again; what was lost too often has failed, and what is gone is forgotten."""
     for row in rows.find_due(connection, found.id, now_us, _DUE):
-        checkpoint = checkpoint_rows.find_by_ids(connection, [row.checkpoint_id]).get(row.checkpoint_id)
-        if checkpoint is None or checkpoint.state != CheckpointState.COMMITTED:
+        if not checkpoint_rows.lock_committed(connection, [row.checkpoint_id], shared=True):
             rows.drop_claim(connection, row)
         elif row.attempt >= request.max_attempts:
             failure = row.failure if row.state == ClaimState.WAITING else _LOST
@@ -230,6 +232,8 @@ def _next(connection: Connection, found: SubscriptionRow, request: ClaimRequest,
         return None
     for one in _matching(connection, found, stored):
         rows.advance(connection, found.id, one.cursor)
+        if not checkpoint_rows.lock_committed(connection, [one.event.checkpoint_id], shared=True):
+            continue  # deleted since
         return _put(connection, found.id, one.event.checkpoint_id, request, now_us, 1, "")
     rows.advance(connection, found.id, stored[-1].cursor)
     return None
@@ -292,7 +296,7 @@ def _view(connection: Connection, some: Sequence[ClaimRow]) -> list[ClaimView]:
 def _lost(subscription: str) -> ClaimLostError:
     return ClaimLostError(
         f"the claim on {subscription} is lost: its lease ended and another watcher has the checkpoint, or the "
-        "subscription was deleted"
+        "checkpoint or the subscription was deleted"
     )
 
 

@@ -25,7 +25,10 @@ from shardbook_server.storage.tables import (
 Key = tuple[int, int, int, int, bytes]
 
 #: States by number, as in ``shardbook.v1.CheckpointState``.
-OPEN, COMMITTED, FAILED, EXPIRED = 1, 2, 3, 4
+OPEN, COMMITTED, FAILED, EXPIRED, DELETED = 1, 2, 3, 4, 5
+#: Bits of ``flags``. Data files are known to be lost; their deletion was begun, so that no way leads back; it was
+#: ended; and what the catalogue knew of it is gone.
+DATA_MISSING, FILES_GOING, FILES_GONE, PURGED = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class CheckpointRow:
     failed_rank: int | None
     failed_host: str | None
     failed_phase: str | None
+    delete_time_us: int | None
+    purge_time_us: int | None
+    flags: int
 
     @property
     def key(self) -> Key:
@@ -141,6 +147,19 @@ def find_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, Checkpo
     for some in slices(ids):
         rows = connection.execute(select(checkpoints).where(checkpoints.c.id.in_(some)))
         found.update({row.id: _checkpoint(row) for row in rows})
+    return found
+
+
+def lock_committed(connection: Connection, ids: Sequence[int], *, shared: bool = False) -> set[int]:
+    """Locks checkpoints until the transaction ends; returns those that are committed then.
+
+    Who claims one shares its lock, who deletes it has it alone: so neither misses the other. SQLite has one writer.
+    """
+    found: set[int] = set()
+    for some in slices(sorted(ids)):
+        where = (checkpoints.c.id.in_(some), checkpoints.c.state == COMMITTED)
+        statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id)
+        found.update(connection.scalars(statement.with_for_update(read=shared, key_share=not shared)))
     return found
 
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
 
+from shardbook_server.storage.event_tables import claims, subscriptions
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import claims, subscriptions
 
 #: A checkpoint that waits to be tried again is held for so long after it was due: nobody may ever come.
 HELD_WAITING_US: Final = 3_600_000_000
@@ -39,7 +39,7 @@ class SubscriptionRow:
 
 @dataclass(frozen=True)
 class ClaimRow:
-    """A claim as stored; see ``tables.claims``."""
+    """A claim as stored; see ``event_tables.claims``."""
 
     subscription_id: int
     checkpoint_id: int
@@ -140,14 +140,23 @@ def list_claims(connection: Connection, subscription_id: int, limit: int) -> lis
     return [ClaimRow(*row) for row in connection.execute(statement.limit(limit))]
 
 
-def find_held(connection: Connection, checkpoint_ids: Sequence[int], now_us: int) -> set[int]:
-    """Returns those of some checkpoints that somebody works on, or will soon: they are not to be deleted."""
-    held: set[int] = set()
+def find_held(connection: Connection, checkpoint_ids: Sequence[int], now_us: int) -> dict[int, list[str]]:
+    """Returns those of some checkpoints that somebody works on, or will soon, with the subscriptions' names.
+
+    They are not to be deleted. Who deletes locks them first: see ``checkpoints.lock_committed``.
+    """
+    held: dict[int, list[str]] = {}
     runs = and_(claims.c.state == ClaimState.RUNNING, claims.c.due_time_us > now_us)
     waits = and_(claims.c.state == ClaimState.WAITING, claims.c.due_time_us > now_us - HELD_WAITING_US)
     for some in slices(checkpoint_ids):
-        statement = select(claims.c.checkpoint_id).where(claims.c.checkpoint_id.in_(some), or_(runs, waits))
-        held.update(connection.scalars(statement))
+        statement = (
+            select(claims.c.checkpoint_id, subscriptions.c.name)
+            .join(subscriptions, subscriptions.c.id == claims.c.subscription_id)
+            .where(claims.c.checkpoint_id.in_(some), or_(runs, waits))
+            .order_by(claims.c.checkpoint_id, subscriptions.c.name)
+        )
+        for checkpoint_id, name in connection.execute(statement):
+            held.setdefault(checkpoint_id, []).append(name)
     return held
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import REAL, BigInteger, Double, Integer, LargeBinary, SmallInteger, Text
+from sqlalchemy import REAL, BigInteger, Double, Integer, LargeBinary, MetaData, SmallInteger, Text
 from sqlalchemy.types import TypeEngine
 
 #: Names of indexes and constraints.
@@ -14,6 +14,8 @@ NAMING: Final = {
     "fk": "fk_%(table_name)s_%(column_0_name)s",
     "pk": "pk_%(table_name)s",
 }
+#: All tables.
+metadata = MetaData(naming_convention=NAMING)
 #: 64-bit integer; SQLite's STRICT tables know it as INTEGER.
 Int64 = BigInteger().with_variant(Integer(), "sqlite")
 #: Small number or flag (0 or 1).

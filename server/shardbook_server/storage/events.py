@@ -8,7 +8,8 @@ from enum import IntEnum
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
-from shardbook_server.storage.tables import catalog, events
+from shardbook_server.storage.event_tables import events
+from shardbook_server.storage.tables import catalog
 
 
 class EventKind(IntEnum):
@@ -23,6 +24,8 @@ class EventKind(IntEnum):
     ALIAS_DELETED = 7
     DELETED = 8
     UNDELETED = 9
+    DATA_LOST = 10
+    DATA_FOUND = 11
 
 
 @dataclass(frozen=True)

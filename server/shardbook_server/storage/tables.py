@@ -1,8 +1,8 @@
-"""Every table. The migrations build the same schema (a test compares them); numbers of states and kinds are stored.
+"""Tables of what is saved; ``metadata`` has those of ``event_tables`` and ``retention_tables`` too.
 
-Keys are integers and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused
-(AUTOINCREMENT, identity columns): packed lists and caches name them. Times are microseconds since the epoch by the
-database's clock.
+The migrations build the same schema (a test compares them); numbers of states and kinds are stored. Keys are integers
+and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused (AUTOINCREMENT,
+identity columns): packed lists and caches name them. Times are microseconds since the epoch by the database's clock.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     Table,
     Text,
     UniqueConstraint,
@@ -24,12 +23,14 @@ from sqlalchemy import (
     text,
 )
 
+from shardbook_server.storage import columns, event_tables, retention_tables  # noqa: F401 - ``metadata`` has them
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
-from shardbook_server.storage.columns import NAMING, Digest, Int64, Name, Number, Small
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT
+from shardbook_server.storage.columns import Digest, Int64, Name, Number, Small
 
-metadata = MetaData(naming_convention=NAMING)
+#: Of all tables, those of the other modules too.
+metadata = columns.metadata
 
 #: One row: what belongs to the database as a whole.
 catalog = Table(
@@ -145,6 +146,11 @@ checkpoints = Table(
     Column("failed_rank", Integer),
     Column("failed_host", Text),
     Column("failed_phase", Text),
+    # When it was deleted, and when what is kept of it may go; the latter is none again once that is gone.
+    Column("delete_time_us", Int64),
+    Column("purge_time_us", Int64),
+    # Bits, see ``storage.checkpoints``.
+    Column("flags", Small, nullable=False, server_default=text("0")),
     # Also the order of listings: newest session and step first.
     UniqueConstraint("part_id", "session", "step", "attempt", "incarnation", name="uq_checkpoints_attempt"),
     Index(
@@ -166,6 +172,15 @@ checkpoints = Table(
     Index("ix_checkpoints_by_world", "live", "world_size", "id"),
     Index("ix_checkpoints_by_state", "live", "state", "id"),
     Index("ix_checkpoints_by_part", "part_id", "id"),
+    # What is deleted and not purged yet.
+    Index(
+        "ix_checkpoints_purge",
+        "purge_time_us",
+        sqlite_where=text("purge_time_us IS NOT NULL"),
+        postgresql_where=text("purge_time_us IS NOT NULL"),
+    ),
+    # Who deletes files asks what else lies there. A whole location is longer than an index takes.
+    Index("ix_checkpoints_location", text("substr(location, 1, 256)")),
     **_NEVER_REUSED,
 )
 
@@ -338,55 +353,11 @@ extent_segments = Table(
     **_STRICT,
 )
 
-#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``. ``alias`` is the name of the
-#: one that was moved.
-events = Table(
-    "events",
-    metadata,
-    Column("cursor", Int64, primary_key=True, autoincrement=False),
-    Column("time_us", Int64, nullable=False),
-    Column("kind", Small, nullable=False),
-    Column("part_id", Int64, nullable=False),
-    Column("checkpoint_id", Int64, nullable=False),
-    Column("alias", Text),
-    **_STRICT,
-)
-
-#: What several watchers work on together: which checkpoints, and the event that they have come to.
-subscriptions = Table(
-    "subscriptions",
-    metadata,
-    Column("id", Int64, primary_key=True),
-    Column("name", Name, nullable=False, unique=True),
-    Column("parent", Text, nullable=False),
-    Column("filter", Text, nullable=False),
-    Column("cursor", Int64, nullable=False),
-    Column("done_count", Int64, nullable=False),
-    Column("create_time_us", Int64, nullable=False),
-    **_NEVER_REUSED,
-)
-
-#: One watcher's work on a checkpoint; none for what is done. ``due_time_us`` is when the lease of one that runs ends,
-#: when one that waits is tried again, and when one failed for good. ``claim`` is a UUID that its holder made.
-claims = Table(
-    "claims",
-    metadata,
-    Column("subscription_id", ForeignKey("subscriptions.id"), primary_key=True, autoincrement=False),
-    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
-    Column("claim", LargeBinary(16), nullable=False),
-    Column("state", Small, nullable=False),
-    Column("attempt", Integer, nullable=False),
-    Column("due_time_us", Int64, nullable=False),
-    Column("holder", Text, nullable=False),
-    Column("failure", Text, nullable=False),
-    Index("ix_claims_due", "subscription_id", "state", "due_time_us"),
-    # Whether somebody works on a checkpoint.
-    Index("ix_claims_checkpoint_id", "checkpoint_id"),
-    **_CLUSTERED,
-)
-
 #: When a checkpoint was saved: what was recorded afterwards says when it was written. As an index has it.
 SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.create_time_us)
+
+#: Beginning of a location, as an index has it.
+LOCATION_START: Final = func.substr(checkpoints.c.location, literal_column("1"), literal_column("256"))
 
 # Conditions of the partial indexes. The values are spelled out: no planner uses such an index for a bound parameter.
 IS_LIVE: Final = checkpoints.c.live == literal_column("1")

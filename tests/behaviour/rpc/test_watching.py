@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from shardbook.core.names import CheckpointName
-from shardbook.v1 import catalog_pb2, registration_pb2
+from shardbook.v1 import catalog_pb2, registration_pb2, retention_pb2
 from shardbook.v1 import events_pb2 as pb
 from shardbook_server.app import Server, running_server
 from shardbook_server.rpc.feed import PAGE
@@ -104,6 +104,27 @@ def test_failures_and_aliases_are_told_to_who_asks(api: Api, run: str) -> None:
         assert kinds == [one.kind for one in take(stream, 5)]
     with watching(api, f"projects/{project}/runs/{name}/parts/other", cursor="start") as stream:
         assert not next(stream).events
+
+
+def test_deletions_and_lost_data_are_told(api: Api, run: str) -> None:
+    """With what `latest` means then; a checkpoint that is gone is still named, and none is when none is left."""
+    job = Job.start(api, run)
+    job.save(1)
+    name, catalog = f"{run}/parts/default/checkpoints/1", api.catalog
+    with watching(api, f"{run}/parts/-") as stream:
+        next(stream)
+        catalog.DeleteCheckpoint(retention_pb2.DeleteCheckpointRequest(name=name, force=True))
+        gone, moved = take(stream, 2)
+        catalog.UndeleteCheckpoint(retention_pb2.UndeleteCheckpointRequest(name=name))
+        catalog.ReportMissingData(retention_pb2.ReportMissingDataRequest(name=name, missing=True))
+        catalog.ReportMissingData(retention_pb2.ReportMissingDataRequest(name=name, missing=False))
+        others = take(stream, 4)
+    assert (pb.Event.KIND_DELETED, "/ckpt/step-1") == (gone.kind, gone.checkpoint.location.location)
+    assert (MOVED, "latest", False) == (moved.kind, moved.alias, moved.HasField("checkpoint"))
+    kinds = [pb.Event.KIND_UNDELETED, MOVED, pb.Event.KIND_DATA_LOST, pb.Event.KIND_DATA_FOUND]
+    assert kinds == [one.kind for one in others]
+    with watching(api, f"{run}/parts/-", cursor="start", kinds=[pb.Event.KIND_DELETED, kinds[2]]) as stream:
+        assert [gone.cursor, others[2].cursor] == [one.cursor for one in take(stream, 2)]
 
 
 def test_who_is_far_behind_reads_on_from_the_database(api: Api, server: Server, run: str) -> None:

@@ -129,7 +129,7 @@ def test_what_is_worked_on_is_held(services: Services, database: Database, job: 
 
     def held() -> set[int]:
         with database.read() as connection:
-            return rows.find_held(connection, ids, database.now_us(connection))
+            return set(rows.find_held(connection, ids, database.now_us(connection)))
 
     assert set() == held()
     claim_id, view = claimed(services)
