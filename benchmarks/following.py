@@ -45,6 +45,7 @@ from shardbook_server.service.events import Place as EventPlace
 from shardbook_server.storage import events as event_rows
 from shardbook_server.storage import tables as t
 from shardbook_server.storage.database import Database
+from shardbook_server.storage.event_tables import events
 
 #: Watchers give up so long after the writers began.
 _LIMIT_S: Final = 120.0
@@ -119,18 +120,18 @@ class Events:
 def read_events(database: Database, after: int, until: str) -> Events:
     """Returns the events behind a number, up to the last commit of a part named ``until``."""
     columns = (
-        t.events.c.cursor,
-        t.events.c.kind,
+        events.c.cursor,
+        events.c.kind,
         t.projects.c.name + "/" + t.runs.c.name,
         t.parts.c.name,
         t.checkpoints.c.step,
         t.checkpoints.c.session,
         t.checkpoints.c.incarnation,
-        t.events.c.alias,
+        events.c.alias,
     )
-    tables = t.events.join(t.parts, t.parts.c.id == t.events.c.part_id).join(t.runs).join(t.projects)
-    tables = tables.join(t.checkpoints, t.checkpoints.c.id == t.events.c.checkpoint_id)
-    statement = select(*columns).select_from(tables).where(t.events.c.cursor > after).order_by(t.events.c.cursor)
+    tables = events.join(t.parts, t.parts.c.id == events.c.part_id).join(t.runs).join(t.projects)
+    tables = tables.join(t.checkpoints, t.checkpoints.c.id == events.c.checkpoint_id)
+    statement = select(*columns).select_from(tables).where(events.c.cursor > after).order_by(events.c.cursor)
     with database.read() as connection:
         rows = [tuple(row) for row in connection.execute(statement)]
     while rows and not (rows[-1][3] == until and rows[-1][1] == event_rows.EventKind.COMMITTED):
