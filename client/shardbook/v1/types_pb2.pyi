@@ -24,6 +24,14 @@ class CheckpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECKPOINT_STATE_FAILED: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_EXPIRED: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_DELETED: _ClassVar[CheckpointState]
+
+class LineageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LINEAGE_KIND_UNSPECIFIED: _ClassVar[LineageKind]
+    LINEAGE_KIND_RESUMED_FROM: _ClassVar[LineageKind]
+    LINEAGE_KIND_FINE_TUNED_FROM: _ClassVar[LineageKind]
+    LINEAGE_KIND_CONVERTED_FROM: _ClassVar[LineageKind]
+    LINEAGE_KIND_EVALUATED_BY: _ClassVar[LineageKind]
 BLOB_KIND_UNSPECIFIED: BlobKind
 BLOB_KIND_TABLE: BlobKind
 BLOB_KIND_PLAN: BlobKind
@@ -34,6 +42,11 @@ CHECKPOINT_STATE_COMMITTED: CheckpointState
 CHECKPOINT_STATE_FAILED: CheckpointState
 CHECKPOINT_STATE_EXPIRED: CheckpointState
 CHECKPOINT_STATE_DELETED: CheckpointState
+LINEAGE_KIND_UNSPECIFIED: LineageKind
+LINEAGE_KIND_RESUMED_FROM: LineageKind
+LINEAGE_KIND_FINE_TUNED_FROM: LineageKind
+LINEAGE_KIND_CONVERTED_FROM: LineageKind
+LINEAGE_KIND_EVALUATED_BY: LineageKind
 
 class AttemptKey(_message.Message):
     __slots__ = ("run", "part", "step", "session", "incarnation", "attempt", "world_size")
@@ -148,7 +161,7 @@ class Checkpoint(_message.Message):
     def __init__(self, name: _Optional[str] = ..., ref: _Optional[str] = ..., step: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., world_size: _Optional[int] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., live: bool = ..., location: _Optional[_Union[AttemptLocation, _Mapping[str, _Any]]] = ..., tensor_count: _Optional[int] = ..., chunk_count: _Optional[int] = ..., bytes_entry_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., commit_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., warnings: _Optional[_Iterable[str]] = ..., failure: _Optional[str] = ..., structure_digest: _Optional[bytes] = ..., recovered: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., aliases: _Optional[_Iterable[str]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ..., timing: _Optional[_Union[SaveTiming, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("labels", "metrics", "note", "writer")
+    __slots__ = ("labels", "metrics", "note", "writer", "origins")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -167,11 +180,21 @@ class Description(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     WRITER_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.ScalarMap[str, str]
     metrics: _containers.ScalarMap[str, float]
     note: str
     writer: Writer
-    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ...) -> None: ...
+    origins: _containers.RepeatedCompositeFieldContainer[Origin]
+    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping[str, _Any]]]] = ...) -> None: ...
+
+class Origin(_message.Message):
+    __slots__ = ("kind", "source")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    kind: LineageKind
+    source: str
+    def __init__(self, kind: _Optional[_Union[LineageKind, str]] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Writer(_message.Message):
     __slots__ = ("host", "user", "job_id", "client_version", "torch_version", "git_commit")

@@ -13,6 +13,7 @@ from shardbook_server.service.claims import ClaimService
 from shardbook_server.service.commit import CommitService
 from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.events import EventService
+from shardbook_server.service.lineage import LineageService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -50,6 +51,7 @@ class Services:
     status: StatusService
     descriptions: DescriptionService
     aliases: AliasService
+    lineage: LineageService
     events: EventService
     claims: ClaimService
 
@@ -84,6 +86,7 @@ def build_services(
         status=StatusService(database, catalog, plans),
         descriptions=DescriptionService(database),
         aliases=AliasService(database),
+        lineage=LineageService(database),
         events=EventService(database),
         claims=ClaimService(database),
     )
