@@ -24,6 +24,7 @@ from shardbook.descriptions import Alias, PhaseTiming, Project, RankInfo, SaveTi
 from shardbook.doctor import Finding
 from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
+from shardbook.lineage import Lineage, LineageEdge, LineageNode
 from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus
 from shardbook.sync import SyncedAttempt
 from shardbook.usage import PartUsage
@@ -70,6 +71,8 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook metric` | `{"checkpoint": checkpoint}` |
 | `shardbook note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
+| `shardbook lineage` | `{"lineage": lineage}`; with KIND and OBJECT `{"edge": edge}`, with `--remove` \
+`{"removed": bool}` |
 | `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
 | `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
@@ -100,6 +103,9 @@ _OBJECTS = (
     ("rank", RankInfo),
     ("alias", Alias),
     ("project", Project),
+    ("lineage", Lineage),
+    ("edge of lineage", LineageEdge),
+    ("end of an edge", LineageNode),
     ("event", Event),
     ("subscription", Subscription),
     ("claim", Claim),

@@ -22,8 +22,10 @@ from shardbook._steps import step_of
 from shardbook._trees import open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
+from shardbook.core.description import with_origins
 from shardbook.core.directory import DCP_METADATA
 from shardbook.core.fold import FoldedAttempt
+from shardbook.core.lineage import LineageKind, Origin, check_end
 from shardbook.core.names import DEFAULT_PART, CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import (
     DeadlineExceededError,
@@ -117,6 +119,8 @@ class ImportInto:
         trusted: Unpickle a ``.metadata`` that holds more than DCP's metadata, which can run any code in it.
         is_dry: Look only; nothing is recorded.
         stores: Named roots, for locations.
+        converted_from: What the checkpoints are another form of: a ref, or the name of something else. What another
+            run's job saved by Shardbook comes from that job's checkpoint unless this says otherwise.
     """
 
     run: RunName
@@ -126,6 +130,7 @@ class ImportInto:
     trusted: bool = False
     is_dry: bool = False
     stores: Stores = field(default_factory=Stores)
+    converted_from: str | None = None
 
     def __post_init__(self) -> None:
         PartName(self.run, DEFAULT_PART if self.part is None else self.part)
@@ -133,6 +138,13 @@ class ImportInto:
             step_of(self.step, "")
         if self.attempt < 1:
             raise InvalidArgumentError(f"attempt is {self.attempt}, not 1 or more", field="attempt")
+        if self.converted_from is not None:
+            check_end(self.converted_from, "converted_from")
+
+    def said_by(self, said: bytes, saved_as: CheckpointName | None) -> bytes:
+        """Returns what is said of a checkpoint that was saved under another name, or under none."""
+        source = str(saved_as or "") if self.converted_from is None else self.converted_from
+        return with_origins(said, [Origin(LineageKind.CONVERTED_FROM, source)]) if source else said
 
 
 def find_directories(directories: Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -259,13 +271,16 @@ def _of_attempt(found: FoldedAttempt, location: str, into: ImportInto) -> _Found
         part=identity.part if into.part is None else into.part,
         step=identity.step if into.step is None else into.step,
     )
+    content, saved_as = RecordedContent.of(found.manifest), None
     if moved != identity:
-        moved = replace(moved, session=0)
+        moved, saved_as = replace(moved, session=0), identity.checkpoint_name
+    if saved_as is not None or into.converted_from is not None:
+        content = replace(content, said=into.said_by(content.said, saved_as))
     return _Found(
         "manifest",
         attempt_key(moved),
         AttemptLocation(location=location, prefix=moved.prefix),
-        RecordedContent.of(found.manifest),
+        content,
         found.structure.entry_count,
         found.unique_bytes,
         moved.write_time_s,
@@ -292,7 +307,7 @@ def _of_plain(content: bytes, path: str, location: str, into: ImportInto, write_
         "dcp",
         key,
         AttemptLocation(location=location, prefix=""),
-        content_of(metadata),
+        replace(content_of(metadata), said=into.said_by(b"", None)),
         len(metadata.state_dict_metadata),
         footprint.size_bytes,
         write_time_s,

@@ -23,6 +23,7 @@ EXAMPLES = """\b
 Examples:
   shardbook import /lustre/old/ckpt --run llm/8b-v2 --dry-run
   shardbook import /lustre/old/ckpt/final --run llm/8b-v2 --step 90000
+  shardbook import /lustre/old/hf --run llm/8b-hf --step 90000 --converted-from llm/8b-v2@90000
   shardbook import s3://bucket/ckpt --run llm/8b-v2 --part weights --json"""
 _COLUMNS = (
     ("OUTCOME", False),
@@ -56,6 +57,12 @@ def import_checkpoints(
     attempt: Annotated[
         int, typer.Option("--attempt", metavar="N", min=1, help="2 or more for a plain DCP directory saved over since.")
     ] = 1,
+    converted_from: Annotated[
+        str | None,
+        typer.Option(
+            "--converted-from", metavar="REF|NAME", help="What they are another form of (`shardbook lineage`)."
+        ),
+    ] = None,
     is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be recorded; record nothing.")] = False,
     trusted: Trusted = False,
     as_json: AsJson = False,
@@ -74,7 +81,7 @@ def import_checkpoints(
     if part_of_run is not None and part not in (None, part_of_run):
         raise InvalidArgumentError(f"{run} and --part {part} name two parts", field="part")
     client, config = client_of(server, timeout_s)
-    into = ImportInto(into_run, part or part_of_run, step, attempt, trusted, is_dry, config.stores)
+    into = ImportInto(into_run, part or part_of_run, step, attempt, trusted, is_dry, config.stores, converted_from)
     with asking_storage():
         found = find_directories(directories)
     results: list[ImportedCheckpoint] = []

@@ -21,9 +21,7 @@ _USER_INFO: Final = re.compile(
     r"(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#\s]*@|[a-z][a-z0-9+.-]*://[^/?#@\s]*:[^/?#\s]*@)", re.IGNORECASE
 )
 #: Parameters of web addresses that open what they point to.
-_SECRET: Final = re.compile(
-    r"[?&#;][^=&#;]*(?:sig|token|secret|passw|credential|auth|key)[^=&#;]*=", re.IGNORECASE
-)
+_SECRET: Final = re.compile(r"[?&#;][^=&#;]*(?:sig|token|secret|passw|credential|auth|key)[^=&#;]*=", re.IGNORECASE)
 
 
 class LineageKind(IntEnum):
@@ -114,7 +112,9 @@ def check_end(text: str, field: str) -> CheckpointName | str:
         )
     if _USER_INFO.search(text) or ("://" in text and _SECRET.search(text)):
         raise InvalidArgumentError(
-            "a URL with a user, a password or a signature is not kept: leave them out", reason="CREDENTIALS", field=field
+            "a URL with a user, a password or a signature is not kept: leave them out",
+            reason="CREDENTIALS",
+            field=field,
         )
     return text
 

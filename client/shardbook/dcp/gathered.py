@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardbook.breaker import is_outage
 from shardbook.core import directory as names
 from shardbook.core.columns import Int64Array
+from shardbook.core.description import pack_said
 from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.fold import FoldedAttempt, fold_decoded
 from shardbook.core.manifest import AttemptIdentity
@@ -88,6 +89,7 @@ class GatheredSave:
         self._plans = plans
         self._is_dcps = is_dcps
         self._budget = runtime.breaker.start_save()
+        self._origins = runtime.origins_of(attempt.part)
         #: Why the catalogue does not have the save, as it was raised where it was.
         self._error: Exception | None = None
         self._reason = ""
@@ -150,10 +152,11 @@ class GatheredSave:
             ShardbookError: It cannot be described exactly.
         """
         identity = self._attempt.identity(session)
+        said = pack_said({}, {}, "", {}, self._origins)
         if self._is_dcps:
-            return _fold(identity, _slices_of_ranks(self._plans, results, self._attempt.prefix))
+            return _fold(identity, _slices_of_ranks(self._plans, results, self._attempt.prefix), said=said)
         sliced = slice_metadata(_below(metadata, self._attempt.prefix))
-        return _fold(identity, sliced.slices, sliced.header)
+        return _fold(identity, sliced.slices, sliced.header, said=said)
 
     def _publish(self, folded: FoldedAttempt) -> tuple[str, ...]:
         attempt = self._attempt
@@ -190,6 +193,7 @@ class GatheredSave:
         location = self._attempt.location
         self._checkpoint = record_attempt(submitter.client, folded.manifest, location, recovered=False)
         self._runtime.outage_told = False
+        self._runtime.origins.note_recorded(self._origins)
 
     def _go_without(self, error: Exception) -> None:
         """Notes why the catalogue lacks the save; an outage is told once."""
@@ -275,13 +279,15 @@ def _below(metadata: Metadata, prefix: str) -> Metadata:
     return moved
 
 
-def _fold(identity: AttemptIdentity, slices: Sequence[MetadataSlice], header: bytes = b"") -> FoldedAttempt:
+def _fold(
+    identity: AttemptIdentity, slices: Sequence[MetadataSlice], header: bytes = b"", *, said: bytes = b""
+) -> FoldedAttempt:
     content = encode_slices(slices, header)
     distinct: dict[bytes, RankStructure] = {}
     for digest, one in zip(content.structure_digests, slices, strict=True):
         distinct.setdefault(digest, one.structure)
     return fold_decoded(
-        identity, list(distinct.values()), content.structure_digests, content.pairs, content.blobs, header
+        identity, list(distinct.values()), content.structure_digests, content.pairs, content.blobs, header, said=said
     )
 
 

@@ -15,7 +15,9 @@ def origins(message: types_pb2.Description) -> tuple[Origin, ...]:
     """Returns where a checkpoint comes from, as a commit says it."""
     if len(message.origins) > limits.MAX_ORIGINS:
         raise InvalidArgumentError(
-            f"{len(message.origins)} origins, the limit is {limits.MAX_ORIGINS}", reason="LIMIT_EXCEEDED", field="origins"
+            f"{len(message.origins)} origins, the limit is {limits.MAX_ORIGINS}",
+            reason="LIMIT_EXCEEDED",
+            field="origins",
         )
     found = []
     for at, one in enumerate(message.origins):

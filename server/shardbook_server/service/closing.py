@@ -111,7 +111,7 @@ def commit_attempt(
     check_not_superseded(checkpoint, live, recovered=recovered)
     events = [Event(EventKind.COMMITTED, part.id, checkpoint.id)]
     # Before it takes the place of what it may come from.
-    origins.tell(connection, checkpoint, description.origins, now_us)
+    origins.tell(connection, checkpoint, description.origins, now_us, recovered=recovered)
     takes_over = live is None or _is_newer(checkpoint, live)
     if live is not None and takes_over:
         checkpoint_rows.supersede(connection, live.id)

@@ -140,9 +140,7 @@ class LineageService:
             # The first page says which checkpoint an alias meant.
             checkpoint_id = present.resolve(connection, name) if position is None else int(position[1])
             after = 0 if position is None else int(position[0])
-            rows = lineage_rows.page_of_edges(
-                connection, checkpoint_id, up=up, down=down, after=after, count=count + 1
-            )
+            rows = lineage_rows.page_of_edges(connection, checkpoint_id, up=up, down=down, after=after, count=count + 1)
             items = _infos(connection, [(row, 0) for row in rows[:count]])
         token = self._tokens.make(listing, (rows[count - 1].id, checkpoint_id)) if len(rows) > count else ""
         return Page(tuple(items), token)
@@ -253,13 +251,21 @@ def _check_no_cycle(connection: Connection, ends: Ends, request: EdgeRequest) ->
         raise FailedPreconditionError(
             f"{request.subject} and {request.object} are the same checkpoint", reason="LINEAGE_CYCLE", field="object"
         )
-    if origins.closes_cycle(connection, ends.parent_id, ends.child_id):
+    found = lineage_rows.ancestors(connection, ends.parent_id, limits.MAX_ANCESTORS)
+    if ends.child_id in found:
+        older, younger = request.object, request.subject
+        if request.kind is LineageKind.EVALUATED_BY:
+            older, younger = younger, older
         raise FailedPreconditionError(
-            f"{request.object} comes from {request.subject} itself, so the edge would close a cycle; `shardbook lineage "
-            f"{request.subject} --down` shows how"
-            if request.kind is not LineageKind.EVALUATED_BY
-            else f"{request.subject} comes from {request.object}, so the edge would close a cycle",
+            f"{older} comes from {younger} itself, so the edge would close a cycle; `shardbook lineage {older} --up` "
+            "shows how",
             reason="LINEAGE_CYCLE",
+            field="object",
+        )
+    if len(found) > limits.MAX_ANCESTORS:
+        raise InvalidArgumentError(
+            f"{request.object} comes from more than {limits.MAX_ANCESTORS} checkpoints, the limit",
+            reason="LIMIT_EXCEEDED",
             field="object",
         )
 

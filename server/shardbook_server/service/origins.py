@@ -35,19 +35,23 @@ def lock_for_commit(connection: Connection, part: PartName, row: CheckpointRow, 
         lineage_rows.lock(connection)
 
 
-def tell(connection: Connection, row: CheckpointRow, origins: Sequence[Origin], now_us: int) -> None:
+def tell(
+    connection: Connection, row: CheckpointRow, origins: Sequence[Origin], now_us: int, *, recovered: bool
+) -> None:
     """Records where a checkpoint comes from that is about to be committed, before it takes the place of another.
 
     What a session has told with an earlier checkpoint is not told again: a job says it with every save until it hears
-    that one was committed, and saves that were recorded afterwards come in any order.
+    that one was committed, and saves that were recorded afterwards come in any order. What an alias meant
+    when such a save was made nobody knows any more, so it stays a name.
     """
     for origin in origins:
-        ends = _ends(connection, row, origin)
+        ends = _ends(connection, row, origin, recovered=recovered)
         if ends.parent_id is not None and closes_cycle(connection, ends.parent_id, row.id):
             _LOG.warning("checkpoint %d: its origin %s would close a cycle, and is left out", row.id, origin.source)
-        elif not lineage_rows.is_told(connection, row.part_id, row.incarnation, ends):
-            if lineage_rows.find_edge(connection, ends) is None:
-                lineage_rows.insert_edge(connection, ends, row.incarnation, now_us)
+            continue
+        is_told = lineage_rows.is_told(connection, row.part_id, row.incarnation, ends)
+        if not is_told and lineage_rows.find_edge(connection, ends) is None:
+            lineage_rows.insert_edge(connection, ends, row.incarnation, now_us)
 
 
 def adopt(connection: Connection, part: PartName, row: CheckpointRow, *, live: bool) -> None:
@@ -69,10 +73,10 @@ def closes_cycle(connection: Connection, parent_id: int, child_id: int) -> bool:
     return child_id in found or len(found) > limits.MAX_ANCESTORS
 
 
-def _ends(connection: Connection, row: CheckpointRow, origin: Origin) -> Ends:
+def _ends(connection: Connection, row: CheckpointRow, origin: Origin, *, recovered: bool) -> Ends:
     """Returns the edge to an origin; by name where the catalogue does not have it, or not yet."""
     meant = check_end(origin.source, "origins")
-    if isinstance(meant, CheckpointName):
+    if isinstance(meant, CheckpointName) and not (recovered and meant.id.alias is not None):
         try:
             found = present.resolve(connection, meant)
         except ShardbookError:

@@ -229,8 +229,8 @@ aliases = Table(
     **_CLUSTERED,
 )
 
-#: Edges of lineage, from the older end (parent) to the younger one. ``name`` is empty where both ends are checkpoints of
-#: the catalogue; else it stands for the one that is not. ``incarnation`` is of the job that told it with a checkpoint.
+#: Edges of lineage, from the older end (parent) to the younger one. ``name`` is empty where both ends are checkpoints
+#: of the catalogue; else it stands for the one that is not. ``incarnation`` is of the job that told it with a commit.
 lineage = Table(
     "lineage",
     metadata,
