@@ -18,7 +18,8 @@ from shardbook.errors import InvalidArgumentError
 
 #: Azure writes ``container@account`` where others write a user; a password never passes.
 _USER_INFO: Final = re.compile(
-    r"(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#\s]*@|[a-z][a-z0-9+.-]*://[^/?#@\s]*:[^/?#\s]*@)", re.IGNORECASE
+    r"(?<![a-z0-9+.-])(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#\s]*@|[a-z][a-z0-9+.-]*://[^/?#@\s]*:[^/?#\s]*@)",
+    re.IGNORECASE,
 )
 #: Parameters of web addresses that open what they point to.
 _SECRET: Final = re.compile(r"[?&#;][^=&#;]*(?:sig|token|secret|passw|credential|auth|key)[^=&#;]*=", re.IGNORECASE)
