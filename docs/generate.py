@@ -71,8 +71,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook metric` | `{"checkpoint": checkpoint}` |
 | `shardbook note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
-| `shardbook lineage` | `{"lineage": lineage}`; with KIND and OBJECT `{"edge": edge}`, with `--remove` \
-`{"removed": bool}` |
+| `shardbook lineage` | `{"lineage": lineage}`, with KIND and OBJECT as it is now |
 | `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
 | `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Final
 
@@ -11,8 +12,10 @@ from rich.tree import Tree
 
 from shardbook.cli import names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
+from shardbook.client import Client
 from shardbook.core import limits
 from shardbook.core.lineage import LineageKind
+from shardbook.core.names import CheckpointName
 from shardbook.errors import InvalidArgumentError
 from shardbook.lineage import Lineage, LineageEdge, LineageNode
 
@@ -65,8 +68,9 @@ def lineage(
 ) -> None:
     """Show where a checkpoint comes from and what came of it, or record that by hand.
 
-    Jobs record it themselves when they are told: init(resumed_from=, fine_tuned_from=), load(lineage=). With KIND and
-    OBJECT an edge is recorded; the same again changes nothing, and one that would close a cycle is refused.
+    Terminals show a tree, all else a row an edge. Jobs record it themselves when they are told: init(resumed_from=,
+    fine_tuned_from=), load(lineage=). With KIND and OBJECT an edge is recorded; the same again changes nothing, and one
+    that would close a cycle is refused.
     """
     name = names.checkpoint_of(ref)
     if kind is not None and other is None:
@@ -77,36 +81,27 @@ def lineage(
     if kind is not None and other is not None:
         if up or down:
             raise InvalidArgumentError("--up and --down go with REF alone", field="up")
-        known = LineageKind.parse(kind)
-        if remove:
-            removed = client.remove_lineage(name, known, other)
-            _print_removed(removed, as_json=as_json, is_plain=is_plain)
-        else:
-            _print_edge(client.add_lineage(name, known, other), as_json=as_json, is_plain=is_plain)
-        return
+        told = _changed(client, name, LineageKind.parse(kind), other, remove=remove)
+        if not as_json:
+            output.print_line(told, is_plain=is_plain)
+            return
     direction = "both" if up is down else "up" if up else "down"
     found = client.get_lineage(name, direction=direction, max_depth=depth)
     if as_json:
         output.print_json({"lineage": found.to_json()})
-    elif is_plain:
+    elif is_plain or not sys.stdout.isatty():
         output.print_table(_COLUMNS, _rows(found), expendable=_EXPENDABLE, is_plain=True)
     else:
         output.print_tree(_tree(found))
         _print_remarks(found, ref)
 
 
-def _print_removed(removed: bool, *, as_json: bool, is_plain: bool) -> None:
-    if as_json:
-        output.print_json({"removed": removed})
-    else:
-        output.print_line("removed" if removed else "there was no such edge", is_plain=is_plain)
-
-
-def _print_edge(edge: LineageEdge, *, as_json: bool, is_plain: bool) -> None:
-    if as_json:
-        output.print_json({"edge": edge.to_json()})
-    else:
-        output.print_line(f"{edge.subject.ref} {_words(edge.kind)} {_shown(edge.object)}", is_plain=is_plain)
+def _changed(client: Client, name: CheckpointName, kind: LineageKind, other: str, *, remove: bool) -> str:
+    """Records an edge, or takes it back; returns what was done."""
+    if remove:
+        return "removed" if client.remove_lineage(name, kind, other) else "there was no such edge"
+    edge = client.add_lineage(name, kind, other)
+    return f"{edge.subject.ref} {_words(edge.kind)} {_shown(edge.object)}"
 
 
 def _print_remarks(found: Lineage, ref: str) -> None:

@@ -27,6 +27,15 @@ def project(client: Client, tmp_path: Path) -> str:
     return name
 
 
+@pytest.fixture
+def terminal(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standard output, as the command has it, is a terminal without colours."""
+    for name, value in (("TERM", "xterm-256color"), ("COLUMNS", "120"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_a_family_is_shown_as_a_tree(project: str, shardbook: Shardbook) -> None:
     """Both ways from the checkpoint; a way back to what was unfolded already is not followed again."""
     base, chat = f"{project}/base", f"{project}/chat"
@@ -63,15 +72,17 @@ def test_a_family_is_shown_as_a_tree(project: str, shardbook: Shardbook) -> None
 
 def test_json(project: str, client: Client, shardbook: Shardbook) -> None:
     """One object, and what a program sees is what the client returns."""
-    edge = shardbook("lineage", f"{project}/chat@1", "fine-tuned-from", f"{project}/base@20", "--json").json["edge"]
-    assert ("fine_tuned_from", False, 0) == (edge["kind"], edge["told"], edge["depth"])
+    words = ("lineage", f"{project}/chat@1", "fine_tuned_from", f"{project}/base@20")
+    changed = shardbook(*words, "--json").json["lineage"]
+    (edge,) = changed["ancestors"]
+    assert ("fine_tuned_from", False, 1) == (edge["kind"], edge["told"], edge["depth"])
     found = shardbook("lineage", f"{project}/chat@1", "--json").json["lineage"]
     assert client.get_lineage(f"{project}/chat@1").to_json() == found
     assert [f"{project}/base@20"] == [one["object"]["ref"] for one in found["ancestors"]]
     assert ("COMMITTED", []) == (found["checkpoint"]["state"], found["descendants"])
-    words = ("lineage", f"{project}/chat@1", "fine_tuned_from", f"{project}/base@20", "--remove")
-    assert [{"removed": True}, {"removed": False}] == [shardbook(*words, "--json").json for _ in range(2)]
-    assert "there was no such edge\n" == shardbook(*words).out
+    assert changed == found
+    assert [] == shardbook(*words, "--remove", "--json").json["lineage"]["ancestors"]
+    assert "there was no such edge\n" == shardbook(*words, "--remove").out
 
 
 @pytest.mark.parametrize(
@@ -100,6 +111,7 @@ def test_what_is_refused(project: str, shardbook: Shardbook, words: list[str], c
     assert "secret" not in ran.err
 
 
+@pytest.mark.usefixtures("terminal")
 def test_a_checkpoint_without_edges_says_what_to_do(project: str, shardbook: Shardbook) -> None:
     """Nothing is an answer too."""
     out = shardbook("lineage", f"{project}/base@20").out.splitlines()

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
+from shardbook.core.lineage import LineageKind, Origin
 from shardbook.core.wanted import Wanted, encode_wanted
+from shardbook_server.service.describing import Description
+from shardbook_server.service.lineage import EdgeRequest
 from shardbook_server.service.services import Services
 from shardbook_server.service.types import OnLive
 from shardbook_server.service.vitals import VitalsService
@@ -24,6 +27,7 @@ GROWING = {
     "events",
     "extent_segments",
     "leases",
+    "lineage",
     "parts",
     "plan_submissions",
     "rank_structures",
@@ -73,9 +77,17 @@ def test_no_growing_table_is_walked_through(services: Services, database: Databa
     services.catalog.get_run("projects/llm/runs/8b")
     services.status.run_status("projects/llm/runs/8b")
     services.metadata.list_tensors("llm/8b@1")
+    edge = EdgeRequest("llm/8b@2", LineageKind.RESUMED_FROM, "llm/8b@1")
+    services.lineage.add(edge)
+    services.lineage.get("llm/8b@2")
+    services.lineage.list("llm/8b@1")
+    services.lineage.remove(edge)
+    job.register(3, whole(job.model), 2)
+    origins = (Origin(LineageKind.RESUMED_FROM, "llm/8b@2"), Origin(LineageKind.FINE_TUNED_FROM, "a name"))
+    services.commits.commit(job.key(3, 2), Description(origins=origins))
     Job(services, Model(2)).start(on_live=OnLive.TAKEOVER)
     walks = _walks_of_postgres if is_postgres(database.url) else _walks_of_sqlite
-    kept = {one: given for one, given in statements.items() if one.split()[0] in ("SELECT", "UPDATE", "DELETE")}
+    kept = {one: given for one, given in statements.items() if one.split()[0] in ("SELECT", "UPDATE", "DELETE", "WITH")}
     assert [] == list(walks(database, kept))
     assert len(statements) > 40
 
