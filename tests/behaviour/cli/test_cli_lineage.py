@@ -27,17 +27,16 @@ def project(client: Client, tmp_path: Path) -> str:
     return name
 
 
-@pytest.fixture
-def terminal(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Standard output, as the command has it, is a terminal without colours."""
+def be_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes standard output a terminal without colours."""
     for name, value in (("TERM", "xterm-256color"), ("COLUMNS", "120"), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
 
 
-@pytest.mark.usefixtures("terminal")
-def test_a_family_is_shown_as_a_tree(project: str, shardbook: Shardbook) -> None:
+def test_a_family_is_shown_as_a_tree(project: str, shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways from the checkpoint; a way back to what was unfolded already is not followed again."""
+    be_a_terminal(monkeypatch)
     base, chat = f"{project}/base", f"{project}/chat"
     for ref, kind, other in (
         (f"{base}@10", "resumed-from", "hub/7b"),
@@ -111,9 +110,11 @@ def test_what_is_refused(project: str, shardbook: Shardbook, words: list[str], c
     assert "secret" not in ran.err
 
 
-@pytest.mark.usefixtures("terminal")
-def test_a_checkpoint_without_edges_says_what_to_do(project: str, shardbook: Shardbook) -> None:
+def test_a_checkpoint_without_edges_says_what_to_do(
+    project: str, shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is an answer too."""
+    be_a_terminal(monkeypatch)
     out = shardbook("lineage", f"{project}/base@20").out.splitlines()
     assert f"{project}/base@20" == out[0]
     assert "shardbook lineage" in out[1]
