@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from shardbook.core import limits
@@ -15,6 +15,7 @@ from shardbook_server.service.pages import Tokens, page_count
 from shardbook_server.service.views import CheckpointState, Page
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import lineage as lineage_rows
+from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.lineage import LOCK, EdgeRow, Ends
@@ -104,6 +105,8 @@ class LineageService:
             if edge is None:
                 _check_room(connection, ends, request.kind)
                 _check_no_cycle(connection, ends, request)
+                edge = _linked(connection, ends)
+            if edge is None:
                 edge = lineage_rows.insert_edge(connection, ends, None, self._database.now_us(connection))
             return _infos(connection, [(edge, 0)])[0]
 
@@ -219,6 +222,19 @@ def _ends(connection: Connection, request: EdgeRequest, *, may_be_named: bool = 
         # What measures a checkpoint comes after it.
         return Ends(request.kind, subject, older, name)
     return Ends(request.kind, older, subject, name)
+
+
+def _linked(connection: Connection, ends: Ends) -> EdgeRow | None:
+    """Returns the same edge where it knew its older end by name alone, now linked to it; None when there is none."""
+    if ends.parent_id is None or ends.child_id is None:
+        return None
+    row = _row(connection, ends.parent_id)
+    names = origins.names_of(run_rows.part_by_id(connection, row.part_id).name, row)
+    for edge in lineage_rows.find_named(connection, names):
+        if (edge.ends.child_id, edge.ends.kind) == (ends.child_id, ends.kind):
+            lineage_rows.link(connection, edge.id, ends.parent_id)
+            return replace(edge, ends=ends)
+    return None
 
 
 def _known(connection: Connection, name: CheckpointName, field: str) -> int:

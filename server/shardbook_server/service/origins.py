@@ -31,7 +31,7 @@ def lock_for_commit(connection: Connection, part: PartName, row: CheckpointRow, 
 
     Most commits add none, and wait for nobody.
     """
-    if origins or lineage_rows.find_named(connection, _names(part, row)):
+    if origins or lineage_rows.find_named(connection, names_of(part, row)):
         lineage_rows.lock(connection)
 
 
@@ -56,7 +56,7 @@ def tell(
 
 def adopt(connection: Connection, part: PartName, row: CheckpointRow, *, live: bool) -> None:
     """Links edges to a checkpoint that is committed only now, which knew it by name: `sync` records in any order."""
-    for edge in lineage_rows.find_named(connection, _names(part, row, live=live)):
+    for edge in lineage_rows.find_named(connection, names_of(part, row, live=live)):
         child_id = edge.ends.child_id
         linked = Ends(edge.ends.kind, row.id, child_id)
         if child_id is None or closes_cycle(connection, row.id, child_id):
@@ -86,7 +86,7 @@ def _ends(connection: Connection, row: CheckpointRow, origin: Origin, *, recover
     return Ends(origin.kind, None, row.id, str(meant))
 
 
-def _names(part: PartName, row: CheckpointRow, *, live: bool = True) -> list[str]:
+def names_of(part: PartName, row: CheckpointRow, *, live: bool = True) -> list[str]:
     """Returns the names by which an edge may know a checkpoint that was not there when it was told."""
     ids = [
         CheckpointId.full(row.step, row.session, row.attempt, row.incarnation),
@@ -97,4 +97,4 @@ def _names(part: PartName, row: CheckpointRow, *, live: bool = True) -> list[str
     return [str(CheckpointName(part, one)) for one in ids]
 
 
-__all__ = ["KNOWN", "adopt", "closes_cycle", "lock_for_commit", "tell"]
+__all__ = ["KNOWN", "adopt", "closes_cycle", "lock_for_commit", "names_of", "tell"]

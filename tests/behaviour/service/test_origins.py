@@ -15,8 +15,9 @@ from shardbook_server.service.lineage import EdgeRequest, LineageDirection
 from shardbook_server.service.services import Services, build_services
 from shardbook_server.service.types import OnLive
 from shardbook_server.service.views import CheckpointInfo, CheckpointState
+from shardbook_server.storage import lineage as lineage_rows
 from shardbook_server.storage.database import Database
-from shardbook_server.storage.lineage import LOCK
+from shardbook_server.storage.lineage import LOCK, Ends
 from tests.behaviour.service.saves import Job, Model, whole
 from tests.databases import opened
 
@@ -119,6 +120,19 @@ def test_a_name_is_linked_once_its_checkpoint_is_committed(job: Job, source: str
     assert CheckpointState.COMMITTED is edge.object.state
     job.save(4)
     assert 1 == len(job.services.lineage.list("llm/8b@9").items)
+
+
+def test_a_name_is_linked_by_hand_too(database: Database, job: Job) -> None:
+    """Where its checkpoint was committed beside the commit that told it: the same edge, with its other end."""
+    job.save(1)
+    made = job.save(2)
+    name = "projects/llm/runs/8b/parts/default/checkpoints/1.s1.a1"
+    with database.write(lock=LOCK) as connection:
+        ends = Ends(RESUMED, None, made.checkpoint_id, name)
+        edge_id = lineage_rows.insert_edge(connection, ends, job.incarnation, 1).id
+    linked = job.services.lineage.add(EdgeRequest("llm/8b@2", RESUMED, "llm/8b@1"))
+    assert (edge_id, True, "llm/8b@1") == (linked.id, linked.told, linked.object.ref)
+    assert (linked,) == job.services.lineage.list("llm/8b@1").items
 
 
 def test_what_would_close_a_cycle_is_left_out(job: Job) -> None:
