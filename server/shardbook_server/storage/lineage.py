@@ -5,11 +5,24 @@ Whoever adds edges holds the lock of ``lock``: whether one closes a cycle is a q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal, literal_column, select, update
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    Select,
+    delete,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    true,
+    update,
+)
 
 from shardbook_server.storage.columns import Int64
 from shardbook_server.storage.dialect import lock_names
@@ -139,8 +152,8 @@ def page_of_edges(
 def ancestors(connection: Connection, checkpoint_id: int, limit: int) -> set[int]:
     """Returns a checkpoint and what it comes from, directly or not; at most ``limit`` + 1 of them."""
     up = select(literal(checkpoint_id, Int64).label("id")).cte("up", recursive=True)
-    step = select(lineage.c.parent_id).join(up, lineage.c.child_id == up.c.id).where(lineage.c.parent_id.is_not(None))
-    up = up.union(step)
+    where = (lineage.c.child_id == up.c.id, lineage.c.parent_id.is_not(None))
+    up = up.union(_from_each(connection, up, {"parent_id": lineage.c.parent_id}, where, limit + 1))
     return set(connection.scalars(select(up.c.id).limit(limit + 1)))
 
 
@@ -163,11 +176,12 @@ def walk(
     one = literal_column("1", Int64)
     walked = select(lineage.c.id, far.label("next_id"), one.label("depth")).where(near == checkpoint_id)
     found = walked.cte("walk", recursive=True)
-    # One further than asked, which says whether there is more.
-    further = select(lineage.c.id, far, found.c.depth + one).join(found, near == found.c.next_id)
-    found = found.union(further.where(found.c.depth <= max_depth))
     # Both databases go on only as far as rows are taken, the nearest first: the limit bounds the work.
     most = _ROWS_PER_EDGE * limit + 1
+    # One further than asked, which says whether there is more.
+    where = (near == found.c.next_id, found.c.depth <= max_depth)
+    columns = {"id": lineage.c.id, "next_id": far}
+    found = found.union(_from_each(connection, found, columns, where, most, found.c.depth + one))
     rows = connection.execute(select(found.c.id, found.c.depth).limit(most)).all()
     depths: dict[int, int] = {}
     for edge_id, depth in rows:
@@ -177,6 +191,34 @@ def walk(
     shown = within[:limit]
     edges = _edges_by_id(connection, [edge_id for _, edge_id in shown])
     return [(edges[edge_id], depth) for depth, edge_id in shown], is_cut
+
+
+def _from_each(
+    connection: Connection,
+    walked: CTE,
+    columns: Mapping[str, ColumnElement[Any]],
+    where: Sequence[ColumnElement[bool]],
+    limit: int,
+    *more: ColumnElement[Any],
+) -> Select[Any]:
+    """Returns one step of a walk: for each row so far its edges, found by their index.
+
+    Postgres cannot know how large a walk becomes, and without fresh statistics would read the whole table in every
+    step. So it is told to look up each row's edges by themselves; SQLite does that unasked, and knows no LATERAL.
+
+    Args:
+        connection: In a transaction.
+        walked: The rows so far.
+        columns: Of edges, by the names that they get.
+        where: Which edges lead on from a row.
+        limit: Most edges of one row.
+        more: Columns that are made of the row.
+    """
+    edges = select(*(column.label(name) for name, column in columns.items())).where(*where)
+    if connection.dialect.name != "postgresql":
+        return edges.add_columns(*more)
+    each = edges.correlate(walked).order_by(lineage.c.id).limit(limit).lateral("edge")
+    return select(*(each.c[name] for name in columns), *more).select_from(walked).join(each, true())
 
 
 def _edges_by_id(connection: Connection, ids: Sequence[int]) -> dict[int, EdgeRow]:
