@@ -13,7 +13,9 @@ from shardbook.dcp import AsyncCheckpointerType, SaveState
 from shardbook.dcp.runtime import current
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError
 from shardbook.sync import sync_directories
+from tests.torch import jobs
 from tests.torch.alone import blank_state, loads, some_state
+from tests.torch.harness import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
@@ -172,3 +174,17 @@ def test_torchs_own_save_says_it_too(session: dcp.Session, server: str, run: str
     for step in (2, 3):
         torch_dcp.save(some_state(), storage_writer=dcp.ShardbookWriter(tmp_path / str(step)))
     assert [(f"{run}@2", "resumed_from", f"{run}@1")] == edges(server, *steps(run, 2, 3))
+
+
+def test_of_several_ranks_the_coordinator_says_it(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
+    """Rank 0 asks what it is and tells it; a job that is started again says it again, of its own first commit."""
+    start = {"run": run, "server": server, "job_id": "slurm-7", "fine_tuned_from": "hub/model"}
+    for first in (1, 3):
+        paths = [str(tmp_path / str(step)) for step in (first, first + 1)]
+        pool.run(jobs.save, "fsdp", paths, start, {}, world_size=2)
+        start["resumed_from"] = f"{run}@latest"
+    assert [
+        (f"{run}@1", "fine_tuned_from", "hub/model"),
+        (f"{run}@3", "resumed_from", f"{run}@2"),
+        (f"{run}@3", "fine_tuned_from", "hub/model"),
+    ] == edges(server, *steps(run, 1, 2, 3, 4))
