@@ -100,7 +100,9 @@ def test_a_walk_looks_up_its_edges(services: Services, database: Database, state
 
     Postgres would read all of them, at each step: 9,000 ancestors then took longer than a statement may.
     """
-    (made,) = [job.save(1) for job in [Job(services, Model(1))] if job.start()]
+    job = Job(services, Model(1))
+    job.start()
+    made = job.save(1)
     rows = [
         {"kind": 1, "parent_id": None, "child_id": made.checkpoint_id, "name": f"{at}", "create_time_us": 1}
         for at in range(5000)
