@@ -59,6 +59,7 @@ class Described:
         world_size: Ranks that saved it; of a plain DCP directory what its files' names tell.
         footprint: Its extents by file.
         tree: The storage; None when there is no such directory.
+        name: Full name in the catalogue; None when a directory was asked.
     """
 
     ref: str | None
@@ -67,6 +68,7 @@ class Described:
     world_size: int
     footprint: Footprint
     tree: Tree | None
+    name: str | None = None
 
 
 def describe(target: Target, *, trusted: bool, config: ClientConfig | None, client: Client | None) -> Described:
@@ -95,7 +97,8 @@ def _of_ref(name: CheckpointName, config: ClientConfig, client: Client | None) -
         tree = open_tree(directory)
     except NotFoundError:
         tree = None
-    return Described(stored.checkpoint.ref, directory, Source.CATALOGUE, stored.checkpoint.world_size, footprint, tree)
+    known = stored.checkpoint
+    return Described(known.ref, directory, Source.CATALOGUE, known.world_size, footprint, tree, known.name)
 
 
 def _of_directory(path: str, *, trusted: bool) -> Described:

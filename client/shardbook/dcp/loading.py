@@ -109,13 +109,29 @@ def load(
     if planner is None:
         planner = ShardbookLoadPlanner(weights_only=weights_only, strict=strict, allow_dtype_change=allow_dtype_change)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
-    _load_into(state_dict, reader, metadata, planner, rank)
+    try:
+        _load_into(state_dict, reader, metadata, planner, rank)
+    except Exception as error:
+        if storage_reader is None and _is_absent(error) and isinstance(metadata, LazyMetadata):
+            tell = getattr(metadata.source, "tell_lost", None)
+            if tell is not None:
+                tell()
+        raise
     if name is None and rank == 0:
         repair_directory(reader)
     if kind is not None and told is not None:
         tell_loaded(told, kind, metadata, target)
     report = planner.report if isinstance(planner, ShardbookLoadPlanner) else None
     return report or LoadReport()
+
+
+def _is_absent(error: BaseException | None) -> bool:
+    """True when a file that is not there is behind an error, whatever a reader made of it."""
+    for _ in range(10):
+        if error is None or isinstance(error, FileNotFoundError):
+            break
+        error = error.__cause__ or error.__context__
+    return isinstance(error, FileNotFoundError)
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:

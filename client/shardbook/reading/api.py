@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from shardbook.config import ClientConfig
-from shardbook.errors import InvalidArgumentError
+from shardbook.errors import InvalidArgumentError, NotFoundError
 from shardbook.reading.filling import Filler
 from shardbook.reading.finding import Found, Target, chunks_of
 from shardbook.reading.ranges import range_reader
@@ -67,7 +67,12 @@ def read_many(
 
 def read_found(found: Found) -> dict[str, Array]:
     """Reads what ``chunks_of`` found, see ``read_many``."""
-    arrays = Filler(range_reader(found.directory)).fill(found.tensors)
+    try:
+        arrays = Filler(range_reader(found.directory)).fill(found.tensors)
+    except NotFoundError as error:
+        if error.reason == "NO_DATA_FILE":
+            found.tell_lost()
+        raise
     return {one.chunks.fqn: array for one, array in zip(found.tensors, arrays, strict=True)}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, TreeFiles
+from shardbook._lost import tell_lost
 from shardbook._newest import incomplete_attempts, read_newest
 from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import open_tree
@@ -50,10 +51,12 @@ class Found:
     Attributes:
         directory: Path or URL that data files are relative to.
         tensors: In the order in which they were asked for.
+        tell_lost: Tells the catalogue that a data file is not there.
     """
 
     directory: str
     tensors: tuple[WantedTensor, ...]
+    tell_lost: Callable[[], None] = lambda: None
 
 
 class _Metadata(Protocol):
@@ -63,6 +66,10 @@ class _Metadata(Protocol):
 
     def chunks(self, fqns: list[str]) -> Mapping[str, TensorChunks | None]:
         """Returns entries by name; None for a name that the checkpoint lacks."""
+        ...
+
+    def tell_lost(self) -> None:
+        """Tells whoever keeps the metadata that a data file is not there; best effort."""
         ...
 
 
@@ -89,7 +96,7 @@ def chunks_of(
     found = metadata.chunks(list(regions))
     wanted = [_checked(found.get(fqn), fqn, target) for fqn in regions]
     selections = [select(region, one.shape, one.fqn) for one, region in zip(wanted, regions.values(), strict=True)]
-    return Found(metadata.directory, tuple(map(WantedTensor, wanted, selections)))
+    return Found(metadata.directory, tuple(map(WantedTensor, wanted, selections)), metadata.tell_lost)
 
 
 def _checked(chunks: TensorChunks | None, fqn: str, target: Target) -> TensorChunks:
@@ -133,6 +140,7 @@ class _Catalogue:
         self._name = name
         self._config = config
         self._answers = Answers.of(config, METADATA_S, client)
+        self._full_name = ""
         self.directory = ""
 
     def chunks(self, fqns: list[str]) -> dict[str, TensorChunks | None]:
@@ -144,8 +152,12 @@ class _Catalogue:
                 reason=error.reason,
                 metadata=error.metadata,
             ) from error
+        self._full_name = answer.name
         self.directory = self._config.stores.path_of(answer.location)
         return {fqn: of_found(answer.found, number) for number, fqn in enumerate(fqns)}
+
+    def tell_lost(self) -> None:
+        tell_lost(self._answers.client, self._full_name, self.directory)
 
 
 class _Directory:
@@ -168,6 +180,9 @@ class _Directory:
         if names:
             return read_folder(range_reader(self.directory), names, fqns)
         raise self._nothing_there()
+
+    def tell_lost(self) -> None:
+        """There is nobody to tell."""
 
     def _nothing_there(self) -> NotFoundError:
         begun = incomplete_attempts(self._files)

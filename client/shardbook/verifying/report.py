@@ -75,6 +75,7 @@ class VerifyReport:
         faulty_ranks: Ranks with a fault, the first 50.
         faulty_rank_count: How many there are.
         lost_bytes: Bytes of extents that are not there, or that are altered, in full.
+        name: Full name in the catalogue; None when a directory was asked.
     """
 
     ref: str | None
@@ -91,6 +92,7 @@ class VerifyReport:
     faulty_ranks: tuple[int, ...]
     faulty_rank_count: int
     lost_bytes: int
+    name: str | None = None
 
     @property
     def fault_count(self) -> int:
@@ -101,6 +103,11 @@ class VerifyReport:
     def is_ok(self) -> bool:
         """True when everything is there."""
         return not self.fault_count
+
+    @property
+    def is_missing(self) -> bool:
+        """True when files are lost or cut."""
+        return bool(self.fault_counts[FaultKind.MISSING] or self.fault_counts[FaultKind.TRUNCATED])
 
     def to_json(self) -> dict[str, Any]:
         """Returns every attribute under its own name."""

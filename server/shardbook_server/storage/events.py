@@ -23,6 +23,8 @@ class EventKind(IntEnum):
     ALIAS_DELETED = 7
     DELETED = 8
     UNDELETED = 9
+    DATA_LOST = 10
+    DATA_FOUND = 11
 
 
 @dataclass(frozen=True)
