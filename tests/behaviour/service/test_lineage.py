@@ -11,11 +11,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from sqlalchemy import update
 
 from shardbook.core import limits
 from shardbook.core.lineage import LineageKind
-from shardbook.core.names import RunName
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.service.lineage import EdgeInfo, EdgeRequest, LineageDirection, LineageInfo
 from shardbook_server.service.services import Services, build_services
@@ -23,7 +21,6 @@ from shardbook_server.service.views import CheckpointInfo, CheckpointState
 from shardbook_server.storage import lineage as lineage_rows
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.lineage import LOCK, Ends
-from shardbook_server.storage.tables import checkpoints
 from tests.behaviour.service.conftest import Clock
 from tests.behaviour.service.saves import Job, Model, whole
 from tests.databases import opened
@@ -40,13 +37,6 @@ def add(services: Services, subject: str, kind: LineageKind, other: str) -> Edge
 def remove(services: Services, subject: str, kind: LineageKind, other: str) -> bool:
     """Removes an edge."""
     return services.lineage.remove(EdgeRequest(subject, kind, other))
-
-
-def delete(database: Database, ref: str, step: int) -> None:
-    """Deletes a checkpoint softly, as the catalogue has it: its row stays."""
-    with database.write([RunName.parse(ref)]) as connection:
-        where = (checkpoints.c.step == step, checkpoints.c.state == CheckpointState.COMMITTED)
-        connection.execute(update(checkpoints).where(*where).values(state=int(CheckpointState.DELETED), live=0))
 
 
 def told(edges: tuple[EdgeInfo, ...]) -> list[tuple[str, str, str, int]]:
@@ -103,12 +93,12 @@ def test_an_edge_is_added_and_removed_once(services: Services, clock: Clock) -> 
     assert 2 == len(services.lineage.list("llm/8b@2").items)
 
 
-def test_edges_outlive_their_ends(services: Services, database: Database) -> None:
+def test_edges_outlive_their_ends(services: Services) -> None:
     """A deleted checkpoint says so at the end of its edges, leads on to what it came from, and takes more by its id."""
     saved(services, "llm/8b", 3)
     add(services, "llm/8b@2", RESUMED, "llm/8b@1")
     add(services, "llm/8b@3", RESUMED, "llm/8b@2")
-    delete(database, "llm/8b", 2)
+    services.deletions.delete("llm/8b@2")
     above = services.lineage.get("llm/8b@3").ancestors
     assert [
         ("llm/8b@3", "resumed_from", "llm/8b@2.s1.a1", 1),
@@ -124,7 +114,9 @@ def test_edges_outlive_their_ends(services: Services, database: Database) -> Non
     assert "mmlu" == add(services, "llm/8b@2.s1.a1", EVALUATED, "mmlu").object.ref
     with pytest.raises(FailedPreconditionError):
         add(services, "llm/8b@1", TUNED, "llm/8b@2.s1.a1")
-    assert remove(services, "llm/8b@3", RESUMED, "llm/8b@2.s1.a1")
+    services.deletions.undelete("llm/8b@2.s1.a1")
+    assert CheckpointState.COMMITTED is services.lineage.get("llm/8b@3").ancestors[0].object.state
+    assert remove(services, "llm/8b@3", RESUMED, "llm/8b@2")
 
 
 @pytest.mark.parametrize("kind", LineageKind)
