@@ -24,6 +24,8 @@ class EventKind(StrEnum):
     SUPERSEDED = "superseded"
     DELETED = "deleted"
     UNDELETED = "undeleted"
+    #: It has other locations than before.
+    MOVED = "moved"
     ALIAS_MOVED = "alias-moved"
     ALIAS_DELETED = "alias-deleted"
     #: A newer server's; known by its place alone.
@@ -38,6 +40,7 @@ KINDS = {
     EventKind.SUPERSEDED: events_pb2.Event.KIND_SUPERSEDED,
     EventKind.DELETED: events_pb2.Event.KIND_DELETED,
     EventKind.UNDELETED: events_pb2.Event.KIND_UNDELETED,
+    EventKind.MOVED: events_pb2.Event.KIND_MOVED,
     EventKind.ALIAS_MOVED: events_pb2.Event.KIND_ALIAS_MOVED,
     EventKind.ALIAS_DELETED: events_pb2.Event.KIND_ALIAS_DELETED,
 }

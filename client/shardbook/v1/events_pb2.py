@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardbook/v1/events.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"\xf9\x02\n\x05\x45vent\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.shardbook.v1.Event.Kind\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04part\x18\x04 \x01(\t\x12,\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x61lias\x18\x06 \x01(\t\"\xc2\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_COMMITTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x10\n\x0cKIND_EXPIRED\x10\x03\x12\x13\n\x0fKIND_SUPERSEDED\x10\x04\x12\x14\n\x10KIND_ALIAS_MOVED\x10\x06\x12\x16\n\x12KIND_ALIAS_DELETED\x10\x07\x12\x10\n\x0cKIND_DELETED\x10\x08\x12\x12\n\x0eKIND_UNDELETED\x10\t\"\x04\x08\x05\x10\x05\"r\n\x17WatchCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\'\n\x05kinds\x18\x03 \x03(\x0e\x32\x18.shardbook.v1.Event.Kind\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\"O\n\x18WatchCheckpointsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.shardbook.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xcc\x01\n\x0cSubscription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x14\n\x0c\x62\x65hind_count\x18\x05 \x01(\x03\x12\x12\n\ndone_count\x18\x06 \x01(\x03\x12#\n\x06\x63laims\x18\x07 \x03(\x0b\x32\x13.shardbook.v1.Claim\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x02\n\x05\x43laim\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0e\n\x06holder\x18\x04 \x01(\t\x12,\n\x08\x64ue_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x11\n\rSTATE_WAITING\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xe9\x01\n\x16\x43laimCheckpointRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x05 \x01(\x0c\x12\x0e\n\x06holder\x18\x06 \x01(\t\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12\'\n\x04wait\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x17\x43laimCheckpointResponse\x12\"\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Claim\"e\n\x11RenewClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12RenewClaimResponse\"\xc2\x02\n\x12\x46inishClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x39\n\x07outcome\x18\x04 \x01(\x0e\x32(.shardbook.v1.FinishClaimRequest.Outcome\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12.\n\x0bretry_delay\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x07 \x01(\x05\"^\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_DONE\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x12\x14\n\x10OUTCOME_RELEASED\x10\x03\"?\n\x13\x46inishClaimResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\"&\n\x16GetSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x17GetSubscriptionResponse\x12\x30\n\x0csubscription\x18\x01 \x01(\x0b\x32\x1a.shardbook.v1.Subscription\")\n\x19\x44\x65leteSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteSubscriptionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardbook/v1/events.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"\x89\x03\n\x05\x45vent\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.shardbook.v1.Event.Kind\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04part\x18\x04 \x01(\t\x12,\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x61lias\x18\x06 \x01(\t\"\xd2\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_COMMITTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x10\n\x0cKIND_EXPIRED\x10\x03\x12\x13\n\x0fKIND_SUPERSEDED\x10\x04\x12\x14\n\x10KIND_ALIAS_MOVED\x10\x06\x12\x16\n\x12KIND_ALIAS_DELETED\x10\x07\x12\x10\n\x0cKIND_DELETED\x10\x08\x12\x12\n\x0eKIND_UNDELETED\x10\t\x12\x0e\n\nKIND_MOVED\x10\x0b\"\x04\x08\x05\x10\x05\"r\n\x17WatchCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\'\n\x05kinds\x18\x03 \x03(\x0e\x32\x18.shardbook.v1.Event.Kind\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\"O\n\x18WatchCheckpointsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.shardbook.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xcc\x01\n\x0cSubscription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x14\n\x0c\x62\x65hind_count\x18\x05 \x01(\x03\x12\x12\n\ndone_count\x18\x06 \x01(\x03\x12#\n\x06\x63laims\x18\x07 \x03(\x0b\x32\x13.shardbook.v1.Claim\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x02\n\x05\x43laim\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0e\n\x06holder\x18\x04 \x01(\t\x12,\n\x08\x64ue_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x11\n\rSTATE_WAITING\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xe9\x01\n\x16\x43laimCheckpointRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x05 \x01(\x0c\x12\x0e\n\x06holder\x18\x06 \x01(\t\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12\'\n\x04wait\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x17\x43laimCheckpointResponse\x12\"\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Claim\"e\n\x11RenewClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12RenewClaimResponse\"\xc2\x02\n\x12\x46inishClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x39\n\x07outcome\x18\x04 \x01(\x0e\x32(.shardbook.v1.FinishClaimRequest.Outcome\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12.\n\x0bretry_delay\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x07 \x01(\x05\"^\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_DONE\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x12\x14\n\x10OUTCOME_RELEASED\x10\x03\"?\n\x13\x46inishClaimResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\"&\n\x16GetSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x17GetSubscriptionResponse\x12\x30\n\x0csubscription\x18\x01 \x01(\x0b\x32\x1a.shardbook.v1.Subscription\")\n\x19\x44\x65leteSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteSubscriptionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,39 +36,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.events_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVENT']._serialized_start=135
-  _globals['_EVENT']._serialized_end=512
+  _globals['_EVENT']._serialized_end=528
   _globals['_EVENT_KIND']._serialized_start=318
-  _globals['_EVENT_KIND']._serialized_end=512
-  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_start=514
-  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_end=628
-  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_start=630
-  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_end=709
-  _globals['_SUBSCRIPTION']._serialized_start=712
-  _globals['_SUBSCRIPTION']._serialized_end=916
-  _globals['_CLAIM']._serialized_start=919
-  _globals['_CLAIM']._serialized_end=1198
-  _globals['_CLAIM_STATE']._serialized_start=1112
-  _globals['_CLAIM_STATE']._serialized_end=1198
-  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_start=1201
-  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_end=1434
-  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_start=1436
-  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_end=1497
-  _globals['_RENEWCLAIMREQUEST']._serialized_start=1499
-  _globals['_RENEWCLAIMREQUEST']._serialized_end=1600
-  _globals['_RENEWCLAIMRESPONSE']._serialized_start=1602
-  _globals['_RENEWCLAIMRESPONSE']._serialized_end=1622
-  _globals['_FINISHCLAIMREQUEST']._serialized_start=1625
-  _globals['_FINISHCLAIMREQUEST']._serialized_end=1947
-  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_start=1853
-  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_end=1947
-  _globals['_FINISHCLAIMRESPONSE']._serialized_start=1949
-  _globals['_FINISHCLAIMRESPONSE']._serialized_end=2012
-  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_start=2014
-  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_end=2052
-  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_start=2054
-  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_end=2129
-  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_start=2131
-  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_end=2172
-  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_start=2174
-  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_end=2202
+  _globals['_EVENT_KIND']._serialized_end=528
+  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_start=530
+  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_end=644
+  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_start=646
+  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_end=725
+  _globals['_SUBSCRIPTION']._serialized_start=728
+  _globals['_SUBSCRIPTION']._serialized_end=932
+  _globals['_CLAIM']._serialized_start=935
+  _globals['_CLAIM']._serialized_end=1214
+  _globals['_CLAIM_STATE']._serialized_start=1128
+  _globals['_CLAIM_STATE']._serialized_end=1214
+  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_start=1217
+  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_end=1450
+  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_start=1452
+  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_end=1513
+  _globals['_RENEWCLAIMREQUEST']._serialized_start=1515
+  _globals['_RENEWCLAIMREQUEST']._serialized_end=1616
+  _globals['_RENEWCLAIMRESPONSE']._serialized_start=1618
+  _globals['_RENEWCLAIMRESPONSE']._serialized_end=1638
+  _globals['_FINISHCLAIMREQUEST']._serialized_start=1641
+  _globals['_FINISHCLAIMREQUEST']._serialized_end=1963
+  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_start=1869
+  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_end=1963
+  _globals['_FINISHCLAIMRESPONSE']._serialized_start=1965
+  _globals['_FINISHCLAIMRESPONSE']._serialized_end=2028
+  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_start=2030
+  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_end=2068
+  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_start=2070
+  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_end=2145
+  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_start=2147
+  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_end=2188
+  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_start=2190
+  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_end=2218
 # @@protoc_insertion_point(module_scope)

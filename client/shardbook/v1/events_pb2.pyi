@@ -23,6 +23,7 @@ class Event(_message.Message):
         KIND_ALIAS_DELETED: _ClassVar[Event.Kind]
         KIND_DELETED: _ClassVar[Event.Kind]
         KIND_UNDELETED: _ClassVar[Event.Kind]
+        KIND_MOVED: _ClassVar[Event.Kind]
     KIND_UNSPECIFIED: Event.Kind
     KIND_COMMITTED: Event.Kind
     KIND_FAILED: Event.Kind
@@ -32,6 +33,7 @@ class Event(_message.Message):
     KIND_ALIAS_DELETED: Event.Kind
     KIND_DELETED: Event.Kind
     KIND_UNDELETED: Event.Kind
+    KIND_MOVED: Event.Kind
     CURSOR_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]

@@ -247,6 +247,7 @@ def checkpoint(view: views.CheckpointInfo) -> types_pb2.Checkpoint:
         note=view.note,
         writer=describing.writer(view.writer),
         timing=describing.timing(view.timing),
+        other_locations=view.other_locations,
     )
 
 

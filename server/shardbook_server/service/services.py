@@ -13,6 +13,7 @@ from shardbook_server.service.claims import ClaimService
 from shardbook_server.service.commit import CommitService
 from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.events import EventService
+from shardbook_server.service.locations import LocationService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -52,6 +53,7 @@ class Services:
     aliases: AliasService
     events: EventService
     claims: ClaimService
+    locations: LocationService
 
 
 def build_services(
@@ -86,4 +88,5 @@ def build_services(
         aliases=AliasService(database),
         events=EventService(database),
         claims=ClaimService(database),
+        locations=LocationService(database),
     )

@@ -193,6 +193,7 @@ class CheckpointInfo:
     note: str = ""
     writer: Writer = NO_WRITER
     timing: SaveTiming | None = None
+    other_locations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class EventKind(IntEnum):
     ALIAS_DELETED = 7
     DELETED = 8
     UNDELETED = 9
+    MOVED = 11
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,18 @@ checkpoints = Table(
     **_NEVER_REUSED,
 )
 
+#: Where a checkpoint is beside ``checkpoints.location``, by position from 1; none for one that is in one place.
+locations = Table(
+    "locations",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("location", Text, nullable=False),
+    # Who else has files in a directory; the beginning is enough, and an entry of an index has its limit.
+    Index("ix_locations_location", text("substr(location, 1, 256)")),
+    **_CLUSTERED,
+)
+
 #: What people and jobs call checkpoints. The index is for filters and orders, across runs.
 labels = Table(
     "labels",
