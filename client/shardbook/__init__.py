@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
     from shardbook.events import Event, EventKind
+    from shardbook.moving import MovedCheckpoint, move
     from shardbook.reading import read, read_many
     from shardbook.verifying import VerifyReport, verify
 
@@ -70,6 +71,8 @@ _HOME = {
     "TensorInfo": "shardbook.catalog",
     "Event": "shardbook.events",
     "EventKind": "shardbook.events",
+    "MovedCheckpoint": "shardbook.moving",
+    "move": "shardbook.moving",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
     "CheckpointDiff": "shardbook.comparing",
@@ -92,6 +95,8 @@ __all__ = [
     "TensorInfo",
     "Event",
     "EventKind",
+    "MovedCheckpoint",
+    "move",
     "read",
     "read_many",
     "CheckpointDiff",

@@ -81,6 +81,7 @@ class Checkpoint:
         note: A person's or job's JSON value; None for none, and in listings.
         writer: Who and what wrote it; empty in listings.
         timing: How long it took and what the ranks wrote; None when it is not known, and in listings.
+        other_locations: Where it is, too; readers try them in this order behind ``location``.
     """
 
     name: str
@@ -111,6 +112,12 @@ class Checkpoint:
     note: Any = field(default=None, hash=False)
     writer: Writer = Writer()  # noqa: RUF009 - frozen
     timing: SaveTiming | None = None
+    other_locations: tuple[str, ...] = ()
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where it is, in the order in which readers try them."""
+        return self.location, *self.other_locations
 
     @classmethod
     def of(cls, message: types_pb2.Checkpoint) -> Checkpoint:
@@ -144,6 +151,7 @@ class Checkpoint:
             note=decode_note(message.note),
             writer=Writer.of(message.writer),
             timing=SaveTiming.of(message.timing) if message.HasField("timing") else None,
+            other_locations=tuple(message.other_locations),
         )
 
     def to_json(self) -> Json:
@@ -159,6 +167,7 @@ class Checkpoint:
             "aliases": list(self.aliases),
             "writer": self.writer.to_json(),
             "timing": None if self.timing is None else self.timing.to_json(),
+            "other_locations": list(self.other_locations),
         }
 
 
@@ -301,6 +310,11 @@ class StoredMetadata:
     metadata_header: bytes
     segments: tuple[tuple[int, bytes], ...]
     blocks: list[bytes]
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where the checkpoint is, in the order in which readers try them."""
+        return self.checkpoint.location.location, *self.checkpoint.other_locations
 
     def columns(self) -> tuple[CheckpointStructure, Located]:
         """Returns entries and chunks, and where they lie."""

@@ -47,6 +47,11 @@ class ChunkSource(Protocol):
         ...
 
     @property
+    def locations(self) -> tuple[str, ...]:
+        """Paths or URLs of all its directories, in the order in which to try them; ``location`` is the first."""
+        ...
+
+    @property
     def prefix(self) -> str:
         """Directory of the attempt's files below it; empty for none."""
         ...
@@ -107,7 +112,16 @@ class ServiceSource:
     @property
     def location(self) -> str:
         """Path or URL of the checkpoint's directory; asks, unless something has been asked before."""
-        return self.stores.path_of(self._known().location)
+        return self.locations[0]
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Paths or URLs of all its directories that are known here, in the order in which to try them; asks likewise.
+
+        Raises:
+            InvalidArgumentError: None of its stores is configured here (``UNKNOWN_STORE``).
+        """
+        return self.stores.paths_of(self._known().locations)
 
     @property
     def prefix(self) -> str:
@@ -198,6 +212,11 @@ class ManifestSource:
 
     def __reduce__(self) -> tuple[object, ...]:
         return ManifestSource, (self.manifest, self.location)
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """The directory alone."""
+        return (self.location,)
 
     @property
     def prefix(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -95,6 +95,18 @@ class Stores:
                 f"location {location!r} leaves its store", reason="INVALID_LOCATION", field="location"
             )
         return root if relative in ("", ".") else f"{root.rstrip('/')}/{relative}"
+
+    def paths_of(self, locations: Iterable[str]) -> tuple[str, ...]:
+        """Returns what the locations of one checkpoint mean on this machine, in order; at least one.
+
+        Those whose stores are not configured here are left out.
+
+        Raises:
+            InvalidArgumentError: None of the stores is configured here, or all locations leave theirs.
+        """
+        listed = list(locations)
+        paths = tuple(path for path in map(self.here, listed) if path is not None)
+        return paths or (self.path_of(listed[0]),)
 
     def here(self, location: str) -> str | None:
         """Returns the path or URL that a location means on this machine; None when its store is not configured."""

@@ -21,11 +21,13 @@ from shardbook.cli import (
     failures,
     gc,
     imports,
+    move,
     projects,
     read,
     relay,
     runs,
     status,
+    stores,
     sync,
     tensors,
     verify,
@@ -86,6 +88,8 @@ app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
 app.command("gc", epilog=gc.EXAMPLES)(gc.collect)
+app.command("move", epilog=move.EXAMPLES)(move.move_checkpoints)
+app.command("stores", epilog=stores.EXAMPLES)(stores.list_stores)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, list_attempts
+from shardbook._elsewhere import is_absent, tell_elsewhere
 from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook._targets import METADATA_S, checkpoint_named
@@ -103,11 +104,32 @@ def load(
     if planner is None:
         planner = ShardbookLoadPlanner(weights_only=weights_only, strict=strict, allow_dtype_change=allow_dtype_change)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
-    _load_into(state_dict, reader, metadata, planner, rank)
+    try:
+        _load_into(state_dict, reader, metadata, planner, rank)
+    except Exception as error:
+        if storage_reader is not None or not is_absent(error) or not isinstance(metadata, LazyMetadata):
+            raise
+        _load_from_others(error, state_dict, metadata, planner, rank)
     if name is None and rank == 0:
         repair_directory(reader)
     report = planner.report if isinstance(planner, ShardbookLoadPlanner) else None
     return report or LoadReport()
+
+
+def _load_from_others(
+    error: Exception, state_dict: dict[str, Any], metadata: LazyMetadata, planner: TorchLoadPlanner, rank: int
+) -> None:
+    """Loads from where else the checkpoint is, as a whole; raises the first place's error when none has all."""
+    first, *others = metadata.source.locations
+    name = getattr(metadata.source, "found_name", None)
+    for other in others:
+        tell_elsewhere(CheckpointName.parse(name).ref if name else first, first, other)
+        try:
+            return _load_into(state_dict, storage_reader_for(None, other), metadata, planner, rank)
+        except Exception as another:
+            if not is_absent(another):
+                raise
+    raise error
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
@@ -134,7 +156,7 @@ def source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
     structure, located = stored.columns()
     place = stored.checkpoint.location
-    path = config.stores.path_of(place.location)
+    path = config.stores.paths_of(stored.locations)[0]
     return CheckpointColumns(structure, located, place.prefix, path, stored.header(path))
 
 

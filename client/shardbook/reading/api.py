@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from shardbook._elsewhere import is_absent, tell_elsewhere
 from shardbook.config import ClientConfig
-from shardbook.errors import InvalidArgumentError
+from shardbook.errors import InvalidArgumentError, NotFoundError
 from shardbook.reading.filling import Filler
 from shardbook.reading.finding import Found, Target, chunks_of
 from shardbook.reading.ranges import range_reader
@@ -66,8 +68,18 @@ def read_many(
 
 
 def read_found(found: Found) -> dict[str, Array]:
-    """Reads what ``chunks_of`` found, see ``read_many``."""
-    arrays = Filler(range_reader(found.directory)).fill(found.tensors)
+    """Reads what ``chunks_of`` found, see ``read_many``; where a file is missing, from where else the checkpoint is."""
+    try:
+        arrays = Filler(range_reader(found.directory)).fill(found.tensors)
+    except (NotFoundError, OSError) as error:
+        if not (found.others and is_absent(error)):
+            raise
+        tell_elsewhere(found.ref, found.directory, found.others[0])
+        try:
+            return read_found(replace(found, directory=found.others[0], others=found.others[1:]))
+        except (NotFoundError, OSError) as last:
+            # What lacks at the first place counts: others may be stale copies.
+            raise error from last
     return {one.chunks.fqn: array for one, array in zip(found.tensors, arrays, strict=True)}
 
 

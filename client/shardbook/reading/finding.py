@@ -50,16 +50,21 @@ class Found:
     Attributes:
         directory: Path or URL that data files are relative to.
         tensors: In the order in which they were asked for.
+        others: Where else the same files are, in the order in which to try them.
+        ref: Of the checkpoint, for people.
     """
 
     directory: str
     tensors: tuple[WantedTensor, ...]
+    others: tuple[str, ...] = ()
+    ref: str = ""
 
 
 class _Metadata(Protocol):
     """Whatever knows where the chunks of one checkpoint are."""
 
     directory: str
+    others: tuple[str, ...]
 
     def chunks(self, fqns: list[str]) -> Mapping[str, TensorChunks | None]:
         """Returns entries by name; None for a name that the checkpoint lacks."""
@@ -89,7 +94,8 @@ def chunks_of(
     found = metadata.chunks(list(regions))
     wanted = [_checked(found.get(fqn), fqn, target) for fqn in regions]
     selections = [select(region, one.shape, one.fqn) for one, region in zip(wanted, regions.values(), strict=True)]
-    return Found(metadata.directory, tuple(map(WantedTensor, wanted, selections)))
+    tensors = tuple(map(WantedTensor, wanted, selections))
+    return Found(metadata.directory, tensors, metadata.others, encodable(str(target)))
 
 
 def _checked(chunks: TensorChunks | None, fqn: str, target: Target) -> TensorChunks:
@@ -134,6 +140,7 @@ class _Catalogue:
         self._config = config
         self._answers = Answers.of(config, METADATA_S, client)
         self.directory = ""
+        self.others: tuple[str, ...] = ()
 
     def chunks(self, fqns: list[str]) -> dict[str, TensorChunks | None]:
         try:
@@ -144,7 +151,8 @@ class _Catalogue:
                 reason=error.reason,
                 metadata=error.metadata,
             ) from error
-        self.directory = self._config.stores.path_of(answer.location)
+        self.directory, *others = self._config.stores.paths_of(answer.locations)
+        self.others = tuple(others)
         return {fqn: of_found(answer.found, number) for number, fqn in enumerate(fqns)}
 
 
@@ -154,6 +162,7 @@ class _Directory:
     def __init__(self, files: TreeFiles) -> None:
         self._files = files
         self.directory = files.directory
+        self.others: tuple[str, ...] = ()
 
     def chunks(self, fqns: list[str]) -> Mapping[str, TensorChunks | None]:
         found = read_newest(self._files, lambda one: _part_of(one, fqns))

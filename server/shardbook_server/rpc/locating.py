@@ -13,7 +13,9 @@ def moves(request: locations_pb2.MoveCheckpointsRequest) -> list[Move]:
     """Returns what MoveCheckpoints asks."""
     if len(request.moves) > limits.MAX_MOVES:
         raise InvalidArgumentError(
-            f"{len(request.moves)} moves, the limit is {limits.MAX_MOVES} a call", reason="LIMIT_EXCEEDED", field="moves"
+            f"{len(request.moves)} moves, the limit is {limits.MAX_MOVES} a call",
+            reason="LIMIT_EXCEEDED",
+            field="moves",
         )
     result = []
     for at, one in enumerate(request.moves):

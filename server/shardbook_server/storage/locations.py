@@ -1,4 +1,4 @@
-"""Where checkpoints are beside their first location, which is in their own row. No rows for one that is in one place."""
+"""Where checkpoints are beside their first location, which is in their own row; none for one that is in one place."""
 
 from __future__ import annotations
 
