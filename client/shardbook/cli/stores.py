@@ -27,12 +27,12 @@ def list_stores(as_json: AsJson = False, is_plain: Plain = False) -> None:
     looked = [(name, root, examine_store(name, root)) for name, root in stores.roots.items()]
     if as_json:
         found = [
-            {"name": name, "root": root, "reachable": one.health is Health.OK, "message": one.message}
+            {"name": name, "root": root, "reachable": one.health is Health.OK, "message": one.detail}
             for name, root, one in looked
         ]
         output.print_json({"stores": found})
     else:
-        rows = [(name, "yes" if one.health is Health.OK else "NO", root, one.message) for name, root, one in looked]
+        rows = [(name, "yes" if one.health is Health.OK else "NO", root, one.detail) for name, root, one in looked]
         if rows:
             output.print_table(_COLUMNS, rows, folded=("WHAT",), is_plain=is_plain)
         else:
