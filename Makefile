@@ -6,8 +6,8 @@
 
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Pytest's worker processes: the tests with real ranks start up to eight processes each, and wait half of their time.
-WORKERS ?= 3
+# Pytest's worker processes, for two cores: tests of faults wait for most of their time.
+WORKERS ?= 4
 EXTRAS ?= torch,checksum,cli,read,server,postgres,otel,dev
 ARGS ?=
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -132,3 +132,13 @@ class CheckpointStructure:
 def chosen(columns: object, names: Sequence[str], rows: slice | BoolArray) -> dict[str, Any]:
     """Returns some rows of the columns ``names``, as ``dataclasses.replace`` takes them; of a slice they are views."""
     return {name: getattr(columns, name)[rows] for name in names}
+
+
+def joined(parts: Sequence[CheckpointStructure]) -> CheckpointStructure:
+    """Returns the entries of ``parts``, one or more that follow each other in one checkpoint, as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    names = (*ENTRY_COLUMNS, *BOX_COLUMNS, *CHUNK_COLUMNS)
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(first, fqns=tuple(fqn for part in parts for fqn in part.fqns), **columns)

