@@ -20,7 +20,9 @@ from shardbook.cli.read import Statistics
 from shardbook.collecting import LeftAttempt
 from shardbook.comparing import CheckpointDiff, ComparedCheckpoint, TensorChange, TensorFacts
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
-from shardbook.descriptions import Alias, PhaseTiming, Project, RankInfo, SaveTiming, Writer
+from shardbook.core.retention import RetentionPolicy
+from shardbook.deleting import DeletedFiles, FileList
+from shardbook.descriptions import Alias, Hold, PhaseTiming, Project, PruneDecision, RankInfo, SaveTiming, Writer
 from shardbook.doctor import Finding
 from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
@@ -72,6 +74,14 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook metric` | `{"checkpoint": checkpoint}` |
 | `shardbook note` | `{"checkpoint": checkpoint}` |
 | `shardbook alias` | `{"aliases": [alias]}`: those of the run, or the one that was set |
+| `shardbook hold` | `{"checkpoint": checkpoint, "hold": hold}` |
+| `shardbook release` | `{"checkpoint": checkpoint}` |
+| `shardbook undelete` | `{"checkpoint": checkpoint}` |
+| `shardbook rm` | `{"checkpoint": checkpoint, "deleted_aliases": [name], "files": deleted files, or null}` |
+| `shardbook rm --dry-run` | `{"files": files}` |
+| `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref], "deleted": [decision], \
+"files": [deleted files], "failures": [{"ref": ref, "message": text}]}` |
+| `shardbook policy` | `{"policy": policy, or null}` |
 | `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
 | `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
@@ -103,6 +113,11 @@ _OBJECTS = (
     ("timing of a phase", PhaseTiming),
     ("rank", RankInfo),
     ("alias", Alias),
+    ("hold", Hold),
+    ("files", FileList),
+    ("deleted files", DeletedFiles),
+    ("decision", PruneDecision),
+    ("policy", RetentionPolicy),
     ("project", Project),
     ("event", Event),
     ("subscription", Subscription),

@@ -234,16 +234,17 @@ def list_attempts(files: DirectoryFiles) -> dict[str, frozenset[str]]:
 
 
 def find_manifests(files: DirectoryFiles, listed: Mapping[str, frozenset[str]]) -> list[FoundAttempt]:
-    """Returns the attempts whose manifest can be read, as far as its beginning tells."""
+    """Returns the attempts whose manifest can be read, as far as its beginning tells; none that is being deleted."""
     found = []
-    for prefix, there in listed.items():
+    for prefix, there in _kept(listed):
         path = names.manifest_path(prefix)
         identity = _identity_of(files, path, prefix) if names.MANIFEST_NAME in there else None
         if identity is not None:
             found.append(FoundAttempt(files, prefix, there, path, identity))
     top = read_identity(files, names.MANIFEST)
     # A copied directory may hold the newest manifest alone, and some filesystems list nothing.
-    if top is not None and top.prefix not in {one.prefix for one in found}:
+    is_kept = top is not None and names.DELETED_NAME not in listed.get(top.prefix, ())
+    if top is not None and is_kept and top.prefix not in {one.prefix for one in found}:
         found.append(FoundAttempt(files, top.prefix, listed.get(top.prefix, frozenset()), names.MANIFEST, top))
     return found
 
@@ -252,7 +253,7 @@ def find_attempts(files: DirectoryFiles, listed: Mapping[str, frozenset[str]] | 
     """Returns the attempts of a checkpoint directory, oldest first as far as clocks tell."""
     listed = list_attempts(files) if listed is None else listed
     found = {one.prefix: one for one in find_manifests(files, listed)}
-    for prefix, there in listed.items():
+    for prefix, there in _kept(listed):
         if prefix not in found and (there & {names.MANIFEST_NAME} or any(map(_is_record, there))):
             found[prefix] = _without_manifest(files, prefix, there)
     return sorted(found.values(), key=lambda one: (one.identity.write_time_s if one.identity else 0.0, one.prefix))
@@ -262,10 +263,15 @@ def find_record_sets(files: DirectoryFiles, listed: Mapping[str, frozenset[str]]
     """Returns the attempts that left records, whole or not, and that nobody has made a manifest of."""
     sets = {
         prefix: there
-        for prefix, there in listed.items()
+        for prefix, there in _kept(listed)
         if names.MANIFEST_NAME not in there and any(map(_is_record, there))
     }
     return [_without_manifest(files, prefix, there) for prefix, there in sets.items()]
+
+
+def _kept(listed: Mapping[str, frozenset[str]]) -> list[tuple[str, frozenset[str]]]:
+    """Returns the attempts that nobody is deleting."""
+    return [(prefix, there) for prefix, there in listed.items() if names.DELETED_NAME not in there]
 
 
 def _is_record(name: str) -> bool:

@@ -62,6 +62,7 @@ class Described:
         tree: The storage; None when there is no such directory.
         others: Where else the same files are, in the order in which readers try them.
         unknown: Locations that mean nothing on this machine.
+        name: Full name in the catalogue; None when a directory was asked.
     """
 
     ref: str | None
@@ -72,6 +73,7 @@ class Described:
     tree: Tree | None
     others: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    name: str | None = None
 
     def elsewhere(self) -> Iterator[Described]:
         """Yields the same checkpoint at its other places."""
@@ -113,7 +115,7 @@ def described_at(stored: StoredMetadata, directory: str) -> Described:
     has_ranks = not stored.metadata_header
     footprint = Footprint.of_columns(structure, located, place.prefix, has_ranks=has_ranks)
     known, tree = stored.checkpoint, _tree_at(directory)
-    return Described(known.ref, directory, Source.CATALOGUE, known.world_size, footprint, tree)
+    return Described(known.ref, directory, Source.CATALOGUE, known.world_size, footprint, tree, name=known.name)
 
 
 def _tree_at(directory: str) -> Tree | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from shardbook.errors import NotFoundError
@@ -27,6 +29,16 @@ def is_absent(error: BaseException | None) -> bool:
     return False
 
 
+@contextmanager
+def suppress_absent() -> Iterator[None]:
+    """Lets pass that a file is not there, and nothing else."""
+    try:
+        yield
+    except Exception as error:
+        if not is_absent(error):
+            raise
+
+
 def tell_elsewhere(ref: str, missing_in: str, now_in: str) -> None:
     """Says where a reader goes on, once it has missed a file."""
     _LOG.warning(
@@ -37,4 +49,4 @@ def tell_elsewhere(ref: str, missing_in: str, now_in: str) -> None:
     )
 
 
-__all__ = ["is_absent", "tell_elsewhere"]
+__all__ = ["is_absent", "suppress_absent", "tell_elsewhere"]

@@ -97,7 +97,7 @@ def incomplete_attempts(files: DirectoryFiles) -> Mapping[str, int]:
     return {
         prefix: sum(names.rank_of_record(name) is not None for name in listed)
         for prefix, listed in list_attempts(files).items()
-        if names.MANIFEST_NAME not in listed
+        if not listed & {names.MANIFEST_NAME, names.DELETED_NAME}
     }
 
 

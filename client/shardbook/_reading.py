@@ -62,14 +62,21 @@ class ReadingCalls:
     _transport: Transport
 
     def get_metadata(
-        self, name: CheckpointName | str, fqn_prefix: str | bytes = b"", *, deadline_s: float | None = None
+        self,
+        name: CheckpointName | str,
+        fqn_prefix: str | bytes = b"",
+        *,
+        show_deleted: bool = False,
+        deadline_s: float | None = None,
     ) -> StoredMetadata:
         """Returns the metadata of a committed checkpoint, all of it or the entries whose fqn starts with a prefix.
+
+        With ``show_deleted`` also that of one that was deleted and not purged yet.
 
         Raises:
             NotFoundError: There is no such checkpoint, or it is not committed.
         """
-        return self._get_metadata(name, fqn_prefix, deadline_s=deadline_s)
+        return self._get_metadata(name, fqn_prefix, show_deleted=show_deleted, deadline_s=deadline_s)
 
     def _get_metadata(
         self,
@@ -77,11 +84,15 @@ class ReadingCalls:
         fqn_prefix: str | bytes = b"",
         *,
         held_digest: bytes = b"",
+        show_deleted: bool = False,
         deadline_s: float | None = None,
     ) -> StoredMetadata:
         """Does the same; without head and blocks where the checkpoint's structure has the digest that is held."""
         request = metadata_pb2.GetMetadataRequest(
-            name=resource_name(name), fqn_prefix=_prefix(fqn_prefix), held_structure_digest=held_digest
+            name=resource_name(name),
+            fqn_prefix=_prefix(fqn_prefix),
+            held_structure_digest=held_digest,
+            show_deleted=show_deleted,
         )
         return _stored(self._transport.collect(GET_METADATA, request, deadline_s=deadline_s))
 

@@ -40,10 +40,6 @@ class Tree(Protocol):
         """
         ...
 
-    def remove(self, path: str) -> None:
-        """Removes a file; nothing when it is not there."""
-        ...
-
     def remove_empty(self, path: str) -> None:
         """Removes a directory and those below it, as far as they are empty; nothing where there are none."""
         ...
@@ -78,6 +74,18 @@ class Tree(Protocol):
 
     def write(self, path: str, content: bytes | Iterable[bytes]) -> None:
         """Writes a file durably and as a whole, in place of an older one; makes its directory where it lacks."""
+        ...
+
+    def remove(self, path: str) -> bool:
+        """Removes a file; False when it is not there."""
+        ...
+
+    def remove_directory(self, path: str) -> None:
+        """Removes a directory alone if it is empty; one that is not, or that cannot be removed, stays."""
+        ...
+
+    def flush(self, path: str) -> None:
+        """Makes durable what was removed from a directory, where the filesystem has to be asked."""
         ...
 
 
@@ -195,9 +203,6 @@ class _LocalTree:
                     found[full.relative_to(path).as_posix()] = FileFacts(facts.st_size, facts.st_mtime)
         return found
 
-    def remove(self, path: str) -> None:
-        Path(path).unlink(missing_ok=True)
-
     def remove_empty(self, path: str) -> None:
         for folder, _, _ in os.walk(path, topdown=False):
             with suppress(OSError):  # not empty, or gone
@@ -256,7 +261,24 @@ class _LocalTree:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        self.flush(str(target.parent))
+
+    def remove(self, path: str) -> bool:
+        try:
+            Path(path).unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def remove_directory(self, path: str) -> None:
+        with suppress(OSError):
+            Path(path).rmdir()
+
+    def flush(self, path: str) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return
         try:
             os.fsync(descriptor)
         finally:
@@ -290,10 +312,6 @@ class _FsspecTree:
                 return {}
         below = {name: info for name, info in listed.items() if str(name).startswith(f"{inside}/")}
         return {str(name)[len(inside) + 1 :]: facts_of(info) for name, info in below.items()}
-
-    def remove(self, path: str) -> None:
-        with storage_errors("remove", path), suppress(FileNotFoundError):
-            self._fs.rm_file(self._inside(path))
 
     def remove_empty(self, path: str) -> None:
         # Object stores have no directories; others have those that somebody made.
@@ -371,6 +389,22 @@ class _FsspecTree:
                 file.writelines(content)
                 file.flush()
                 self._fs.put_file(file.name, self._inside(path))
+
+    def remove(self, path: str) -> bool:
+        with storage_errors("remove", path):
+            try:
+                self._fs.rm_file(self._inside(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
+
+    def remove_directory(self, path: str) -> None:
+        # Object stores have none, and say so in words of their own.
+        with suppress(Exception):
+            self._fs.rmdir(self._inside(path))
+
+    def flush(self, path: str) -> None:
+        """Removals are durable when they are answered."""
 
     def _inside(self, path: str) -> str:
         import fsspec

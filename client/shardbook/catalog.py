@@ -22,7 +22,7 @@ from shardbook.core.head import MetadataHeader, decode_head, decode_metadata_hea
 from shardbook.core.locate import Located, locate
 from shardbook.core.names import CheckpointName, RunName
 from shardbook.core.pickled_metadata import pickled_metadata
-from shardbook.descriptions import SaveTiming, Writer
+from shardbook.descriptions import Hold, SaveTiming, Writer
 from shardbook.v1 import metadata_pb2, types_pb2
 
 Json = dict[str, Any]
@@ -45,6 +45,22 @@ _STATES = {
     types_pb2.CHECKPOINT_STATE_FAILED: CheckpointState.FAILED,
     types_pb2.CHECKPOINT_STATE_EXPIRED: CheckpointState.EXPIRED,
     types_pb2.CHECKPOINT_STATE_DELETED: CheckpointState.DELETED,
+}
+
+
+class FileDeletion(StrEnum):
+    """How far the deletion of a checkpoint's data files is."""
+
+    NONE = "none"
+    #: Begun; some of them may be gone.
+    BEGUN = "begun"
+    #: All are gone but those that other checkpoints share.
+    DONE = "done"
+
+
+_FILE_DELETIONS = {
+    types_pb2.FILE_DELETION_BEGUN: FileDeletion.BEGUN,
+    types_pb2.FILE_DELETION_DONE: FileDeletion.DONE,
 }
 
 
@@ -81,6 +97,11 @@ class Checkpoint:
         note: A person's or job's JSON value; None for none, and in listings.
         writer: Who and what wrote it; empty in listings.
         timing: How long it took and what the ranks wrote; None when it is not known, and in listings.
+        delete_time: When it was deleted.
+        purge_time: When what the catalogue knows of it may be dropped; None unless it is deleted, and once it is.
+        data_missing: True when data files are known to be lost.
+        file_deletion: How far the deletion of its data files is.
+        holds: Who holds it now; empty in listings.
         other_locations: Where it is, too; readers try them in this order behind ``location``.
     """
 
@@ -112,6 +133,11 @@ class Checkpoint:
     note: Any = field(default=None, hash=False)
     writer: Writer = Writer()  # noqa: RUF009 - frozen
     timing: SaveTiming | None = None
+    delete_time: datetime | None = None
+    purge_time: datetime | None = None
+    data_missing: bool = False
+    file_deletion: FileDeletion = FileDeletion.NONE
+    holds: tuple[Hold, ...] = ()
     other_locations: tuple[str, ...] = ()
 
     @property
@@ -151,6 +177,11 @@ class Checkpoint:
             note=decode_note(message.note),
             writer=Writer.of(message.writer),
             timing=SaveTiming.of(message.timing) if message.HasField("timing") else None,
+            delete_time=datetime_of(message.delete_time),
+            purge_time=datetime_of(message.purge_time),
+            data_missing=message.data_missing,
+            file_deletion=_FILE_DELETIONS.get(message.file_deletion, FileDeletion.NONE),
+            holds=tuple(map(Hold.of, message.holds)),
             other_locations=tuple(message.other_locations),
         )
 
@@ -167,6 +198,10 @@ class Checkpoint:
             "aliases": list(self.aliases),
             "writer": self.writer.to_json(),
             "timing": None if self.timing is None else self.timing.to_json(),
+            "delete_time": rfc3339(self.delete_time),
+            "purge_time": rfc3339(self.purge_time),
+            "file_deletion": self.file_deletion.value,
+            "holds": [hold.to_json() for hold in self.holds],
             "other_locations": list(self.other_locations),
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardbook._times import datetime_of, rfc3339
 from shardbook.core.names import AliasName, CheckpointName
-from shardbook.v1 import catalog_pb2, types_pb2
+from shardbook.v1 import catalog_pb2, retention_pb2, types_pb2
 
 Json = dict[str, Any]
 
@@ -226,3 +226,65 @@ class Project:
     def to_json(self) -> Json:
         """Returns every attribute under its own name."""
         return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Somebody's word that they need a checkpoint for a while: it is not deleted meanwhile.
+
+    Attributes:
+        holder: Who.
+        create_time: Since when.
+        expire_time: Until when, unless it is extended.
+    """
+
+    holder: str
+    create_time: datetime | None
+    expire_time: datetime | None
+
+    @classmethod
+    def of(cls, message: types_pb2.Hold) -> Hold:
+        """Returns what ``message`` says."""
+        return cls(message.holder, datetime_of(message.create_time), datetime_of(message.expire_time))
+
+    def to_json(self) -> Json:
+        """Returns every attribute under its own name."""
+        times = {"create_time": rfc3339(self.create_time), "expire_time": rfc3339(self.expire_time)}
+        return {"holder": self.holder, **times}
+
+
+@dataclass(frozen=True)
+class PruneDecision:
+    """What becomes of a checkpoint under a retention policy.
+
+    Attributes:
+        name: Resource name; empty when no catalogue was asked.
+        ref: Short form of the name.
+        keep: False when it is deleted, or would be.
+        reasons: Why, for people.
+        size_bytes: Bytes that its extents cover.
+        create_time: When it was saved.
+    """
+
+    name: str
+    ref: str
+    keep: bool
+    reasons: tuple[str, ...]
+    size_bytes: int
+    create_time: datetime | None
+
+    @classmethod
+    def of(cls, message: retention_pb2.PruneDecision) -> PruneDecision:
+        """Returns what ``message`` says."""
+        return cls(
+            message.name,
+            message.ref,
+            message.keep,
+            tuple(message.reasons),
+            message.size_bytes,
+            datetime_of(message.create_time),
+        )
+
+    def to_json(self) -> Json:
+        """Returns every attribute under its own name."""
+        return {**vars(self), "reasons": list(self.reasons), "create_time": rfc3339(self.create_time)}

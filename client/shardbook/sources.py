@@ -16,6 +16,7 @@ import numpy as np
 
 from shardbook._answers import Answers
 from shardbook._disk_cache import DiskCache
+from shardbook._lost import tell_lost
 from shardbook.catalog import StoredMetadata
 from shardbook.chunks import CheckpointChunks
 from shardbook.client import Client
@@ -167,6 +168,10 @@ class ServiceSource:
     @property
     def _answers(self) -> Answers:
         return Answers(self.client, self.cache, self.deadline_s)
+
+    def tell_lost(self) -> None:
+        """Tells the catalogue that a data file is not there; best effort."""
+        tell_lost(self.client, self._pinned, self._known().locations, self.stores)
 
     @property
     def _pinned(self) -> CheckpointName:

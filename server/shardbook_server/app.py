@@ -144,6 +144,7 @@ class Server:
             self.database,
             lease_ttl_s=settings.lease_ttl_s,
             reap_interval_s=settings.reap_interval_s,
+            undelete_s=settings.undelete_s,
             observer=observer,
         )
         self._bridge = Bridge(

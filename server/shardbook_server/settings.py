@@ -157,6 +157,10 @@ class Settings(BaseModel):
         default=60.0, description="A session without a sign of life for this long counts as gone."
     )
     reap_interval_s: _Seconds = Field(default=10.0, description="Time between looks for leases that have ended.")
+    undelete_s: _Seconds = Field(
+        default=604_800.0,
+        description="How long a deleted checkpoint can be brought back, before `db gc` may drop what is known of it.",
+    )
     drain_s: _Seconds = Field(
         default=10.0, description="On SIGTERM, how long calls in progress may take to finish before they are cut."
     )

@@ -13,6 +13,7 @@ from shardbook.cli import (
     cat,
     checkpoints,
     chunks,
+    deleting,
     describing,
     diff,
     doctor,
@@ -23,6 +24,7 @@ from shardbook.cli import (
     imports,
     move,
     projects,
+    pruning,
     read,
     relay,
     runs,
@@ -85,6 +87,12 @@ app.command("read", epilog=read.EXAMPLES)(read.read)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("du", epilog=du.EXAMPLES)(du.disk_usage)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)
+app.command("hold", epilog=deleting.HOLD_EXAMPLES)(deleting.hold)
+app.command("release", epilog=deleting.RELEASE_EXAMPLES)(deleting.release)
+app.command("prune", epilog=pruning.EXAMPLES)(pruning.prune)
+app.command("policy", epilog=pruning.POLICY_EXAMPLES)(pruning.policy)
+app.command("rm", epilog=deleting.RM_EXAMPLES)(deleting.rm)
+app.command("undelete", epilog=deleting.UNDELETE_EXAMPLES)(deleting.undelete)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
 app.command("gc", epilog=gc.EXAMPLES)(gc.collect)

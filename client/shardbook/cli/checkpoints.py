@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shardbook.catalog import Checkpoint, CheckpointState
+from shardbook.catalog import Checkpoint, CheckpointState, FileDeletion
 from shardbook.cli import names, output
 from shardbook.cli.describing import note_text
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
@@ -61,7 +61,7 @@ def list_checkpoints(
         ),
     ] = "",
     show_all: Annotated[
-        bool, typer.Option("--all", "-a", help="Open, failed, expired and superseded attempts too.")
+        bool, typer.Option("--all", "-a", help="Open, failed, expired, superseded and deleted ones too.")
     ] = False,
     limit: Limit = 50,
     as_json: AsJson = False,
@@ -148,7 +148,7 @@ def _value(checkpoint: Checkpoint, field: str) -> str:
 
 
 def _row(checkpoint: Checkpoint, fields: Sequence[str]) -> tuple[str, ...]:
-    proved = checkpoint.state is CheckpointState.COMMITTED
+    proved = checkpoint.state in (CheckpointState.COMMITTED, CheckpointState.DELETED)
     return (
         str(checkpoint.step),
         state_of(checkpoint),
@@ -168,6 +168,8 @@ def state_of(checkpoint: Checkpoint) -> str:
     """Returns the state in the words of a listing; a commit that a later session replaced is ``superseded``."""
     if checkpoint.state is CheckpointState.COMMITTED and not checkpoint.live:
         return "superseded"
+    if checkpoint.data_missing and checkpoint.state is CheckpointState.COMMITTED:
+        return "data missing"
     return checkpoint.state.value.lower()
 
 
@@ -192,10 +194,25 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("name", checkpoint.name),
         *_said(checkpoint),
     ]
+    facts += _fate(checkpoint)
     if checkpoint.failure:
         facts.append(("failure", checkpoint.failure))
     facts += [("warning", warning) for warning in checkpoint.warnings]
     return facts
+
+
+def _fate(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yields what there is to say of its end."""
+    for one in checkpoint.holds:
+        yield "held by", f"{one.holder} until {output.time(one.expire_time)}"
+    if checkpoint.data_missing:
+        yield "data", f"missing: `shardbook verify {checkpoint.ref}` says what"
+    if checkpoint.delete_time is not None:
+        until = f", can be brought back until {output.time(checkpoint.purge_time)}" if checkpoint.purge_time else ""
+        is_kept = checkpoint.file_deletion is FileDeletion.NONE
+        yield "deleted", output.time(checkpoint.delete_time) + (until if is_kept else "")
+    if checkpoint.file_deletion is not FileDeletion.NONE:
+        yield "data files", "deleted" if checkpoint.file_deletion is FileDeletion.DONE else "being deleted"
 
 
 def _said(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

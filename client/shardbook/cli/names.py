@@ -10,7 +10,7 @@ from shardbook.errors import InvalidArgumentError
 def project_of(text: str) -> str:
     """Returns the project that ``text`` names; raises InvalidArgumentError."""
     if "/" in text:
-        if _is_path(text):
+        if is_path(text):
             raise _path(text, "projects", field="project")
         what = "checkpoint" if "@" in text else "run"
         command = "show" if "@" in text else "ls"
@@ -31,7 +31,7 @@ def run_of(text: str) -> tuple[RunName, str | None]:
         run = RunName.parse(name)
         return run, PartName(run, part).part if part else None
     except InvalidArgumentError:
-        if _is_path(text):
+        if is_path(text):
             raise _path(text, "a run, project/run", field="run") from None
         if "@" in text:
             raise InvalidArgumentError(
@@ -69,14 +69,15 @@ def checkpoint_of(text: str) -> CheckpointName:
                 f"{text} is a run, not a checkpoint: try `shardbook ls {text}`, or add @latest: {text}@latest",
                 field="ref",
             ) from None
-        if _is_path(text):
+        if is_path(text):
             raise _path(text, "a ref, project/run@1500", field="ref") from None
         if _names_project(text):
             raise _project(text, "a checkpoint", field="ref") from None
         raise
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Returns True when ``text`` has the form of a path or URL."""
     return text.startswith(("/", ".", "~")) or "://" in text or text.partition("@")[0].count("/") > 1
 
 

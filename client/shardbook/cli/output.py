@@ -95,6 +95,11 @@ def print_line(text: str, *, is_plain: bool = False) -> None:
     _console(is_plain=is_plain).print(Text(plain(text)), soft_wrap=True)
 
 
+def print_error(text: str) -> None:
+    """Prints one line on standard error."""
+    sys.stderr.write(plain(text) + "\n")
+
+
 def _console(*, is_plain: bool = False) -> Console:
     if is_plain or not sys.stdout.isatty():
         # Off a terminal rich would wrap at 80 columns.

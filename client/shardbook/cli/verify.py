@@ -10,8 +10,10 @@ from shardbook._targets import checkpoint_named
 from shardbook.cli import output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
+from shardbook.client import Client
 from shardbook.core.table import printable
-from shardbook.verifying import FaultKind, FileFault, VerifyReport, verify
+from shardbook.errors import ShardbookError
+from shardbook.verifying import FaultKind, FileFault, VerifyReport, flag, verify
 
 EXAMPLES = """\b
 Examples:
@@ -52,21 +54,38 @@ def verify_checkpoint(
 ) -> None:
     """Check that every data file of a checkpoint is there, and long enough for all that lies in it.
 
-    Sizes are compared; bytes are read with --checksums alone. A directory needs no server. One that is in several
-    places is all there when it is in one of them; the others are told. Exits 1 when anything is
-    lost, and names rank, file and what is missing of the first 50 files.
+    Sizes are compared; bytes are read with --checksums alone. A directory needs no server. Exits 1 when anything is
+    lost, and names rank, file and what is missing of the first 50 files. What is in several places is all there when it
+    is in one of them; the others are told. A checkpoint of the catalogue that lost files is flagged: @latest and @best
+    pass over it, until it is verified and all there.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
     with asking_storage(), progress.shown("verifying", is_wanted=not is_plain) as tell:
         report = verify(
             target, ranks=ranks, checksums=checksums, trusted=trusted, config=config, client=client, progress=tell
         )
+    told = _flagged(report, client)
     if as_json:
         output.print_json({"report": report.to_json()})
     else:
         _print(target, report, is_plain=is_plain)
+    for line in told:
+        output.print_error(line)
     if not report.is_ok:
         raise typer.Exit(NEGATIVE)
+
+
+def _flagged(report: VerifyReport, client: Client | None) -> list[str]:
+    """Tells the catalogue what was found of one of its checkpoints; what was found counts whatever it answers."""
+    if client is None:
+        return []
+    try:
+        told = flag(report, client)
+    except ShardbookError as error:
+        return [f"the catalogue was not told: {error.message}"]
+    if told is None:
+        return []
+    return ["flagged in the catalogue: its data is missing" if told else "no longer flagged: its data is there again"]
 
 
 def _print(target: str, report: VerifyReport, *, is_plain: bool) -> None:

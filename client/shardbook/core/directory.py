@@ -7,6 +7,7 @@
     .shardbook/{prefix}/manifest            manifest of one attempt
     .shardbook/{prefix}/exported-{...}      mark by which its export is known again, see shardbook.core.exported
     .shardbook/{prefix}/unexported          the attempt wants no .metadata
+    .shardbook/{prefix}/deleted             the attempt is being deleted: it counts no more, and these are its files
     .shardbook/{prefix}/rank-{rank}.record  registration record, until the manifest takes its place
     .shardbook/{prefix}/rank-{rank}.failed  why a rank gave up, for whoever waits for its record
     .shardbook/{prefix}/alone               the coordinator goes on without the service: nobody waits for a commit
@@ -30,6 +31,8 @@ EXPORTED: Final = f"{ROOT}/exported"
 MANIFEST_NAME: Final = "manifest"
 #: The same of the note that an attempt wants no ``.metadata``.
 UNEXPORTED_NAME: Final = "unexported"
+#: The same of the note that an attempt is being deleted.
+DELETED_NAME: Final = "deleted"
 #: DCP's own metadata file.
 DCP_METADATA: Final = ".metadata"
 
@@ -55,6 +58,11 @@ def mark_path(prefix: str, mark: str) -> str:
 def unexported_path(prefix: str) -> str:
     """Returns the path of the note that an attempt wants no ``.metadata``."""
     return f"{ROOT}/{prefix}/{UNEXPORTED_NAME}"
+
+
+def deleted_path(prefix: str) -> str:
+    """Returns the path of the note that an attempt is being deleted."""
+    return f"{ROOT}/{prefix}/{DELETED_NAME}"
 
 
 def record_path(prefix: str, rank: int) -> str:

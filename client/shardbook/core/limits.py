@@ -60,6 +60,15 @@ MAX_FILTER_CHARS = 2048
 MAX_COMPARISONS = 64
 MAX_FILTER_DEPTH = 16
 MAX_ORDER_FIELDS = 4
+#: Longest time that a hold may last without being extended, seconds, and most holds of a checkpoint.
+MAX_HOLD_S = 30 * 86_400
+MAX_HOLDS = 64
+#: Largest number of a retention policy, and most metrics that it keeps the best of.
+MAX_POLICY_NUMBER = 2**53
+MAX_KEEP_BEST = 8
+#: Most checkpoints that one call prunes, and most locations that one directory may be known by.
+MAX_PRUNED = 500
+MAX_SAME_LOCATIONS = 64
 #: Longest failure reason that a rank may report.
 MAX_REASON_CHARS = 2000
 #: Most warnings kept on a checkpoint, and most field violations of one error.

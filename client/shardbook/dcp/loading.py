@@ -129,6 +129,9 @@ def _load_from_others(
         except Exception as another:
             if not is_absent(another):
                 raise
+    tell = getattr(metadata.source, "tell_lost", None)
+    if tell is not None:
+        tell()
     raise error
 
 

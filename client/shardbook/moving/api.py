@@ -189,15 +189,20 @@ class _Mover:
         """Switches what was found whole, in one transaction; one by one where something speaks against one of them."""
         if self.dry_run or not waiting:
             return waiting
+        client = self.answers.client
         moves = [Move(one.name, one.from_location, one.to_location, self.keep) for one in waiting]
         try:
-            self.answers.client.move_checkpoints(moves)
+            moved = client.move_checkpoints(moves)
         except ShardbookError as error:
             if error.status not in ("FAILED_PRECONDITION", "NOT_FOUND", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"):
                 raise
             if len(waiting) > 1:
                 return [one for each in waiting for one in self._switched([each])]
             return [replace(waiting[0], outcome=MoveOutcome.REFUSED, message=error.message)]
+        for one in moved:
+            # What was known to be lost was found whole a moment ago.
+            if one.data_missing:
+                client.report_missing_data(one.name, missing=False)
         return waiting
 
 

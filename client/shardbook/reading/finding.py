@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, TreeFiles
+from shardbook._lost import tell_lost
 from shardbook._newest import incomplete_attempts, read_newest
 from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import open_tree
@@ -52,12 +53,14 @@ class Found:
         tensors: In the order in which they were asked for.
         others: Where else the same files are, in the order in which to try them.
         ref: Of the checkpoint, for people.
+        tell_lost: Tells the catalogue that a data file is not there, at no place.
     """
 
     directory: str
     tensors: tuple[WantedTensor, ...]
     others: tuple[str, ...] = ()
     ref: str = ""
+    tell_lost: Callable[[], None] = lambda: None
 
 
 class _Metadata(Protocol):
@@ -68,6 +71,10 @@ class _Metadata(Protocol):
 
     def chunks(self, fqns: list[str]) -> Mapping[str, TensorChunks | None]:
         """Returns entries by name; None for a name that the checkpoint lacks."""
+        ...
+
+    def tell_lost(self) -> None:
+        """Tells whoever keeps the metadata that a data file is not there; best effort."""
         ...
 
 
@@ -95,7 +102,7 @@ def chunks_of(
     wanted = [_checked(found.get(fqn), fqn, target) for fqn in regions]
     selections = [select(region, one.shape, one.fqn) for one, region in zip(wanted, regions.values(), strict=True)]
     tensors = tuple(map(WantedTensor, wanted, selections))
-    return Found(metadata.directory, tensors, metadata.others, encodable(str(target)))
+    return Found(metadata.directory, tensors, metadata.others, encodable(str(target)), metadata.tell_lost)
 
 
 def _checked(chunks: TensorChunks | None, fqn: str, target: Target) -> TensorChunks:
@@ -139,6 +146,8 @@ class _Catalogue:
         self._name = name
         self._config = config
         self._answers = Answers.of(config, METADATA_S, client)
+        self._full_name = ""
+        self._locations: tuple[str, ...] = ()
         self.directory = ""
         self.others: tuple[str, ...] = ()
 
@@ -151,9 +160,14 @@ class _Catalogue:
                 reason=error.reason,
                 metadata=error.metadata,
             ) from error
+        self._full_name = answer.name
+        self._locations = answer.locations
         self.directory, *others = self._config.stores.paths_of(answer.locations)
         self.others = tuple(others)
         return {fqn: of_found(answer.found, number) for number, fqn in enumerate(fqns)}
+
+    def tell_lost(self) -> None:
+        tell_lost(self._answers.client, self._full_name, self._locations, self._config.stores)
 
 
 class _Directory:
@@ -177,6 +191,9 @@ class _Directory:
         if names:
             return read_folder(range_reader(self.directory), names, fqns)
         raise self._nothing_there()
+
+    def tell_lost(self) -> None:
+        """There is nobody to tell."""
 
     def _nothing_there(self) -> NotFoundError:
         begun = incomplete_attempts(self._files)

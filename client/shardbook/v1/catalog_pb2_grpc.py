@@ -7,6 +7,7 @@ import warnings
 from shardbook.v1 import catalog_pb2 as shardbook_dot_v1_dot_catalog__pb2
 from shardbook.v1 import events_pb2 as shardbook_dot_v1_dot_events__pb2
 from shardbook.v1 import locations_pb2 as shardbook_dot_v1_dot_locations__pb2
+from shardbook.v1 import retention_pb2 as shardbook_dot_v1_dot_retention__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
 GRPC_VERSION = grpc.__version__
@@ -92,6 +93,56 @@ class CatalogServiceStub(object):
                 '/shardbook.v1.CatalogService/DeleteAlias',
                 request_serializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteCheckpoint = channel.unary_unary(
+                '/shardbook.v1.CatalogService/DeleteCheckpoint',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.DeleteCheckpointRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.DeleteCheckpointResponse.FromString,
+                _registered_method=True)
+        self.UndeleteCheckpoint = channel.unary_unary(
+                '/shardbook.v1.CatalogService/UndeleteCheckpoint',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.UndeleteCheckpointRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.UndeleteCheckpointResponse.FromString,
+                _registered_method=True)
+        self.HoldCheckpoint = channel.unary_unary(
+                '/shardbook.v1.CatalogService/HoldCheckpoint',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.HoldCheckpointRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.HoldCheckpointResponse.FromString,
+                _registered_method=True)
+        self.ReleaseCheckpoint = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ReleaseCheckpoint',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.ReleaseCheckpointRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.ReleaseCheckpointResponse.FromString,
+                _registered_method=True)
+        self.GetRetentionPolicy = channel.unary_unary(
+                '/shardbook.v1.CatalogService/GetRetentionPolicy',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.GetRetentionPolicyRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.GetRetentionPolicyResponse.FromString,
+                _registered_method=True)
+        self.SetRetentionPolicy = channel.unary_unary(
+                '/shardbook.v1.CatalogService/SetRetentionPolicy',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.SetRetentionPolicyRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.SetRetentionPolicyResponse.FromString,
+                _registered_method=True)
+        self.PreviewPrune = channel.unary_unary(
+                '/shardbook.v1.CatalogService/PreviewPrune',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.PreviewPruneRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.PreviewPruneResponse.FromString,
+                _registered_method=True)
+        self.Prune = channel.unary_unary(
+                '/shardbook.v1.CatalogService/Prune',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.PruneRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.PruneResponse.FromString,
+                _registered_method=True)
+        self.ReportMissingData = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ReportMissingData',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.ReportMissingDataRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.ReportMissingDataResponse.FromString,
+                _registered_method=True)
+        self.RecordFileDeletion = channel.unary_unary(
+                '/shardbook.v1.CatalogService/RecordFileDeletion',
+                request_serializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.FromString,
                 _registered_method=True)
         self.WatchCheckpoints = channel.unary_stream(
                 '/shardbook.v1.CatalogService/WatchCheckpoints',
@@ -207,6 +258,78 @@ class CatalogServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteCheckpoint(self, request, context):
+        """Deletes a committed checkpoint; it can be brought back until it is purged.
+        Deleting it again answers the same. Data files are not touched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteCheckpoint(self, request, context):
+        """Brings a deleted checkpoint back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldCheckpoint(self, request, context):
+        """Keeps a committed checkpoint from being deleted for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseCheckpoint(self, request, context):
+        """Ends a hold; one that is not there is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRetentionPolicy(self, request, context):
+        """Returns what `Prune` keeps of a part when it is told nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRetentionPolicy(self, request, context):
+        """Stores it, or removes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewPrune(self, request, context):
+        """Says what a policy keeps and what it would delete, and why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prune(self, request, context):
+        """Deletes those of the named checkpoints that a policy still does not keep.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportMissingData(self, request, context):
+        """Notes that data files of a committed checkpoint are lost, or found again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordFileDeletion(self, request, context):
+        """Notes that a client begins to delete the data files of a deleted
+        checkpoint, or has; says with whom they may be shared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchCheckpoints(self, request, context):
         """Streams what happens, from a cursor on, for as long as the client listens.
         """
@@ -306,6 +429,56 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.DeleteAlias,
                     request_deserializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_catalog__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteCheckpoint,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.DeleteCheckpointRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.DeleteCheckpointResponse.SerializeToString,
+            ),
+            'UndeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteCheckpoint,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.UndeleteCheckpointRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.UndeleteCheckpointResponse.SerializeToString,
+            ),
+            'HoldCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldCheckpoint,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.HoldCheckpointRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.HoldCheckpointResponse.SerializeToString,
+            ),
+            'ReleaseCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseCheckpoint,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.ReleaseCheckpointRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.ReleaseCheckpointResponse.SerializeToString,
+            ),
+            'GetRetentionPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRetentionPolicy,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.GetRetentionPolicyRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.GetRetentionPolicyResponse.SerializeToString,
+            ),
+            'SetRetentionPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRetentionPolicy,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.SetRetentionPolicyRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.SetRetentionPolicyResponse.SerializeToString,
+            ),
+            'PreviewPrune': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewPrune,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.PreviewPruneRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.PreviewPruneResponse.SerializeToString,
+            ),
+            'Prune': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prune,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.PruneRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.PruneResponse.SerializeToString,
+            ),
+            'ReportMissingData': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportMissingData,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.ReportMissingDataRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.ReportMissingDataResponse.SerializeToString,
+            ),
+            'RecordFileDeletion': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordFileDeletion,
+                    request_deserializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.SerializeToString,
             ),
             'WatchCheckpoints': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchCheckpoints,
@@ -636,6 +809,276 @@ class CatalogService(object):
             '/shardbook.v1.CatalogService/DeleteAlias',
             shardbook_dot_v1_dot_catalog__pb2.DeleteAliasRequest.SerializeToString,
             shardbook_dot_v1_dot_catalog__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/DeleteCheckpoint',
+            shardbook_dot_v1_dot_retention__pb2.DeleteCheckpointRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.DeleteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/UndeleteCheckpoint',
+            shardbook_dot_v1_dot_retention__pb2.UndeleteCheckpointRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.UndeleteCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/HoldCheckpoint',
+            shardbook_dot_v1_dot_retention__pb2.HoldCheckpointRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.HoldCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ReleaseCheckpoint',
+            shardbook_dot_v1_dot_retention__pb2.ReleaseCheckpointRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.ReleaseCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRetentionPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/GetRetentionPolicy',
+            shardbook_dot_v1_dot_retention__pb2.GetRetentionPolicyRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.GetRetentionPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRetentionPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/SetRetentionPolicy',
+            shardbook_dot_v1_dot_retention__pb2.SetRetentionPolicyRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.SetRetentionPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewPrune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/PreviewPrune',
+            shardbook_dot_v1_dot_retention__pb2.PreviewPruneRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.PreviewPruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/Prune',
+            shardbook_dot_v1_dot_retention__pb2.PruneRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportMissingData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ReportMissingData',
+            shardbook_dot_v1_dot_retention__pb2.ReportMissingDataRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.ReportMissingDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordFileDeletion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/RecordFileDeletion',
+            shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.SerializeToString,
+            shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,7 +7,7 @@ from typing import type_check_only
 import grpc
 import grpc.aio
 
-from shardbook.v1 import catalog_pb2, events_pb2, locations_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, locations_pb2, retention_pb2
 
 class CatalogServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
@@ -22,6 +22,16 @@ class CatalogServiceStub:
     ListAliases: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
     SetAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
     DeleteAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse]
+    DeleteCheckpoint: grpc.UnaryUnaryMultiCallable[retention_pb2.DeleteCheckpointRequest, retention_pb2.DeleteCheckpointResponse]
+    UndeleteCheckpoint: grpc.UnaryUnaryMultiCallable[retention_pb2.UndeleteCheckpointRequest, retention_pb2.UndeleteCheckpointResponse]
+    HoldCheckpoint: grpc.UnaryUnaryMultiCallable[retention_pb2.HoldCheckpointRequest, retention_pb2.HoldCheckpointResponse]
+    ReleaseCheckpoint: grpc.UnaryUnaryMultiCallable[retention_pb2.ReleaseCheckpointRequest, retention_pb2.ReleaseCheckpointResponse]
+    GetRetentionPolicy: grpc.UnaryUnaryMultiCallable[retention_pb2.GetRetentionPolicyRequest, retention_pb2.GetRetentionPolicyResponse]
+    SetRetentionPolicy: grpc.UnaryUnaryMultiCallable[retention_pb2.SetRetentionPolicyRequest, retention_pb2.SetRetentionPolicyResponse]
+    PreviewPrune: grpc.UnaryUnaryMultiCallable[retention_pb2.PreviewPruneRequest, retention_pb2.PreviewPruneResponse]
+    Prune: grpc.UnaryUnaryMultiCallable[retention_pb2.PruneRequest, retention_pb2.PruneResponse]
+    ReportMissingData: grpc.UnaryUnaryMultiCallable[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse]
+    RecordFileDeletion: grpc.UnaryUnaryMultiCallable[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse]
     WatchCheckpoints: grpc.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
     ClaimCheckpoint: grpc.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
     RenewClaim: grpc.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
@@ -43,6 +53,16 @@ class CatalogServiceAsyncStub:
     ListAliases: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
     SetAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
     DeleteAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse]
+    DeleteCheckpoint: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.DeleteCheckpointRequest, retention_pb2.DeleteCheckpointResponse]
+    UndeleteCheckpoint: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.UndeleteCheckpointRequest, retention_pb2.UndeleteCheckpointResponse]
+    HoldCheckpoint: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.HoldCheckpointRequest, retention_pb2.HoldCheckpointResponse]
+    ReleaseCheckpoint: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.ReleaseCheckpointRequest, retention_pb2.ReleaseCheckpointResponse]
+    GetRetentionPolicy: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.GetRetentionPolicyRequest, retention_pb2.GetRetentionPolicyResponse]
+    SetRetentionPolicy: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.SetRetentionPolicyRequest, retention_pb2.SetRetentionPolicyResponse]
+    PreviewPrune: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.PreviewPruneRequest, retention_pb2.PreviewPruneResponse]
+    Prune: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.PruneRequest, retention_pb2.PruneResponse]
+    ReportMissingData: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse]
+    RecordFileDeletion: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse]
     WatchCheckpoints: grpc.aio.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
     ClaimCheckpoint: grpc.aio.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
     RenewClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
@@ -106,6 +126,56 @@ class CatalogServiceServicer:
         request: catalog_pb2.DeleteAliasRequest,
         context: grpc.aio.ServicerContext[catalog_pb2.DeleteAliasRequest, catalog_pb2.DeleteAliasResponse],
     ) -> Awaitable[catalog_pb2.DeleteAliasResponse]: ...
+    def DeleteCheckpoint(
+        self,
+        request: retention_pb2.DeleteCheckpointRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.DeleteCheckpointRequest, retention_pb2.DeleteCheckpointResponse],
+    ) -> Awaitable[retention_pb2.DeleteCheckpointResponse]: ...
+    def UndeleteCheckpoint(
+        self,
+        request: retention_pb2.UndeleteCheckpointRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.UndeleteCheckpointRequest, retention_pb2.UndeleteCheckpointResponse],
+    ) -> Awaitable[retention_pb2.UndeleteCheckpointResponse]: ...
+    def HoldCheckpoint(
+        self,
+        request: retention_pb2.HoldCheckpointRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.HoldCheckpointRequest, retention_pb2.HoldCheckpointResponse],
+    ) -> Awaitable[retention_pb2.HoldCheckpointResponse]: ...
+    def ReleaseCheckpoint(
+        self,
+        request: retention_pb2.ReleaseCheckpointRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.ReleaseCheckpointRequest, retention_pb2.ReleaseCheckpointResponse],
+    ) -> Awaitable[retention_pb2.ReleaseCheckpointResponse]: ...
+    def GetRetentionPolicy(
+        self,
+        request: retention_pb2.GetRetentionPolicyRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.GetRetentionPolicyRequest, retention_pb2.GetRetentionPolicyResponse],
+    ) -> Awaitable[retention_pb2.GetRetentionPolicyResponse]: ...
+    def SetRetentionPolicy(
+        self,
+        request: retention_pb2.SetRetentionPolicyRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.SetRetentionPolicyRequest, retention_pb2.SetRetentionPolicyResponse],
+    ) -> Awaitable[retention_pb2.SetRetentionPolicyResponse]: ...
+    def PreviewPrune(
+        self,
+        request: retention_pb2.PreviewPruneRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.PreviewPruneRequest, retention_pb2.PreviewPruneResponse],
+    ) -> Awaitable[retention_pb2.PreviewPruneResponse]: ...
+    def Prune(
+        self,
+        request: retention_pb2.PruneRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.PruneRequest, retention_pb2.PruneResponse],
+    ) -> Awaitable[retention_pb2.PruneResponse]: ...
+    def ReportMissingData(
+        self,
+        request: retention_pb2.ReportMissingDataRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse],
+    ) -> Awaitable[retention_pb2.ReportMissingDataResponse]: ...
+    def RecordFileDeletion(
+        self,
+        request: retention_pb2.RecordFileDeletionRequest,
+        context: grpc.aio.ServicerContext[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse],
+    ) -> Awaitable[retention_pb2.RecordFileDeletionResponse]: ...
     def WatchCheckpoints(
         self,
         request: events_pb2.WatchCheckpointsRequest,

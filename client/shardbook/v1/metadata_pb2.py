@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardbook/v1/metadata.proto\x12\x0cshardbook.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"U\n\x12GetMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nfqn_prefix\x18\x02 \x01(\x0c\x12\x1d\n\x15held_structure_digest\x18\x03 \x01(\x0c\"\xae\x01\n\x13GetMetadataResponse\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.shardbook.v1.MetadataHeaderH\x00\x12.\n\x07\x65xtents\x18\x02 \x01(\x0b\x32\x1b.shardbook.v1.ExtentSegmentH\x00\x12,\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x1b.shardbook.v1.MetadataBlockH\x00\x42\t\n\x07\x63ontent\"e\n\x0eMetadataHeader\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\"4\n\rExtentSegment\x12\x12\n\nfirst_rank\x18\x01 \x01(\x05\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\" \n\rMetadataBlock\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\"\x86\x01\n\x12QueryChunksRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\x0c\x12\x14\n\x0cinclude_head\x18\x03 \x01(\x08\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\r\n\x05\x61part\x18\x05 \x01(\x08\x12\x19\n\x11held_found_digest\x18\x06 \x01(\x0c\"\xb8\x01\n\x13QueryChunksResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x66ound\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\x12\x0c\n\x04head\x18\x04 \x01(\x0c\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\x12\x14\n\x0c\x66ound_digest\x18\x06 \x01(\x0c\x12\x0e\n\x06places\x18\x07 \x01(\x0c\"_\n\x12ListTensorsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x12\n\nfqn_prefix\x18\x04 \x01(\x0c\"m\n\x13ListTensorsResponse\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.TensorInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"p\n\nTensorInfo\x12\x0b\n\x03\x66qn\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x03\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06tensor\x18\x06 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"d\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xe9\x02\n\x0fMetadataService\x12T\n\x0bGetMetadata\x12 .shardbook.v1.GetMetadataRequest\x1a!.shardbook.v1.GetMetadataResponse0\x01\x12R\n\x0bQueryChunks\x12 .shardbook.v1.QueryChunksRequest\x1a!.shardbook.v1.QueryChunksResponse\x12R\n\x0bListTensors\x12 .shardbook.v1.ListTensorsRequest\x1a!.shardbook.v1.ListTensorsResponse\x12X\n\rGetServerInfo\x12\".shardbook.v1.GetServerInfoRequest\x1a#.shardbook.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardbook/v1/metadata.proto\x12\x0cshardbook.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"k\n\x12GetMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nfqn_prefix\x18\x02 \x01(\x0c\x12\x1d\n\x15held_structure_digest\x18\x03 \x01(\x0c\x12\x14\n\x0cshow_deleted\x18\x04 \x01(\x08\"\xae\x01\n\x13GetMetadataResponse\x12.\n\x06header\x18\x01 \x01(\x0b\x32\x1c.shardbook.v1.MetadataHeaderH\x00\x12.\n\x07\x65xtents\x18\x02 \x01(\x0b\x32\x1b.shardbook.v1.ExtentSegmentH\x00\x12,\n\x05\x62lock\x18\x03 \x01(\x0b\x32\x1b.shardbook.v1.MetadataBlockH\x00\x42\t\n\x07\x63ontent\"e\n\x0eMetadataHeader\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\"4\n\rExtentSegment\x12\x12\n\nfirst_rank\x18\x01 \x01(\x05\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\" \n\rMetadataBlock\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\"\x86\x01\n\x12QueryChunksRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06wanted\x18\x02 \x01(\x0c\x12\x14\n\x0cinclude_head\x18\x03 \x01(\x08\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\r\n\x05\x61part\x18\x05 \x01(\x08\x12\x19\n\x11held_found_digest\x18\x06 \x01(\x0c\"\xb8\x01\n\x13QueryChunksResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x66ound\x18\x02 \x01(\x0c\x12\x17\n\x0fmetadata_header\x18\x03 \x01(\x0c\x12\x0c\n\x04head\x18\x04 \x01(\x0c\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\x12\x14\n\x0c\x66ound_digest\x18\x06 \x01(\x0c\x12\x0e\n\x06places\x18\x07 \x01(\x0c\"_\n\x12ListTensorsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x12\n\nfqn_prefix\x18\x04 \x01(\x0c\"m\n\x13ListTensorsResponse\x12)\n\x07tensors\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.TensorInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"p\n\nTensorInfo\x12\x0b\n\x03\x66qn\x18\x01 \x01(\x0c\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x03\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0e\n\x06tensor\x18\x06 \x01(\x08\"\x16\n\x14GetServerInfoRequest\"d\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tabase\x18\x02 \x01(\t\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp2\xe9\x02\n\x0fMetadataService\x12T\n\x0bGetMetadata\x12 .shardbook.v1.GetMetadataRequest\x1a!.shardbook.v1.GetMetadataResponse0\x01\x12R\n\x0bQueryChunks\x12 .shardbook.v1.QueryChunksRequest\x1a!.shardbook.v1.QueryChunksResponse\x12R\n\x0bListTensors\x12 .shardbook.v1.ListTensorsRequest\x1a!.shardbook.v1.ListTensorsResponse\x12X\n\rGetServerInfo\x12\".shardbook.v1.GetServerInfoRequest\x1a#.shardbook.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.metadata_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETMETADATAREQUEST']._serialized_start=104
-  _globals['_GETMETADATAREQUEST']._serialized_end=189
-  _globals['_GETMETADATARESPONSE']._serialized_start=192
-  _globals['_GETMETADATARESPONSE']._serialized_end=366
-  _globals['_METADATAHEADER']._serialized_start=368
-  _globals['_METADATAHEADER']._serialized_end=469
-  _globals['_EXTENTSEGMENT']._serialized_start=471
-  _globals['_EXTENTSEGMENT']._serialized_end=523
-  _globals['_METADATABLOCK']._serialized_start=525
-  _globals['_METADATABLOCK']._serialized_end=557
-  _globals['_QUERYCHUNKSREQUEST']._serialized_start=560
-  _globals['_QUERYCHUNKSREQUEST']._serialized_end=694
-  _globals['_QUERYCHUNKSRESPONSE']._serialized_start=697
-  _globals['_QUERYCHUNKSRESPONSE']._serialized_end=881
-  _globals['_LISTTENSORSREQUEST']._serialized_start=883
-  _globals['_LISTTENSORSREQUEST']._serialized_end=978
-  _globals['_LISTTENSORSRESPONSE']._serialized_start=980
-  _globals['_LISTTENSORSRESPONSE']._serialized_end=1089
-  _globals['_TENSORINFO']._serialized_start=1091
-  _globals['_TENSORINFO']._serialized_end=1203
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1205
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1227
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=1229
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=1329
-  _globals['_METADATASERVICE']._serialized_start=1332
-  _globals['_METADATASERVICE']._serialized_end=1693
+  _globals['_GETMETADATAREQUEST']._serialized_end=211
+  _globals['_GETMETADATARESPONSE']._serialized_start=214
+  _globals['_GETMETADATARESPONSE']._serialized_end=388
+  _globals['_METADATAHEADER']._serialized_start=390
+  _globals['_METADATAHEADER']._serialized_end=491
+  _globals['_EXTENTSEGMENT']._serialized_start=493
+  _globals['_EXTENTSEGMENT']._serialized_end=545
+  _globals['_METADATABLOCK']._serialized_start=547
+  _globals['_METADATABLOCK']._serialized_end=579
+  _globals['_QUERYCHUNKSREQUEST']._serialized_start=582
+  _globals['_QUERYCHUNKSREQUEST']._serialized_end=716
+  _globals['_QUERYCHUNKSRESPONSE']._serialized_start=719
+  _globals['_QUERYCHUNKSRESPONSE']._serialized_end=903
+  _globals['_LISTTENSORSREQUEST']._serialized_start=905
+  _globals['_LISTTENSORSREQUEST']._serialized_end=1000
+  _globals['_LISTTENSORSRESPONSE']._serialized_start=1002
+  _globals['_LISTTENSORSRESPONSE']._serialized_end=1111
+  _globals['_TENSORINFO']._serialized_start=1113
+  _globals['_TENSORINFO']._serialized_end=1225
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1227
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1249
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=1251
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=1351
+  _globals['_METADATASERVICE']._serialized_start=1354
+  _globals['_METADATASERVICE']._serialized_end=1715
 # @@protoc_insertion_point(module_scope)

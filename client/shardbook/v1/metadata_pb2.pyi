@@ -9,14 +9,16 @@ from typing import Any as _Any, ClassVar as _ClassVar, Iterable as _Iterable, Ma
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GetMetadataRequest(_message.Message):
-    __slots__ = ("name", "fqn_prefix", "held_structure_digest")
+    __slots__ = ("name", "fqn_prefix", "held_structure_digest", "show_deleted")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FQN_PREFIX_FIELD_NUMBER: _ClassVar[int]
     HELD_STRUCTURE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHOW_DELETED_FIELD_NUMBER: _ClassVar[int]
     name: str
     fqn_prefix: bytes
     held_structure_digest: bytes
-    def __init__(self, name: _Optional[str] = ..., fqn_prefix: _Optional[bytes] = ..., held_structure_digest: _Optional[bytes] = ...) -> None: ...
+    show_deleted: bool
+    def __init__(self, name: _Optional[str] = ..., fqn_prefix: _Optional[bytes] = ..., held_structure_digest: _Optional[bytes] = ..., show_deleted: bool = ...) -> None: ...
 
 class GetMetadataResponse(_message.Message):
     __slots__ = ("header", "extents", "block")

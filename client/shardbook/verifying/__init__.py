@@ -8,6 +8,7 @@ compare their bytes with the checksums that were kept of them. May import the cl
 from __future__ import annotations
 
 from shardbook.verifying.api import Progress, verify
+from shardbook.verifying.flagging import flag
 from shardbook.verifying.report import FaultKind, FileFault, Source, VerifyReport
 
-__all__ = ["FaultKind", "FileFault", "Progress", "Source", "VerifyReport", "verify"]
+__all__ = ["FaultKind", "FileFault", "Progress", "Source", "VerifyReport", "flag", "verify"]

@@ -89,6 +89,7 @@ def report_of(looked: Looked) -> VerifyReport:
         faulty_ranks=tuple(hurt[:MAX_NAMED_RANKS].tolist()),
         faulty_rank_count=len(hurt),
         lost_bytes=int(lost.lost_bytes.sum()) + int(footprint.length[altered].sum()),
+        name=found.name,
     )
 
 

@@ -75,6 +75,7 @@ class VerifyReport:
         faulty_ranks: Ranks with a fault, the first 50.
         faulty_rank_count: How many there are.
         lost_bytes: Bytes of extents that are not there, or that are altered, in full.
+        name: Full name in the catalogue; None when a directory was asked.
         faulty_directories: Where else the checkpoint is, or should be, and not all is there.
         unknown_locations: Locations that nobody looked at: their stores are not configured here, or out of reach.
     """
@@ -93,6 +94,7 @@ class VerifyReport:
     faulty_ranks: tuple[int, ...]
     faulty_rank_count: int
     lost_bytes: int
+    name: str | None = None
     faulty_directories: tuple[str, ...] = ()
     unknown_locations: tuple[str, ...] = ()
 
@@ -105,6 +107,11 @@ class VerifyReport:
     def is_ok(self) -> bool:
         """True when everything is there."""
         return not self.fault_count
+
+    @property
+    def is_missing(self) -> bool:
+        """True when files are lost or cut."""
+        return bool(self.fault_counts[FaultKind.MISSING] or self.fault_counts[FaultKind.TRUNCATED])
 
     def to_json(self) -> dict[str, Any]:
         """Returns every attribute under its own name."""

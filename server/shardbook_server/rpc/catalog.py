@@ -8,9 +8,9 @@ from typing import Any
 import grpc.aio
 
 from shardbook.v1 import catalog_pb2 as pb
-from shardbook.v1 import events_pb2, locations_pb2
+from shardbook.v1 import events_pb2, locations_pb2, retention_pb2
 from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
-from shardbook_server.rpc import convert, describing, events, limits, locating
+from shardbook_server.rpc import convert, describing, events, limits, locating, retaining
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
 from shardbook_server.service.services import Services
@@ -27,6 +27,9 @@ class CatalogHandlers(CatalogServiceServicer):
         self._catalog = services.catalog
         self._descriptions = services.descriptions
         self._aliases = services.aliases
+        self._holds = services.holds
+        self._deletions = services.deletions
+        self._retention = services.retention
         self._bridge = bridge
 
     async def ListProjects(self, request: pb.ListProjectsRequest, context: Context) -> pb.ListProjectsResponse:
@@ -118,6 +121,98 @@ class CatalogHandlers(CatalogServiceServicer):
         """Deletes an alias."""
         await self._bridge.write("alias", self._aliases.delete, request.name, force=request.force)
         return pb.DeleteAliasResponse()
+
+    async def DeleteCheckpoint(
+        self, request: retention_pb2.DeleteCheckpointRequest, context: Context
+    ) -> retention_pb2.DeleteCheckpointResponse:
+        """Deletes a committed checkpoint."""
+        checkpoint, aliases = await self._bridge.write(
+            "delete", self._deletions.delete, request.name, force=request.force, files=request.delete_files
+        )
+        return retention_pb2.DeleteCheckpointResponse(
+            checkpoint=convert.checkpoint(checkpoint), deleted_aliases=aliases
+        )
+
+    async def UndeleteCheckpoint(
+        self, request: retention_pb2.UndeleteCheckpointRequest, context: Context
+    ) -> retention_pb2.UndeleteCheckpointResponse:
+        """Brings a deleted checkpoint back."""
+        checkpoint = await self._bridge.write("delete", self._deletions.undelete, request.name)
+        return retention_pb2.UndeleteCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+    async def HoldCheckpoint(
+        self, request: retention_pb2.HoldCheckpointRequest, context: Context
+    ) -> retention_pb2.HoldCheckpointResponse:
+        """Keeps a checkpoint from being deleted for a while."""
+        ttl_us = retaining.ttl_us(request)
+        checkpoint, hold = await self._bridge.write("hold", self._holds.hold, request.name, request.holder, ttl_us)
+        return retention_pb2.HoldCheckpointResponse(checkpoint=convert.checkpoint(checkpoint), hold=convert.hold(hold))
+
+    async def ReleaseCheckpoint(
+        self, request: retention_pb2.ReleaseCheckpointRequest, context: Context
+    ) -> retention_pb2.ReleaseCheckpointResponse:
+        """Ends a hold."""
+        checkpoint = await self._bridge.write("hold", self._holds.release, request.name, request.holder)
+        return retention_pb2.ReleaseCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+    async def GetRetentionPolicy(
+        self, request: retention_pb2.GetRetentionPolicyRequest, context: Context
+    ) -> retention_pb2.GetRetentionPolicyResponse:
+        """Returns what is kept of a part."""
+        view = await self._bridge.read(self._retention.get_policy, request.name)
+        return retention_pb2.GetRetentionPolicyResponse(
+            policy=retaining.policy_message(view.policy),
+            inherited=view.is_inherited,
+            update_time=convert.timestamp(view.update_time_us),
+        )
+
+    async def SetRetentionPolicy(
+        self, request: retention_pb2.SetRetentionPolicyRequest, context: Context
+    ) -> retention_pb2.SetRetentionPolicyResponse:
+        """Stores what is kept of a part."""
+        policy = retaining.policy(request.policy)
+        view = await self._bridge.write("policy", self._retention.set_policy, request.name, policy)
+        return retention_pb2.SetRetentionPolicyResponse(policy=retaining.policy_message(view.policy))
+
+    async def PreviewPrune(
+        self, request: retention_pb2.PreviewPruneRequest, context: Context
+    ) -> retention_pb2.PreviewPruneResponse:
+        """Says what a policy keeps and what it would delete."""
+        page = await self._bridge.read(
+            self._retention.preview,
+            request.parent,
+            retaining.policy_of(request),
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return retention_pb2.PreviewPruneResponse(
+            decisions=[retaining.decision(view) for view in page.items], next_page_token=page.next_page_token
+        )
+
+    async def Prune(self, request: retention_pb2.PruneRequest, context: Context) -> retention_pb2.PruneResponse:
+        """Deletes what a policy does not keep."""
+        policy = retaining.policy_of(request)
+        names, files = list(request.names), request.delete_files
+        views = await self._bridge.write("prune", self._retention.prune, request.parent, policy, names, files=files)
+        return retention_pb2.PruneResponse(decisions=[retaining.decision(view) for view in views])
+
+    async def ReportMissingData(
+        self, request: retention_pb2.ReportMissingDataRequest, context: Context
+    ) -> retention_pb2.ReportMissingDataResponse:
+        """Notes that data files are lost, or found again."""
+        checkpoint = await self._bridge.write(
+            "missing", self._deletions.report_missing, request.name, missing=request.missing
+        )
+        return retention_pb2.ReportMissingDataResponse(checkpoint=convert.checkpoint(checkpoint))
+
+    async def RecordFileDeletion(
+        self, request: retention_pb2.RecordFileDeletionRequest, context: Context
+    ) -> retention_pb2.RecordFileDeletionResponse:
+        """Notes that data files are being deleted, or are gone."""
+        checkpoint, sharing = await self._bridge.write(
+            "files", self._deletions.record_files, request.name, list(request.locations), done=request.done
+        )
+        return retention_pb2.RecordFileDeletionResponse(checkpoint=convert.checkpoint(checkpoint), sharing=sharing)
 
     async def WatchCheckpoints(
         self, request: events_pb2.WatchCheckpointsRequest, context: Context

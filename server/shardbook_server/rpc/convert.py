@@ -248,6 +248,18 @@ def checkpoint(view: views.CheckpointInfo) -> types_pb2.Checkpoint:
         writer=describing.writer(view.writer),
         timing=describing.timing(view.timing),
         other_locations=view.other_locations,
+        delete_time=timestamp(view.delete_time_us),
+        purge_time=timestamp(view.purge_time_us),
+        data_missing=view.data_missing,
+        file_deletion=types_pb2.FileDeletion.Name(view.file_deletion),
+        holds=[hold(one) for one in view.holds],
+    )
+
+
+def hold(view: views.HoldView) -> types_pb2.Hold:
+    """Returns a hold."""
+    return types_pb2.Hold(
+        holder=view.holder, create_time=timestamp(view.create_time_us), expire_time=timestamp(view.expire_time_us)
     )
 
 

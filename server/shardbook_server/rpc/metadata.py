@@ -28,7 +28,13 @@ class MetadataHandlers(MetadataServiceServicer):
     ) -> AsyncIterator[pb.GetMetadataResponse]:
         """Streams the metadata of a committed checkpoint; reads on only when the client has taken what was sent."""
         read = self._services.metadata.get_metadata
-        async for view in self._bridge.stream(read, request.name, request.fqn_prefix, request.held_structure_digest):
+        async for view in self._bridge.stream(
+            read,
+            request.name,
+            request.fqn_prefix,
+            request.held_structure_digest,
+            show_deleted=request.show_deleted,
+        ):
             yield convert.metadata_response(view)
 
     async def QueryChunks(self, request: pb.QueryChunksRequest, context: Context) -> pb.QueryChunksResponse:

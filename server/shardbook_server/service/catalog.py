@@ -65,7 +65,7 @@ class CatalogService:
         """Returns the checkpoint that a resource name or ref names; raises NotFoundError."""
         parsed = CheckpointName.parse(name, "name")
         with self._database.read() as connection:
-            return full_info(connection, present.resolve(connection, parsed))
+            return full_info(connection, present.resolve(connection, parsed), self._database.now_us(connection))
 
     def get_attempt(self, checkpoint_id: int) -> CheckpointInfo:
         """Returns the checkpoint with a key that another answer gave, without what is said; raises NotFoundError."""

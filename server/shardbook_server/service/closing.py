@@ -109,7 +109,7 @@ def commit_attempt(
     live = checkpoint_rows.find_live(connection, part.id, checkpoint.step)
     check_not_superseded(checkpoint, live, recovered=recovered)
     events = [Event(EventKind.COMMITTED, part.id, checkpoint.id)]
-    takes_over = live is None or _is_newer(checkpoint, live)
+    takes_over = live is None or is_newer(checkpoint, live)
     if live is not None and takes_over:
         checkpoint_rows.supersede(connection, live.id)
         events.append(Event(EventKind.SUPERSEDED, part.id, live.id))
@@ -125,7 +125,7 @@ def commit_attempt(
         size_bytes=folded.size_bytes,
         now_us=now_us,
     )
-    if takes_over and _moves_latest(connection, part, checkpoint):
+    if takes_over and moves_latest(connection, part, checkpoint):
         run_rows.set_latest(connection, part.id, checkpoint.id)
         events.append(Event(EventKind.LATEST_MOVED, part.id, checkpoint.id))
     hosts = plan_rows.read_hosts(connection, checkpoint.id, folded.stats.slowest())
@@ -151,7 +151,7 @@ def check_not_superseded(checkpoint: CheckpointRow, live: CheckpointRow | None, 
         )
 
 
-def _is_newer(one: CheckpointRow, other: CheckpointRow) -> bool:
+def is_newer(one: CheckpointRow, other: CheckpointRow) -> bool:
     """Returns True when ``one`` is to be what ``@step`` means rather than ``other``."""
     if one.session == other.session == 0 and one.incarnation != other.incarnation:
         return _written_later(one, other)
@@ -165,7 +165,7 @@ def _written_later(one: CheckpointRow, other: CheckpointRow) -> bool:
     return one.write_time_us >= other.write_time_us
 
 
-def _moves_latest(connection: Connection, part: PartRow, checkpoint: CheckpointRow) -> bool:
+def moves_latest(connection: Connection, part: PartRow, checkpoint: CheckpointRow) -> bool:
     """Returns True when ``latest`` follows this commit: its session is current, and it is not behind its own steps.
 
     Or its session is later than the current one: then the catalogue was put back, or is a new one, and the directory
@@ -184,4 +184,6 @@ def _moves_latest(connection: Connection, part: PartRow, checkpoint: CheckpointR
         return latest is None or (latest.session, latest.step) <= (checkpoint.session, checkpoint.step)
     elif (part.session, part.incarnation) != (checkpoint.session, checkpoint.incarnation):
         return False
+    if latest is not None and latest.flags & checkpoint_rows.DATA_MISSING:
+        return True
     return latest is None or latest.session != checkpoint.session or latest.step <= checkpoint.step

@@ -39,6 +39,8 @@ from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.registrations import RegistrationRow
 from shardbook_server.storage.runs import PartRow
 
+#: What was committed once; somebody may have deleted it since.
+_PROVED: Final = (CheckpointState.COMMITTED, CheckpointState.DELETED)
 #: Longest text of one fact in an error: all of them have to fit into gRPC's metadata.
 _FACT_CHARS: Final = 2000
 
@@ -122,7 +124,7 @@ class CommitService:
         with self._phase("transaction"), self._database.write([key.part_name.run]) as connection:
             now_us = self._database.now_us(connection)
             part, row = _find(connection, key, recovered=recovered)
-            is_new = row.state != CheckpointState.COMMITTED
+            is_new = row.state not in _PROVED
             if is_new:
                 self._judge(connection, key, row, now_us, recovered=recovered)
                 _require_complete(connection, row)
@@ -136,7 +138,7 @@ class CommitService:
                     description=description,
                     took_ms=round((time.monotonic() - began_s) * 1e3),
                 )
-            checkpoint = full_info(connection, row.id)
+            checkpoint = full_info(connection, row.id, now_us)
         return checkpoint, is_new
 
     @contextmanager
@@ -150,8 +152,8 @@ class CommitService:
         """Reads what is to be committed, or the answer when it is already."""
         with self._database.read() as connection:
             part, row = _find(connection, key, recovered=recovered)
-            if row.state == CheckpointState.COMMITTED:
-                return full_info(connection, row.id)
+            if row.state in _PROVED:
+                return full_info(connection, row.id, self._database.now_us(connection))
             if not recovered:
                 _require_current(connection, key)
             _require_open(row)

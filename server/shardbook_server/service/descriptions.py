@@ -12,10 +12,11 @@ from shardbook.errors import InvalidArgumentError
 from shardbook_server.service import aliases, present
 from shardbook_server.service.describing import Changes, Description, Writer
 from shardbook_server.service.timing import timing_from_json
-from shardbook_server.service.views import CheckpointInfo
+from shardbook_server.service.views import CheckpointInfo, HoldView
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import descriptions as description_rows
 from shardbook_server.storage import events as event_rows
+from shardbook_server.storage import holds as hold_rows
 from shardbook_server.storage import sessions as session_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection, Database
@@ -50,7 +51,7 @@ class DescriptionService:
             if "note" in changes.paths:
                 description_rows.set_note(connection, row.id, changes.note)
             events = aliases.follow(connection, row.part_id, now_us) if measured else []
-            info = full_info(connection, row.id)
+            info = full_info(connection, row.id, now_us)
             event_rows.append(connection, events, now_us)
             return info
 
@@ -102,13 +103,15 @@ def described(connection: Connection, listed: Sequence[ListedCheckpoint]) -> lis
     return [present.checkpoint_of(one, found.get(one.row.id, NOTHING_SAID)) for one in listed]
 
 
-def full_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
+def full_info(connection: Connection, checkpoint_id: int, now_us: int) -> CheckpointInfo:
     """Returns a checkpoint with all that is said of it, also what listings leave out; raises NotFoundError."""
     info = described(connection, [present.listed_by_id(connection, checkpoint_id)])[0]
     row = description_rows.find_description(connection, checkpoint_id)
     known = json.loads(row.writer) if row.writer else {}
     writer = Writer(**{one.name: known.get(one.name, "") for one in dataclasses.fields(Writer)})
-    return dataclasses.replace(info, note=row.note, writer=writer, timing=timing_from_json(row.timing))
+    held = hold_rows.find_holds(connection, [checkpoint_id], now_us).get(checkpoint_id, [])
+    holds = tuple(HoldView(**vars(one)) for one in held)
+    return dataclasses.replace(info, note=row.note, writer=writer, timing=timing_from_json(row.timing), holds=holds)
 
 
 def _completed(writer: Writer, session: SessionRow) -> Writer:

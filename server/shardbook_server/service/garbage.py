@@ -21,6 +21,7 @@ from shardbook.errors import UnavailableError
 from shardbook_server.service import closing
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import garbage as rows
+from shardbook_server.storage import retention as retention_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.blobs import DAY_US
 from shardbook_server.storage.database import Connection, Database
@@ -31,13 +32,14 @@ T = TypeVar("T")
 #: Days without use, unless told otherwise.
 OLDER_THAN_DAYS: Final = 7
 #: Kinds of things that are dropped, for people, in the order of a report.
-ATTEMPTS, STRUCTURES, TENSORS, DECISIONS = "abandoned attempts", "checkpoint structures", "tensors", "save plans"
+DELETED, ATTEMPTS = "deleted checkpoints", "abandoned attempts"
+STRUCTURES, TENSORS, DECISIONS = "checkpoint structures", "tensors", "save plans"
 _BLOBS: Final = {
     BlobKind.STRUCTURE: "rank structures",
     BlobKind.PLAN: "rank plans",
     BlobKind.TABLE: "rank tables",
 }
-KINDS: Final = (ATTEMPTS, STRUCTURES, TENSORS, *_BLOBS.values(), DECISIONS)
+KINDS: Final = (DELETED, ATTEMPTS, STRUCTURES, TENSORS, *_BLOBS.values(), DECISIONS)
 #: How long one transaction may hold up the others, about, seconds; and how many rows it drops, first and at most.
 _HELD_S: Final = 0.1
 _FIRST_COUNT, _MOST = 32, 500
@@ -123,7 +125,8 @@ class GarbageService:
     def collect(self, *, older_than_days: int = OLDER_THAN_DAYS, dry_run: bool = False) -> list[Collected]:
         """Drops what nobody refers to and nobody used for so many whole days; returns what, by kind.
 
-        An attempt that expired so long ago, and whose writers never came back, is given up with what it staged.
+        Of a deleted checkpoint that cannot be brought back any more nothing but its row is kept. An attempt that
+        expired so long ago, and whose writers never came back, is given up with what it staged.
 
         Args:
             older_than_days: 0 or more.
@@ -138,6 +141,7 @@ class GarbageService:
             project_ids = rows.read_projects(connection)
         # A day is as exact as the last use is known.
         last_day = now_us // DAY_US - (older_than_days + 1 if older_than_days else 0)
+        self._purge_deleted(now_us, dry_run=dry_run)
         self._give_up_attempts(now_us - older_than_days * DAY_US, dry_run=dry_run)
         for project_id in project_ids:
             found = self._find(project_id, last_day)
@@ -146,6 +150,30 @@ class GarbageService:
             else:
                 self._drop(found, last_day)
         return [Collected(kind, *self._totals[kind]) for kind in KINDS]
+
+    def _purge_deleted(self, now_us: int, *, dry_run: bool) -> None:
+        after_id = 0
+        while True:
+            with self._database.read() as connection:
+                page = retention_rows.find_purgeable(connection, now_us, after_id, _MOST)
+                names = {part_id: run_rows.part_by_id(connection, part_id).name for _, part_id in page}
+                sizes = {one: retention_rows.kept_bytes(connection, one) for one, _ in page}
+            for after_id, part_id in page:
+                purge = partial(self._purge, after_id, names[part_id].run, now_us)
+                if dry_run or self._again(purge):
+                    self._count(DELETED, 1, sizes[after_id])
+            if len(page) < _MOST:
+                return
+
+    def _purge(self, checkpoint_id: int, run: RunName, now_us: int) -> bool:
+        with self._database.write([run]) as connection:
+            # It may have been brought back since, or its files may be going.
+            still = retention_rows.find_purgeable(connection, now_us, checkpoint_id - 1, 1)
+            if [one for one, _ in still] != [checkpoint_id]:
+                return False
+            row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+            retention_rows.purge(connection, checkpoint_id, row.flags)
+        return True
 
     def _give_up_attempts(self, before_us: int, *, dry_run: bool) -> None:
         after_id = 0

@@ -47,7 +47,7 @@ class MetadataService:
         self._tokens = Tokens(database)
 
     def get_metadata(
-        self, name: str, fqn_prefix: bytes = b"", held_structure_digest: bytes = b""
+        self, name: str, fqn_prefix: bytes = b"", held_structure_digest: bytes = b"", *, show_deleted: bool = False
     ) -> Iterator[MetadataView]:
         """Yields the header, then extent segments by rank, then blocks in state-dict order.
 
@@ -58,15 +58,16 @@ class MetadataService:
             name: The checkpoint.
             fqn_prefix: Only entries whose fqn starts with this.
             held_structure_digest: A checkpoint of this structure is answered without head and blocks.
+            show_deleted: That of a deleted checkpoint too, until it is purged.
 
         Raises:
-            NotFoundError: ``name`` means no checkpoint.
+            NotFoundError: ``name`` means no checkpoint; or one that is deleted, unless ``show_deleted``, or purged.
             FailedPreconditionError: It means one that is not committed.
             InvalidArgumentError: ``name`` is none.
         """
         parsed = CheckpointName.parse(name, "name")
         with self._database.read() as connection:
-            row, info = present.committed_info(connection, parsed)
+            row, info = present.committed_info(connection, parsed, show_deleted=show_deleted)
             head, ids = b"", []
             if info.structure_digest != held_structure_digest:
                 structure_id = _structure_id(row.structure_id)

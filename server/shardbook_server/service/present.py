@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 from shardbook.core.names import LATEST, CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import FailedPreconditionError, NotFoundError
 from shardbook_server.service.types import AttemptLocation
-from shardbook_server.service.views import CheckpointInfo, CheckpointState
+from shardbook_server.service.views import CheckpointInfo, CheckpointState, FileDeletion
 from shardbook_server.storage import aliases as alias_rows
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import named as named_rows
+from shardbook_server.storage import retention as retention_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection
 from shardbook_server.storage.descriptions import NOTHING_SAID, Said
 from shardbook_server.storage.runs import PartRow
+
+
+def utc(time_us: int) -> str:
+    """Returns a time as messages have it."""
+    return datetime.fromtimestamp(time_us / 1e6, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
@@ -65,7 +72,18 @@ def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> Checkp
         labels=said.labels,
         metrics=said.metrics,
         aliases=tuple(sorted(said.aliases)),
+        delete_time_us=row.delete_time_us,
+        purge_time_us=row.purge_time_us,
+        data_missing=bool(row.flags & checkpoint_rows.DATA_MISSING),
+        file_deletion=file_deletion(row),
     )
+
+
+def file_deletion(row: CheckpointRow) -> FileDeletion:
+    """Returns how far the deletion of a checkpoint's data files is."""
+    if row.flags & checkpoint_rows.FILES_GONE:
+        return FileDeletion.DONE
+    return FileDeletion.BEGUN if row.flags & checkpoint_rows.FILES_GOING else FileDeletion.NONE
 
 
 def existing_part(connection: Connection, name: PartName) -> PartRow:
@@ -88,6 +106,9 @@ def resolve(connection: Connection, name: CheckpointName) -> int:
     part = existing_part(connection, name.part)
     found = _resolve(connection, part, name.id)
     if found is None:
+        deleted = resolve_deleted(connection, part.id, name.id)
+        if deleted is not None:
+            raise deleted_error(name, checkpoint_rows.find_by_ids(connection, [deleted])[deleted])
         raise NotFoundError(_why_absent(connection, part, name), metadata={"name": str(name)})
     return found
 
@@ -104,11 +125,34 @@ def _why_absent(connection: Connection, part: PartRow, name: CheckpointName) -> 
     return f"{name.ref} does not exist; {listing}` lists what there is"
 
 
+def resolve_deleted(connection: Connection, part_id: int, name: CheckpointId) -> int | None:
+    """Returns the deleted checkpoint that a step, a step and session, or a full id means; None when none was."""
+    if name.step is None:
+        return None
+    if name.attempt is None:
+        return retention_rows.newest_deleted(connection, part_id, name.step, name.session)
+    found = _exactly(connection, part_id, name.step, name)
+    if found is None or checkpoint_rows.find_by_ids(connection, [found])[found].state != CheckpointState.DELETED:
+        return None
+    return found
+
+
+def deleted_error(name: CheckpointName, row: CheckpointRow) -> NotFoundError:
+    """Returns the error for a checkpoint that was deleted."""
+    full = CheckpointName(name.part, CheckpointId.full(row.step, row.session, row.attempt, row.incarnation))
+    if row.flags & (checkpoint_rows.FILES_GOING | checkpoint_rows.PURGED):
+        gone = "and its data files too" if row.flags & checkpoint_rows.FILES_GOING else "for good"
+        told = f"{name.ref} was deleted, {gone}; `shardbook ls {name.part.ref}` lists what there is"
+    else:
+        told = f"{name.ref} was deleted; `shardbook undelete {full.ref}` brings it back"
+    return NotFoundError(told, reason="CHECKPOINT_DELETED", metadata={"name": str(full)})
+
+
 def resolve_committed(connection: Connection, name: CheckpointName) -> CheckpointRow:
     """Returns the committed checkpoint that a name means.
 
     Raises:
-        NotFoundError: It means none.
+        NotFoundError: It means none, or one that was deleted (``CHECKPOINT_DELETED``).
         FailedPreconditionError: It means one that is not committed; reason ``NOT_COMMITTED``.
     """
     checkpoint_id = resolve(connection, name)
@@ -117,12 +161,19 @@ def resolve_committed(connection: Connection, name: CheckpointName) -> Checkpoin
     return row
 
 
-def committed_info(connection: Connection, name: CheckpointName) -> tuple[CheckpointRow, CheckpointInfo]:
-    """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above."""
+def committed_info(
+    connection: Connection, name: CheckpointName, *, show_deleted: bool = False
+) -> tuple[CheckpointRow, CheckpointInfo]:
+    """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above.
+
+    With ``show_deleted`` also one that was deleted and not purged yet.
+    """
     listed = _find_at_once(connection, name)
     if listed is None:
         listed = listed_by_id(connection, resolve(connection, name))
-    _check_committed(listed.row, name)
+    is_kept = listed.row.state == CheckpointState.DELETED and not listed.row.flags & checkpoint_rows.PURGED
+    if not (show_deleted and is_kept):
+        _check_committed(listed.row, name)
     return listed.row, checkpoint_of(listed)
 
 
@@ -136,6 +187,8 @@ def _find_at_once(connection: Connection, name: CheckpointName) -> ListedCheckpo
 
 
 def _check_committed(row: CheckpointRow, name: CheckpointName) -> None:
+    if row.state == CheckpointState.DELETED:
+        raise deleted_error(name, row)
     if row.state != CheckpointState.COMMITTED:
         state = CheckpointState(row.state).name
         raise FailedPreconditionError(f"{name.ref} is {state}, not COMMITTED", reason="NOT_COMMITTED")
@@ -160,11 +213,15 @@ def _resolve(connection: Connection, part: PartRow, name: CheckpointId) -> int |
     if name.session is None:
         live = checkpoint_rows.find_live(connection, part.id, name.step)
         return None if live is None else live.id
+    return _exactly(connection, part.id, name.step, name)
+
+
+def _exactly(connection: Connection, part_id: int, step: int, name: CheckpointId) -> int | None:
     return checkpoint_rows.newest_attempt(
         connection,
-        part.id,
-        name.step,
-        session=name.session,
+        part_id,
+        step,
+        session=name.session or 0,
         attempt=name.attempt,
         incarnation_prefix=name.incarnation,
         committed_only=name.attempt is None,

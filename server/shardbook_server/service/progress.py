@@ -75,6 +75,9 @@ def _counts(connection: Connection, rows: Mapping[int, CheckpointRow]) -> dict[i
     counts: dict[int, AttemptCounts] = {}
     for checkpoint_id, row in rows.items():
         state = CheckpointState(row.state)
+        if state is CheckpointState.DELETED:
+            # Who waits for the commit is told of that: it was one.
+            state = CheckpointState.COMMITTED
         whole = row.registration_count if state is CheckpointState.COMMITTED else 0
         counts[checkpoint_id] = AttemptCounts(
             state,

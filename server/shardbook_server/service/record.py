@@ -100,7 +100,7 @@ class RecordService:
         _compare(row, request)
         if row.state == CheckpointState.COMMITTED:
             return row
-        if row.state == CheckpointState.FAILED or (
+        if row.state in (CheckpointState.FAILED, CheckpointState.DELETED) or (
             row.state == CheckpointState.EXPIRED and not _revivable(row, request)
         ):
             raise closed_error(row)

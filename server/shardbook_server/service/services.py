@@ -11,8 +11,10 @@ from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.claims import ClaimService
 from shardbook_server.service.commit import CommitService
+from shardbook_server.service.deletion import UNDELETE_S, DeletionService
 from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.events import EventService
+from shardbook_server.service.holds import HoldService
 from shardbook_server.service.locations import LocationService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
@@ -20,6 +22,7 @@ from shardbook_server.service.progress import ProgressService
 from shardbook_server.service.query import QueryService
 from shardbook_server.service.record import RecordService
 from shardbook_server.service.registration import RegistrationService
+from shardbook_server.service.retention import RetentionService
 from shardbook_server.service.sessions import REAP_INTERVAL_S, SessionService
 from shardbook_server.service.status import StatusService
 from shardbook_server.storage.database import Database
@@ -51,6 +54,9 @@ class Services:
     status: StatusService
     descriptions: DescriptionService
     aliases: AliasService
+    holds: HoldService
+    deletions: DeletionService
+    retention: RetentionService
     events: EventService
     claims: ClaimService
     locations: LocationService
@@ -64,6 +70,7 @@ def build_services(
     blob_cache_bytes: int = BLOB_CACHE_BYTES,
     index_cache_bytes: int = INDEX_CACHE_BYTES,
     work_memory_bytes: int = WORK_MEMORY_BYTES,
+    undelete_s: float = UNDELETE_S,
     observer: Observer = SILENT,
 ) -> Services:
     """Returns the services over ``database``."""
@@ -86,6 +93,9 @@ def build_services(
         status=StatusService(database, catalog, plans),
         descriptions=DescriptionService(database),
         aliases=AliasService(database),
+        holds=HoldService(database),
+        deletions=DeletionService(database, undelete_s=undelete_s),
+        retention=RetentionService(database, undelete_s=undelete_s),
         events=EventService(database),
         claims=ClaimService(database),
         locations=LocationService(database),

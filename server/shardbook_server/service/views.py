@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Generic, TypeVar
 
+from shardbook.core.retention import RetentionPolicy
 from shardbook_server.service.describing import NO_WRITER, Writer
 from shardbook_server.service.types import AttemptLocation, BlobRef, RankFailure
 
@@ -21,6 +22,14 @@ class CheckpointState(IntEnum):
     FAILED = 3
     EXPIRED = 4
     DELETED = 5
+
+
+class FileDeletion(IntEnum):
+    """How far the deletion of data files is; numbers as in ``shardbook.v1.FileDeletion``."""
+
+    NONE = 0
+    BEGUN = 1
+    DONE = 2
 
 
 class PlanState(IntEnum):
@@ -159,6 +168,15 @@ class SaveTiming:
 
 
 @dataclass(frozen=True)
+class HoldView:
+    """Somebody's hold of a checkpoint, as ``shardbook.v1.Hold``."""
+
+    holder: str
+    create_time_us: int
+    expire_time_us: int
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """One attempt to save and what became of it, as ``shardbook.v1.Checkpoint``.
 
@@ -193,7 +211,33 @@ class CheckpointInfo:
     note: str = ""
     writer: Writer = NO_WRITER
     timing: SaveTiming | None = None
+    delete_time_us: int | None = None
+    purge_time_us: int | None = None
+    data_missing: bool = False
+    file_deletion: FileDeletion = FileDeletion.NONE
+    holds: tuple[HoldView, ...] = ()
     other_locations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PruneView:
+    """What becomes of a checkpoint under a policy, as ``shardbook.v1.PruneDecision``."""
+
+    name: str
+    ref: str
+    keep: bool
+    reasons: tuple[str, ...]
+    size_bytes: int
+    create_time_us: int
+
+
+@dataclass(frozen=True)
+class PolicyView:
+    """A stored policy, as ``shardbook.v1.GetRetentionPolicyResponse``; None when there is none."""
+
+    policy: RetentionPolicy | None
+    is_inherited: bool = False
+    update_time_us: int | None = None
 
 
 @dataclass(frozen=True)

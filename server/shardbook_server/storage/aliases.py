@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, delete, insert, select, tuple_, update
 
+from shardbook_server.storage.checkpoints import DATA_MISSING
 from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import IS_LIVE, aliases, checkpoints, metrics
 
@@ -67,6 +68,12 @@ def page_of_aliases(
     return found[:count]
 
 
+def find_meaning(connection: Connection, checkpoint_id: int) -> list[AliasRow]:
+    """Returns the aliases that mean a checkpoint, by name; without ``latest``."""
+    statement = select(aliases).where(aliases.c.checkpoint_id == checkpoint_id).order_by(aliases.c.name)
+    return [_alias(row) for row in connection.execute(statement)]
+
+
 def put_alias(connection: Connection, row: AliasRow) -> None:
     """Makes an alias, or replaces the one of that name. The run's lock keeps others away."""
     values = {**vars(row), "protected": int(row.protected)}
@@ -83,11 +90,13 @@ def delete_alias(connection: Connection, part_id: int, name: str) -> None:
 def best_checkpoint(connection: Connection, part_id: int, metric: str, direction: int) -> int | None:
     """Returns the live checkpoint of a part with the best value, the newest of several; None when none has one.
 
-    Walks the part's values from the best one on, past those that a later session superseded.
+    Walks the part's values from the best one on, past those that a later session superseded, and those whose data is
+    lost.
     """
     value, checkpoint_id = metrics.c.value, metrics.c.checkpoint_id
     order = (value.desc(), checkpoint_id.desc()) if direction == LARGEST else (value, checkpoint_id)
-    where = (metrics.c.part_id == part_id, metrics.c.name == metric, IS_LIVE)
+    is_whole = checkpoints.c.flags.op("&")(DATA_MISSING) == 0
+    where = (metrics.c.part_id == part_id, metrics.c.name == metric, IS_LIVE, is_whole)
     statement = select(checkpoint_id, value).join(checkpoints, checkpoints.c.id == checkpoint_id).where(*where)
     first = connection.execute(statement.order_by(*order).limit(1)).one_or_none()
     if first is None or direction == LARGEST:

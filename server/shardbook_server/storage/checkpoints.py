@@ -25,7 +25,10 @@ from shardbook_server.storage.tables import (
 Key = tuple[int, int, int, int, bytes]
 
 #: States by number, as in ``shardbook.v1.CheckpointState``.
-OPEN, COMMITTED, FAILED, EXPIRED = 1, 2, 3, 4
+OPEN, COMMITTED, FAILED, EXPIRED, DELETED = 1, 2, 3, 4, 5
+#: Bits of ``flags``. Data files are known to be lost; their deletion was begun, so that no way leads back; it was
+#: ended; and what the catalogue knew of it is gone.
+DATA_MISSING, FILES_GOING, FILES_GONE, PURGED = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class CheckpointRow:
     failed_rank: int | None
     failed_host: str | None
     failed_phase: str | None
+    delete_time_us: int | None
+    purge_time_us: int | None
+    flags: int
 
     @property
     def key(self) -> Key:

@@ -23,7 +23,9 @@ class EventKind(IntEnum):
     ALIAS_DELETED = 7
     DELETED = 8
     UNDELETED = 9
-    MOVED = 11
+    DATA_LOST = 10
+    DATA_FOUND = 11
+    MOVED = 16
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,3 @@ def put(connection: Connection, places: Mapping[int, Sequence[str]]) -> None:
         connection.execute(insert(locations), rows)
     for one, all_of_it in sorted(places.items()):
         connection.execute(update(checkpoints).where(checkpoints.c.id == one).values(location=all_of_it[0]))
-
-
-def drop(connection: Connection, checkpoint_ids: Sequence[int]) -> None:
-    """Forgets the further locations of checkpoints."""
-    for some in slices(checkpoint_ids):
-        connection.execute(delete(locations).where(locations.c.checkpoint_id.in_(some)))

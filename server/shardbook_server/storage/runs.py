@@ -121,8 +121,8 @@ def raise_last_session(connection: Connection, part_id: int, number: int) -> Non
     connection.execute(update(parts).where(where).values(last_session=number))
 
 
-def set_latest(connection: Connection, part_id: int, checkpoint_id: int) -> None:
-    """Makes ``latest`` of a part mean a checkpoint."""
+def set_latest(connection: Connection, part_id: int, checkpoint_id: int | None) -> None:
+    """Makes ``latest`` of a part mean a checkpoint, or none."""
     connection.execute(update(parts).where(parts.c.id == part_id).values(latest_id=checkpoint_id))
 
 

@@ -145,6 +145,11 @@ checkpoints = Table(
     Column("failed_rank", Integer),
     Column("failed_host", Text),
     Column("failed_phase", Text),
+    # When it was deleted, and when what is kept of it may go; the latter is none again once that is gone.
+    Column("delete_time_us", Int64),
+    Column("purge_time_us", Int64),
+    # Bits, see ``storage.checkpoints``.
+    Column("flags", Small, nullable=False, server_default=text("0")),
     # Also the order of listings: newest session and step first.
     UniqueConstraint("part_id", "session", "step", "attempt", "incarnation", name="uq_checkpoints_attempt"),
     Index(
@@ -166,6 +171,15 @@ checkpoints = Table(
     Index("ix_checkpoints_by_world", "live", "world_size", "id"),
     Index("ix_checkpoints_by_state", "live", "state", "id"),
     Index("ix_checkpoints_by_part", "part_id", "id"),
+    # What is deleted and not purged yet.
+    Index(
+        "ix_checkpoints_purge",
+        "purge_time_us",
+        sqlite_where=text("purge_time_us IS NOT NULL"),
+        postgresql_where=text("purge_time_us IS NOT NULL"),
+    ),
+    # Who deletes files asks what else lies there. A whole location is longer than an index takes.
+    Index("ix_checkpoints_location", text("substr(location, 1, 256)")),
     **_NEVER_REUSED,
 )
 
@@ -238,6 +252,28 @@ aliases = Table(
     Column("protected", Small, nullable=False),
     Column("update_time_us", Int64, nullable=False),
     Index("ix_aliases_checkpoint_id", "checkpoint_id"),
+    **_CLUSTERED,
+)
+
+#: Who needs a checkpoint for a while: it is not deleted meanwhile.
+holds = Table(
+    "holds",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("holder", Name, primary_key=True),
+    Column("create_time_us", Int64, nullable=False),
+    Column("expire_time_us", Int64, nullable=False),
+    **_CLUSTERED,
+)
+
+#: What `prune` keeps when it is told nothing, as JSON. ``part`` is empty for the parts of a run without their own.
+retention_policies = Table(
+    "retention_policies",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True, autoincrement=False),
+    Column("part", Name, primary_key=True),
+    Column("policy", Text, nullable=False),
+    Column("update_time_us", Int64, nullable=False),
     **_CLUSTERED,
 )
 
@@ -399,6 +435,10 @@ claims = Table(
 
 #: When a checkpoint was saved: what was recorded afterwards says when it was written. As an index has it.
 SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.create_time_us)
+
+#: Beginning of a location, as an index has it.
+LOCATION_START: Final = func.substr(checkpoints.c.location, literal_column("1"), literal_column("256"))
+OTHER_LOCATION_START: Final = func.substr(locations.c.location, literal_column("1"), literal_column("256"))
 
 # Conditions of the partial indexes. The values are spelled out: no planner uses such an index for a bound parameter.
 IS_LIVE: Final = checkpoints.c.live == literal_column("1")

@@ -48,6 +48,12 @@ ASKING = {
     "sync": ["DIR"],
     "import": ["DIR", "--run", RUN],
     "gc": ["DIR", "--dry-run", "--older-than", "1s"],
+    "hold": [REF, "--ttl", "2h"],
+    "release": [REF],
+    "prune": [RUN, "--keep-last", "1", "--dry-run"],
+    "policy": [RUN],
+    "rm": [REF],
+    "undelete": [REF],
 }
 #: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on, and
 #: `stores` asks none.

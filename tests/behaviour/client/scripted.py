@@ -15,11 +15,11 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from shardbook.v1 import catalog_pb2, events_pb2, metadata_pb2, registration_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, metadata_pb2, registration_pb2, retention_pb2
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
-_FILES = (registration_pb2, metadata_pb2, catalog_pb2)
+_FILES = (registration_pb2, metadata_pb2, catalog_pb2, retention_pb2)
 
 
 def refuse(

@@ -1,0 +1,253 @@
+"""``list_files`` and ``delete_files``: what goes with a checkpoint of the catalogue, and making it go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardbook._attempts import TreeFiles
+from shardbook._described import told_as_ours
+from shardbook._lost import is_within_reach
+from shardbook._trees import Tree, open_tree
+from shardbook.catalog import Checkpoint, StoredMetadata
+from shardbook.client import Client
+from shardbook.config import ClientConfig
+from shardbook.core import directory as names
+from shardbook.core.footprint import Footprint, rank_of_file
+from shardbook.core.manifest import AttemptIdentity
+from shardbook.core.names import CheckpointName, prefix_of
+from shardbook.deleting.note import DeletionNote, check_inside
+from shardbook.deleting.removing import Doomed, Progress, remove
+from shardbook.errors import NotFoundError
+from shardbook.stores import Stores, encodable, normalized
+
+#: What fetching the metadata of a whole checkpoint may take, seconds.
+_METADATA_S: Final = 300.0
+
+
+@dataclass(frozen=True)
+class FileList:
+    """The data files of a checkpoint.
+
+    Attributes:
+        ref: Short form of its name.
+        directory: Path or URL on this machine.
+        files: Files that go with it, relative to ``directory``.
+        size_bytes: Bytes that its extents cover.
+        other_directories: Where else the same files are; they go from there, too.
+    """
+
+    ref: str
+    directory: str
+    files: tuple[str, ...]
+    size_bytes: int
+    other_directories: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every attribute under its own name."""
+        return {**vars(self), "files": list(self.files), "other_directories": list(self.other_directories)}
+
+
+@dataclass(frozen=True)
+class DeletedFiles:
+    """What became of the data files of a checkpoint.
+
+    Attributes:
+        ref: Short form of its name.
+        directory: Path or URL on this machine.
+        file_count: Files that are gone, those that were gone already included.
+        found_count: Files that were still there.
+        size_bytes: Bytes that its extents covered.
+        shared_with: Names of other checkpoints that have some of the files too: then all of them were left.
+    """
+
+    ref: str
+    directory: str
+    file_count: int
+    found_count: int
+    size_bytes: int
+    shared_with: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns every attribute under its own name."""
+        return {**vars(self), "shared_with": list(self.shared_with)}
+
+
+def list_files(name: CheckpointName | str, *, client: Client, config: ClientConfig) -> FileList:
+    """Returns the data files of a checkpoint, committed or deleted, as the catalogue has them; touches nothing.
+
+    Who shares them is known once it is deleted, see ``delete_files``.
+
+    Raises:
+        NotFoundError: There is no such checkpoint.
+        InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
+    """
+    stored = client.get_metadata(name, show_deleted=True, deadline_s=_METADATA_S)
+    directory, *others = map(config.stores.path_of, stored.locations)
+    footprint = _footprint(stored)
+    return FileList(stored.checkpoint.ref, directory, footprint.paths, footprint.size_bytes, tuple(others))
+
+
+def check_reach(name: CheckpointName | str, *, client: Client, config: ClientConfig) -> None:
+    """Refuses what ``delete_files`` would refuse for where the files are, before anything is deleted.
+
+    Raises:
+        NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
+        InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
+        StorageError, PermissionDeniedError: The storage failed or refused.
+    """
+    try:
+        checkpoint = client.get_checkpoint(name)
+    except NotFoundError as error:
+        if error.reason != "CHECKPOINT_DELETED":
+            raise
+        checkpoint = client.get_checkpoint(error.metadata["name"])
+    for directory in map(config.stores.path_of, checkpoint.locations):
+        with told_as_ours(f"cannot look at {directory}"):
+            _tree_of(directory)
+
+
+def delete_files(
+    name: CheckpointName | str, *, client: Client, config: ClientConfig, progress: Progress | None = None
+) -> DeletedFiles:
+    """Deletes the data files of a checkpoint that is deleted in the catalogue, and what says that they are there.
+
+    The catalogue knows that the files are going before the first one does, and that they are gone after the last one.
+    A deletion that was interrupted is made again from the beginning; what is gone already is no error. Where another
+    checkpoint of the catalogue has some of the files too, all are left alone: they go with the last one.
+
+    Args:
+        name: Full name of the checkpoint.
+        client: The server.
+        config: Says where stores are on this machine.
+        progress: Hears how many files are gone.
+
+    Raises:
+        NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
+        FailedPreconditionError: It is not deleted (``NOT_DELETED``), or purged (``CHECKPOINT_PURGED``).
+        InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
+        StorageError, PermissionDeniedError: The storage failed or refused; the same again goes on.
+        ShardbookError: The service could not be asked.
+    """
+    checkpoint = client.get_checkpoint(name)
+    directories = list(map(config.stores.path_of, checkpoint.locations))
+    with told_as_ours(f"cannot delete the files in {' and '.join(directories)}"):
+        trees = list(map(_tree_of, directories))
+        others = _also_called(config.stores, checkpoint.locations, directories)
+        # Durable before the first file goes, and from here on there is no way back.
+        checkpoint, sharing = client.record_file_deletion(checkpoint.name, locations=others, done=False)
+        footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=_METADATA_S))
+        shared_with = _sharing(client, sharing, checkpoint.prefix, footprint)
+        doomed_count = found_count = 0
+        for directory, tree in zip(directories, trees, strict=True):
+            if not shared_with and tree is not None:
+                doomed = _with_leftovers(tree, directory, checkpoint, footprint)
+                doomed_count += len(doomed)
+                found_count += remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
+        client.record_file_deletion(checkpoint.name, done=True)
+    return DeletedFiles(checkpoint.ref, directories[0], doomed_count, found_count, footprint.size_bytes, shared_with)
+
+
+def _also_called(stores: Stores, locations: Sequence[str], directories: Sequence[str]) -> tuple[str, ...]:
+    """Returns what else a catalogue may call the directories of a checkpoint."""
+    found = {name for pair in zip(locations, directories, strict=True) for name in same_locations(stores, *pair)}
+    return tuple(sorted(found - set(locations)))
+
+
+def same_locations(stores: Stores, location: str, directory: str) -> tuple[str, ...]:
+    """Returns what else a catalogue may call a directory of this machine, beside ``location``."""
+    plain = normalized(directory)
+    found = {plain, directory, stores.location_of(plain), f"{plain}/"}
+    for name, root in stores.roots.items():
+        found.add(Stores({name: root}).location_of(plain))
+    if "://" not in plain:
+        found.add(f"file://{plain}")
+    return tuple(sorted(found - {location}))
+
+
+def _tree_of(directory: str) -> Tree | None:
+    """Returns the storage; None when the directory is gone from where it would be.
+
+    Raises:
+        NotFoundError: It may be there and out of reach, such as on a volume that is not mounted here.
+    """
+    try:
+        return open_tree(directory)
+    except NotFoundError:
+        if not is_within_reach(directory):
+            raise NotFoundError(
+                f"{encodable(directory)} is out of reach from here: nothing of what it should lie beside is there",
+                reason="NO_DIRECTORY",
+                field="directory",
+            ) from None
+        return None
+
+
+def _footprint(stored: StoredMetadata) -> Footprint:
+    structure, located = stored.columns()
+    prefix = stored.checkpoint.location.prefix
+    footprint = Footprint.of_columns(structure, located, prefix, has_ranks=not stored.metadata_header)
+    for path in footprint.paths:
+        check_inside(path, prefix)
+    return footprint
+
+
+def _with_leftovers(tree: Tree, directory: str, checkpoint: Checkpoint, footprint: Footprint) -> tuple[str, ...]:
+    """Returns the files of a checkpoint, with those of its ranks that hold nothing but what others hold too.
+
+    Ranks that planned without the service write all of their replicas; of these one counts, and the rest may fill files
+    that no extent lies in. The attempt's directory is its own, so by their names they are known.
+    """
+    if not checkpoint.prefix:
+        return footprint.paths
+    known = set(footprint.paths)
+    listed = (f"{checkpoint.prefix}/{name}" for name in tree.names(f"{directory}/{checkpoint.prefix}"))
+    return (*footprint.paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
+
+
+def _sharing(client: Client, others: Iterable[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:
+    """Returns those of the other checkpoints of a directory that have some of the files of one, too."""
+    own = set(footprint.paths)
+    sharing = []
+    for name in others:
+        other = client.get_checkpoint(name)
+        if prefix and other.prefix:
+            # An attempt's directory is named after it: who has the same one has its files.
+            is_sharing = other.prefix == prefix
+        elif not other.structure_digest:
+            is_sharing = (
+                False  # plain DCP's are recorded as a whole, and nothing else lies outside of its own directory
+            )
+        else:
+            stored = client.get_metadata(other.name, show_deleted=True, deadline_s=_METADATA_S)
+            is_sharing = bool(own & set(_footprint(stored).paths))
+        if is_sharing:
+            sharing.append(other.name)
+    return tuple(sharing)
+
+
+def _identity(tree: Tree, directory: str, checkpoint: Checkpoint) -> AttemptIdentity | None:
+    """Returns who wrote the attempt, as its directory would say it; None for what plain DCP saved."""
+    if not checkpoint.prefix:
+        return None
+    content = TreeFiles(tree, directory).read(names.deleted_path(checkpoint.prefix))
+    if content is not None:
+        return DeletionNote.of(content, checkpoint.prefix).identity
+    incarnation = bytes.fromhex(checkpoint.incarnation)
+    if prefix_of(incarnation, checkpoint.attempt) != checkpoint.prefix:
+        return None  # recorded under another name than it was saved under
+    name = CheckpointName.parse(checkpoint.name)
+    return AttemptIdentity(
+        run=name.part.run.ref,
+        part=name.part.part,
+        step=checkpoint.step,
+        session=checkpoint.session,
+        incarnation=incarnation,
+        attempt=checkpoint.attempt,
+        world_size=checkpoint.world_size,
+        prefix=checkpoint.prefix,
+    )
+
+
+__all__ = ["DeletedFiles", "FileList", "check_reach", "delete_files", "list_files", "same_locations"]

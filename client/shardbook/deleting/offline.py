@@ -1,0 +1,177 @@
+"""Pruning without a catalogue: directories are judged by their manifests, and remember what is being deleted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import reduce
+
+from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, is_newer, list_attempts
+from shardbook._described import told_as_ours
+from shardbook._trees import Tree, open_tree
+from shardbook.core import directory as names
+from shardbook.core.description import unpack_said
+from shardbook.core.footprint import Footprint, rank_of_file
+from shardbook.core.manifest import AttemptIdentity
+from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
+from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge
+from shardbook.deleting.api import DeletedFiles
+from shardbook.deleting.note import DeletionNote
+from shardbook.deleting.removing import Doomed, Progress, remove
+from shardbook.descriptions import PruneDecision
+from shardbook.errors import CorruptManifestError, InvalidArgumentError, InvalidGeometryError
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A whole attempt in a directory."""
+
+    files: TreeFiles
+    identity: AttemptIdentity
+    footprint: Footprint
+    metrics: dict[str, float]
+
+    @property
+    def name(self) -> CheckpointName:
+        """Its name, as the catalogue would have it."""
+        one = self.identity
+        part = PartName(RunName.parse(one.run), one.part)
+        return CheckpointName(part, CheckpointId.full(one.step, one.session, one.attempt, one.incarnation))
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedDirectories:
+    """What becomes of the checkpoints of some directories.
+
+    Attributes:
+        decisions: About each, part by part, newest session and step first.
+        unfinished: Directories with an attempt whose deletion was begun and not ended, and its short name.
+    """
+
+    decisions: tuple[PruneDecision, ...]
+    unfinished: tuple[tuple[str, str], ...]
+    _doomed: tuple[tuple[Tree, str, Doomed, int], ...]
+
+    def delete(self, progress: Progress | None = None) -> list[DeletedFiles]:
+        """Deletes what is not kept, data files and all, after what was begun before.
+
+        Raises:
+            StorageError, PermissionDeniedError: The storage failed or refused; the same again goes on.
+        """
+        done = []
+        for tree, ref, doomed, size_bytes in self._doomed:
+            with told_as_ours(f"cannot delete the files in {doomed.directory}"):
+                count = remove(tree, doomed, progress)
+            done.append(DeletedFiles(ref, doomed.directory, len(doomed.files), count, size_bytes, ()))
+        return done
+
+
+def plan_directories(
+    directories: Iterable[str | os.PathLike[str]], policy: RetentionPolicy, *, now_us: int
+) -> PrunedDirectories:
+    """Judges all checkpoints by Shardbook in and below some directories, each part by itself; deletes nothing.
+
+    Nobody here knows of aliases and holds: those are in the catalogue. What is not whole is kept, and so is everything
+    by plain DCP.
+
+    Args:
+        directories: Paths or URLs.
+        policy: What to keep.
+        now_us: The time, microseconds since the epoch.
+
+    Raises:
+        NotFoundError: A directory is not there.
+        InvalidArgumentError: The policy has no rule.
+        StorageError, PermissionDeniedError: The storage failed or refused.
+    """
+    if not policy:
+        raise InvalidArgumentError("the policy has no rule: say what to keep", field="policy")
+    whole: list[_Whole] = []
+    decisions: list[PruneDecision] = []
+    unfinished: list[tuple[Tree, str, Doomed, int]] = []
+    for directory in directories:
+        with told_as_ours(f"cannot read {os.fspath(directory)}"):
+            tree = open_tree(directory)
+            for one in tree.checkpoints():
+                files = TreeFiles(tree, one)
+                unfinished += _unfinished(files)
+                for found in find_attempts(files):
+                    _sort(found, files, whole, decisions)
+    doomed: list[tuple[Tree, str, Doomed, int]] = []
+    for part in sorted({(one.identity.run, one.identity.part) for one in whole}):
+        of_part = [one for one in whole if (one.identity.run, one.identity.part) == part]
+        for made in judge(policy, _candidates(of_part), now_us):
+            chosen = of_part[made.candidate.key]
+            ref, size_bytes = chosen.name.ref, chosen.footprint.size_bytes
+            saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
+            decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
+            if not made.keep:
+                goes = Doomed(chosen.files.directory, chosen.identity, _with_leftovers(chosen))
+                doomed.append((chosen.files.tree, ref, goes, size_bytes))
+    begun = tuple((one.directory, ref) for _, ref, one, _ in unfinished)
+    return PrunedDirectories(tuple(decisions), begun, (*unfinished, *doomed))
+
+
+def _sort(found: FoundAttempt, files: TreeFiles, whole: list[_Whole], decisions: list[PruneDecision]) -> None:
+    """Puts an attempt among those that can be judged, or says why it is kept."""
+    why = OPEN
+    try:
+        folded = None if found.identity is None or found.missing_ranks else found.whole()
+    except (CorruptManifestError, InvalidGeometryError) as error:
+        folded, why = None, f"it is damaged: {error}"
+    if folded is None:
+        ref = found.prefix if found.identity is None else _name_of(found.identity)
+        decisions.append(PruneDecision("", ref, True, (why,), 0, None))
+        return
+    identity = folded.manifest.identity
+    _, metrics, _, _ = unpack_said(folded.manifest.said)
+    footprint = Footprint.of_columns(folded.structure, folded.located, identity.prefix)
+    whole.append(_Whole(files, identity, footprint, metrics))
+
+
+def _name_of(identity: AttemptIdentity) -> str:
+    return f"{identity.run}@{identity.step}.s{identity.session}.a{identity.attempt}"
+
+
+def _candidates(whole: list[_Whole]) -> list[Candidate]:
+    steps: dict[int, list[AttemptIdentity]] = {}
+    for one in whole:
+        steps.setdefault(one.identity.step, []).append(one.identity)
+    live = {reduce(lambda best, other: other if is_newer(other, best) else best, some).key for some in steps.values()}
+    return [
+        Candidate(
+            key=at,
+            session=one.identity.session,
+            incarnation=one.identity.incarnation,
+            step=one.identity.step,
+            attempt=one.identity.attempt,
+            time_us=round(one.identity.write_time_s * 1e6),
+            is_live=one.identity.key in live,
+            metrics=one.metrics,
+        )
+        for at, one in enumerate(whole)
+    ]
+
+
+def _unfinished(files: TreeFiles) -> list[tuple[Tree, str, Doomed, int]]:
+    """Returns the deletions in a directory that were begun and not ended."""
+    begun = []
+    for prefix, there in list_attempts(files).items():
+        content = files.read(names.deleted_path(prefix)) if names.DELETED_NAME in there else None
+        if content is not None:
+            note = DeletionNote.of(content, prefix)
+            doomed = Doomed(files.directory, note.identity, note.files)
+            begun.append((files.tree, _name_of(note.identity), doomed, 0))
+    return begun
+
+
+def _with_leftovers(one: _Whole) -> tuple[str, ...]:
+    """As for a checkpoint of the catalogue."""
+    prefix, known = one.identity.prefix, set(one.footprint.paths)
+    listed = (f"{prefix}/{name}" for name in one.files.tree.names(f"{one.files.directory}/{prefix}"))
+    return (*one.footprint.paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
+
+
+__all__ = ["PrunedDirectories", "plan_directories"]
