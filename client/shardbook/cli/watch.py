@@ -34,6 +34,7 @@ class Kind(StrEnum):
     SUPERSEDED = EventKind.SUPERSEDED.value
     DELETED = EventKind.DELETED.value
     UNDELETED = EventKind.UNDELETED.value
+    MOVED = EventKind.MOVED.value
     ALIAS_MOVED = EventKind.ALIAS_MOVED.value
     ALIAS_DELETED = EventKind.ALIAS_DELETED.value
 

@@ -183,6 +183,55 @@ def test_readers_go_on_at_the_second_place(
     assert str(cluster.path("lustre", 20)) in caught.value.message
 
 
+def test_lost_is_what_no_place_has(client: Client, shardbook: Shardbook, cluster: Cluster) -> None:
+    """A copy that is whole keeps the flag away; without one it is set, and a move to where all is takes it away."""
+    ref = f"{cluster.run}@30"
+    cluster.copy()
+    spare = cluster.root / "spare"
+    shutil.copytree(cluster.path("archive", 30), spare)
+    assert 0 == shardbook("move", ref, "--to", "archive", "--keep").code
+    cluster.data("lustre", 30).unlink()
+    assert 0 == shardbook("cat", ref, "model.w", "--json").code
+    assert 0 == shardbook("verify", ref).code
+    assert not client.get_checkpoint(ref).data_missing
+    cluster.data("archive", 30).unlink()
+    assert failures.NOT_FOUND == shardbook("cat", ref, "model.w", "--json").code
+    assert client.get_checkpoint(ref).data_missing
+    assert f"{cluster.run}@20" == client.get_checkpoint(f"{cluster.run}@latest").ref
+    shutil.copytree(spare, cluster.path("archive", 30), dirs_exist_ok=True)
+    assert 0 == shardbook("move", ref, "--to", "archive").code
+    assert (False, ("archive:8b/step-30",)) == (
+        client.get_checkpoint(ref).data_missing,
+        client.get_checkpoint(ref).locations,
+    )
+    assert ref == client.get_checkpoint(f"{cluster.run}@latest").ref
+
+
+def test_a_place_that_nobody_looked_at_may_have_all(
+    client: Client, shardbook: Shardbook, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who knows one of two stores flags nothing."""
+    ref = f"{cluster.run}@10"
+    cluster.copy(10)
+    assert 0 == shardbook("move", ref, "--to", "archive", "--keep").code
+    cluster.use(monkeypatch, lustre=cluster.root / "lustre")
+    cluster.data("lustre", 10).unlink()
+    assert failures.NEGATIVE == shardbook("verify", ref).code
+    assert failures.NOT_FOUND == shardbook("cat", ref, "model.w", "--json").code
+    assert not client.get_checkpoint(ref).data_missing
+
+
+def test_files_are_deleted_at_all_places(client: Client, shardbook: Shardbook, cluster: Cluster) -> None:
+    """And with none out of reach."""
+    ref = f"{cluster.run}@20"
+    cluster.copy(20)
+    assert 0 == shardbook("move", ref, "--to", "archive", "--keep").code
+    assert 0 == shardbook("rm", ref, "--delete-files").code
+    assert not cluster.path("lustre", 20).exists()
+    assert not cluster.path("archive", 20).exists()
+    assert cluster.path("lustre", 30).exists()
+
+
 def test_other_clients_have_other_roots(
     client: Client, shardbook: Shardbook, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,3 +146,13 @@ def test_bad_places(job: Job, location: str) -> None:
         to(one, location)
     assert "to_location" == caught.value.violations[0].field
     assert "secret" not in caught.value.message
+
+
+def test_who_deletes_files_is_told_who_shares_any_of_the_places(job: Job, services: Services) -> None:
+    """Whether it is their first one or not."""
+    one, other, third = job.save(1), job.save(2), job.save(3)
+    services.locations.move([to(one, "archive:x", keep=True), to(other, "archive:x", keep=True)])
+    services.locations.move([to(third, "archive:x")])
+    services.deletions.delete(one.name, files=True)
+    _, sharing = services.deletions.record_files(one.name, [], done=False)
+    assert sorted([other.name, third.name]) == sorted(sharing)
