@@ -75,7 +75,7 @@ _LOCK_SHARED: Final = text(
 # SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html; by class where a class says enough.
 _CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
 _TOO_BUSY: Final = frozenset({"53200", "53300", "53400"})
-_AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030"})
+_AWAY: Final = frozenset({"25006", "25P03", "25P04", "57P01", "57P02", "57P03", "57P05", "58000", "58030"})
 _READ_ONLY: Final = "25006"
 _PREPARED_ELSEWHERE: Final = frozenset({"26000", "42P05"})
 _NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703"})
