@@ -84,10 +84,15 @@ def test_errors_of_the_server_become_ours(
 
 def test_a_transaction_that_idled_too_long_can_be_made_again(database: Database) -> None:
     """A server that was stopped in one, with its machine for example, finds its connection closed."""
-    with pytest.raises(UnavailableError) as caught, database.write() as connection:
-        connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '50ms'"))
-        time.sleep(0.5)
-        connection.execute(text("SELECT 1"))
+
+    def idle() -> None:
+        with database.write() as connection:
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '50ms'"))
+            time.sleep(0.5)
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(UnavailableError) as caught:
+        idle()
     assert "DATABASE_UNAVAILABLE" == caught.value.reason
     assert caught.value.retry_delay_s is not None
     database.ping()

@@ -98,9 +98,8 @@ class Worker:
         with self._signals():
             while not self._stopped and not (self._work.limit and count >= self._work.limit):
                 claim_id = uuid.uuid4().bytes
-                began_s = time.monotonic()
                 try:
-                    claim = self._next(claim_id)
+                    claim, claimed_s = self._next(claim_id)
                 except _StoppedError:
                     # It may have been claimed while the signal came.
                     self._tell(claim_id, None, "released")
@@ -108,15 +107,21 @@ class Worker:
                 if claim is None:
                     break
                 count += 1
-                if not self._do(claim, claim_id, began_s):
+                if not self._do(claim, claim_id, claimed_s):
                     code = failures.NEGATIVE
         return 128 + self._stopped if self._stopped else code
 
     # ------------------------------------------------------------------ claims
 
-    def _next(self, claim_id: bytes) -> Claim | None:
-        """Returns what was claimed; None when there is nothing, and none is to be waited for."""
+    def _next(self, claim_id: bytes) -> tuple[Claim | None, float]:
+        """Returns what was claimed, and when its lease began at the earliest, seconds of the monotonic clock.
+
+        None when there is nothing, and none is to be waited for.
+        """
         work = self._work
+        # A call that waits long tells less of when the lease began.
+        wait_s = 0.0 if work.once else min(_WAIT_S, work.lease_s / 4)
+        asked_s = time.monotonic()
         while True:
             self._may_raise = True
             if self._stopped:
@@ -132,7 +137,7 @@ class Worker:
                     holder=self._holder,
                     lease_s=work.lease_s,
                     max_attempts=work.attempts,
-                    wait_s=0.0 if work.once else _WAIT_S,
+                    wait_s=wait_s,
                 )
             except ShardbookError as error:
                 if not self._was_answered or not _passes(error):
@@ -142,8 +147,24 @@ class Worker:
             finally:
                 self._may_raise = False
             self._was_answered = True
-            if claim is not None or work.once:
-                return claim
+            if claim is not None:
+                return claim, self._held_since(claim_id, asked_s)
+            if work.once:
+                return None, asked_s
+            # However long there was nothing to do: the lease of what comes begins after this.
+            asked_s = time.monotonic()
+
+    def _held_since(self, claim_id: bytes, asked_s: float) -> float:
+        """Returns when a lease began at the earliest; renews it when that may be long ago, after lost answers."""
+        renewed_s = time.monotonic()
+        if renewed_s - asked_s <= self._work.lease_s / 2:
+            return asked_s
+        try:
+            self._client.renew_claim(self._work.name, claim_id, lease_s=self._work.lease_s, deadline_s=_CALL_S)
+        except ShardbookError:
+            # Lost, or nobody knows: the command is ended as soon as it would be renewed.
+            return asked_s
+        return renewed_s
 
     def _do(self, claim: Claim, claim_id: bytes, claimed_s: float) -> bool:
         """Runs the command on a checkpoint; returns True when that was done."""

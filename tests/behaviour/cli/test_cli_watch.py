@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from shardbook.client import Client
+from shardbook.errors import NotFoundError
 from shardbook.events import EventKind
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.saves import save
+from tests.behaviour.rpc.api import wait_until
 
 
 @pytest.fixture
@@ -71,6 +75,34 @@ def test_work_is_done_once_and_failures_are_skipped(run: str, shardbook: Shardbo
     assert 1 == shardbook("watch", f"{run}:other", *args[2:]).code
     assert "is forgotten" in shardbook("watch", "--name", name, "--delete").out
     assert 3 == shardbook("watch", "--name", name, "--status").code
+
+
+def test_a_watcher_that_was_idle_for_longer_than_a_lease_does_what_comes(
+    run: str, client: Client, tmp_path: Path
+) -> None:
+    """Rule: the lease begins with the claim, however long there was nothing to claim."""
+    name = run.replace("/", "-")[:100]
+    command = [sys.executable, "-m", "shardbook.cli", "watch", run, "--name", name, "--since", "start", "--limit", "3"]
+    with subprocess.Popen(
+        [*command, "--lease", "2", "--exec", "sleep 0.2", "--plain"], stdout=subprocess.PIPE, text=True
+    ) as watcher:
+        try:
+            wait_until(lambda: _done_count(client, name) == 2, within_s=60)
+            # The lease and a little more.
+            time.sleep(2.5)
+            save(client, tmp_path / "step-3", 3, run=run, incarnation=b"w" * 16)
+            out, _ = watcher.communicate(timeout=60)
+        finally:
+            watcher.kill()
+    assert ["running", "done"] * 3 == [line.split()[1].rstrip(":") for line in out.splitlines()]
+    assert (0, 3) == (watcher.returncode, _done_count(client, name))
+
+
+def _done_count(client: Client, name: str) -> int:
+    try:
+        return client.get_subscription(name).done_count
+    except NotFoundError:
+        return 0
 
 
 @pytest.mark.parametrize(
