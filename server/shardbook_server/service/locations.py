@@ -98,7 +98,7 @@ def _committed(connection: Connection, at: int, move: Move) -> CheckpointRow:
     try:
         return present.resolve_committed(connection, move.checkpoint)
     except FailedPreconditionError as error:
-        raise error.within(f"moves[{at}].name") from error
+        raise FailedPreconditionError(error.message, reason=error.reason, field=f"moves[{at}].name") from error
 
 
 def _wanted(at: int, move: Move, held: list[str]) -> list[str]:

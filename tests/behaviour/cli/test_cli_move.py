@@ -9,6 +9,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
 
 from shardbook import move, read
 from shardbook.cli import failures
@@ -35,13 +37,23 @@ def run() -> str:
 class Cluster:
     """Stores on a disk, and a run of three checkpoints in the first of them."""
 
-    def __init__(self, root: Path, run: str, monkeypatch: pytest.MonkeyPatch, shardbook: Shardbook) -> None:
-        self.root, self.run = root, run
+    def __init__(
+        self, root: Path, run: str, monkeypatch: pytest.MonkeyPatch, shardbook: Shardbook, folder: str = "8b"
+    ) -> None:
+        self.root, self.run, self.folder = root, run, folder
         self.who: dict[int, AttemptIdentity] = {step: identity(step, run=run) for step in STEPS}
         self.use(monkeypatch, lustre=root / "lustre", archive=root / "archive")
         for step, who in self.who.items():
             write_checkpoint(self.path("lustre", step), who)
         assert 0 == shardbook("sync", str(root / "lustre")).code
+
+    def save_plainly(self, step: int, shardbook: Shardbook) -> None:
+        """Saves a checkpoint with torch's own DCP, whose tensor can be read, and imports it."""
+        with pytest.warns(UserWarning, match="single process"):
+            torch_dcp.save(
+                {"model.w": torch.arange(60.0).reshape(6, 10)}, checkpoint_id=self.path("lustre", step), no_dist=True
+            )
+        assert 0 == shardbook("import", str(self.path("lustre", step)), "--run", self.run).code
 
     def use(self, monkeypatch: pytest.MonkeyPatch, **stores: object) -> None:
         """Configures stores."""
@@ -49,7 +61,7 @@ class Cluster:
 
     def path(self, store: str, step: int) -> Path:
         """Where a checkpoint would be in a store."""
-        return self.root / store / "8b" / f"step-{step}"
+        return self.root / store / self.folder / f"step-{step}"
 
     def copy(self, *steps: int) -> None:
         """Copies checkpoints as rsync would."""
@@ -58,7 +70,8 @@ class Cluster:
 
     def data(self, store: str, step: int, name: str = "__0_0.distcp") -> Path:
         """A data file of one."""
-        return self.path(store, step) / self.who[step].prefix / name
+        folder = self.path(store, step)
+        return (folder / self.who[step].prefix if step in self.who else folder) / name
 
 
 @pytest.fixture
@@ -148,39 +161,40 @@ def test_readers_go_on_at_the_second_place(
     client: Client, shardbook: Shardbook, cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file is missing at the first: they say so, and read the copy; `verify` tells which place is whole."""
-    ref = f"{cluster.run}@20"
-    cluster.copy(20)
+    ref = f"{cluster.run}@50"
+    cluster.save_plainly(50, shardbook)
+    cluster.copy(50)
     added = shardbook("move", ref, "--to", "archive", "--keep")
     assert (0, "1 moved") == (added.code, added.out.splitlines()[-1])
-    assert ("lustre:8b/step-20", "archive:8b/step-20") == client.get_checkpoint(ref).locations
+    assert ("lustre:8b/step-50", "archive:8b/step-50") == client.get_checkpoint(ref).locations
     assert "and in" in shardbook("show", ref).out
     whole = shardbook("cat", ref, "model.w", "--json").out
-    assert "" == caplog.text
-    shutil.rmtree(cluster.path("lustre", 20))
+    assert "lacks a data file" not in caplog.text
+    shutil.rmtree(cluster.path("lustre", 50))
     caplog.clear()
     assert whole == shardbook("cat", ref, "model.w", "--json").out
-    assert f"{ref} lacks a data file in {cluster.path('lustre', 20)}: reading from {cluster.path('archive', 20)}" in (
+    assert f"{ref} lacks a data file in {cluster.path('lustre', 50)}: reading from {cluster.path('archive', 50)}" in (
         caplog.text
     )
     report = shardbook("verify", ref, "--json").json["report"]
-    assert (str(cluster.path("archive", 20)), [str(cluster.path("lustre", 20))]) == (
+    assert (str(cluster.path("archive", 50)), [str(cluster.path("lustre", 50))]) == (
         report["directory"],
         report["faulty_directories"],
     )
     ran = shardbook("verify", ref)
-    assert (0, f"NOT all there in {cluster.path('lustre', 20)}, where it should be too") == (
+    assert (0, f"NOT all there in {cluster.path('lustre', 50)}, where it should be too") == (
         ran.code,
         ran.out.splitlines()[-1],
     )
-    cluster.data("archive", 20).unlink()
+    cluster.data("archive", 50).unlink()
     lost = shardbook("verify", ref)
-    assert (failures.NEGATIVE, f"NOT all there in {cluster.path('archive', 20)}, where it should be too") == (
+    assert (failures.NEGATIVE, f"NOT all there in {cluster.path('archive', 50)}, where it should be too") == (
         lost.code,
         lost.out.splitlines()[-1],
     )
     with pytest.raises(NotFoundError) as caught:
         read(ref, "model.w")
-    assert str(cluster.path("lustre", 20)) in caught.value.message
+    assert str(cluster.path("lustre", 50)) in caught.value.message
 
 
 def test_lost_is_what_no_place_has(client: Client, shardbook: Shardbook, cluster: Cluster) -> None:
@@ -191,11 +205,10 @@ def test_lost_is_what_no_place_has(client: Client, shardbook: Shardbook, cluster
     shutil.copytree(cluster.path("archive", 30), spare)
     assert 0 == shardbook("move", ref, "--to", "archive", "--keep").code
     cluster.data("lustre", 30).unlink()
-    assert 0 == shardbook("cat", ref, "model.w", "--json").code
     assert 0 == shardbook("verify", ref).code
     assert not client.get_checkpoint(ref).data_missing
     cluster.data("archive", 30).unlink()
-    assert failures.NOT_FOUND == shardbook("cat", ref, "model.w", "--json").code
+    assert failures.NOT_FOUND == shardbook("cat", ref, "model.w[0:3]", "--json").code
     assert client.get_checkpoint(ref).data_missing
     assert f"{cluster.run}@20" == client.get_checkpoint(f"{cluster.run}@latest").ref
     shutil.copytree(spare, cluster.path("archive", 30), dirs_exist_ok=True)
@@ -217,17 +230,21 @@ def test_a_place_that_nobody_looked_at_may_have_all(
     cluster.use(monkeypatch, lustre=cluster.root / "lustre")
     cluster.data("lustre", 10).unlink()
     assert failures.NEGATIVE == shardbook("verify", ref).code
-    assert failures.NOT_FOUND == shardbook("cat", ref, "model.w", "--json").code
+    assert failures.NOT_FOUND == shardbook("cat", ref, "model.w[0:3]", "--json").code
     assert not client.get_checkpoint(ref).data_missing
 
 
-def test_files_are_deleted_at_all_places(client: Client, shardbook: Shardbook, cluster: Cluster) -> None:
-    """And with none out of reach."""
+def test_files_are_deleted_at_all_places(
+    client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no other checkpoint has them: to the server, places of the same name are the same."""
+    cluster = Cluster(tmp_path, run, monkeypatch, shardbook, folder=f"own-{uuid.uuid4().hex}")
     ref = f"{cluster.run}@20"
     cluster.copy(20)
     assert 0 == shardbook("move", ref, "--to", "archive", "--keep").code
-    assert 0 == shardbook("rm", ref, "--delete-files").code
-    assert not cluster.path("lustre", 20).exists()
+    ran = shardbook("rm", ref, "--delete-files")
+    assert 0 == ran.code, ran
+    assert [] == sorted(cluster.path("lustre", 20).rglob("*")), ran
     assert not cluster.path("archive", 20).exists()
     assert cluster.path("lustre", 30).exists()
 
@@ -236,21 +253,22 @@ def test_other_clients_have_other_roots(
     client: Client, shardbook: Shardbook, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A laptop knows the archive alone, in memory: it reads there; without any store it is told what to set."""
-    ref, root = f"{cluster.run}@20", f"memory://{uuid.uuid4().hex}"
-    cluster.copy(20)
+    ref, root = f"{cluster.run}@50", f"memory://{uuid.uuid4().hex}"
+    cluster.save_plainly(50, shardbook)
+    cluster.copy(50)
     assert 0 == shardbook("move", ref, "--to", "archive/", "--keep").code
-    there = shardbook("cat", ref, "model.v", "--json").out
+    there = shardbook("cat", ref, "model.w", "--json").out
     filesystem = fsspec.filesystem("memory")
-    for path in cluster.path("archive", 20).rglob("*.distcp"):
-        filesystem.pipe_file(f"{root}/8b/step-20/{path.parent.name}/{path.name}", path.read_bytes())
+    for path in cluster.path("archive", 50).rglob("*.distcp"):
+        filesystem.pipe_file(f"{root}/8b/step-50/{path.name}", path.read_bytes())
     cluster.use(monkeypatch, archive=root)
-    assert there == shardbook("cat", ref, "model.v", "--json").out
+    assert there == shardbook("cat", ref, "model.w", "--json").out
     report = shardbook("verify", ref)
-    assert (0, "not looked at: lustre:8b/step-20") == (report.code, report.out.splitlines()[-1])
+    assert (0, "not looked at: lustre:8b/step-50") == (report.code, report.out.splitlines()[-1])
     monkeypatch.delenv("SHARDBOOK_STORES")
-    refused = shardbook("cat", ref, "model.v")
+    refused = shardbook("cat", ref, "model.w")
     assert failures.USAGE == refused.code
-    assert "store 'lustre' of 'lustre:8b/step-20' is not configured here: set SHARDBOOK_STORES=lustre=ROOT" in (
+    assert "store 'lustre' of 'lustre:8b/step-50' is not configured here: set SHARDBOOK_STORES=lustre=ROOT" in (
         refused.err
     )
     assert "`shardbook stores`" in refused.err
