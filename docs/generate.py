@@ -27,7 +27,7 @@ from shardbook.doctor import Finding
 from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
 from shardbook.moving import MovedCheckpoint
-from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus
+from shardbook.status import HostRanks, OpenAttempt, PartStatus, RankHost, RunStatus
 from shardbook.sync import SyncedAttempt
 from shardbook.usage import PartUsage
 from shardbook.verifying import FileFault, VerifyReport
@@ -57,7 +57,12 @@ what was asked for is not committed |
 
 `--plain` is for other programs: no colours, no folded cells, no progress. NO_COLOR takes the colours away, too. A
 command that takes longer than a second says how far it is, on standard error, where that is a terminal. Names that
-would not print are escaped. `shardbook --install-completion` has the shell complete commands and options.
+would not print are escaped. Times are in UTC, and say so: `2026-11-23 09:30:00Z`.
+A reader that goes away (`| head`) ends a command quietly.
+
+`shardbook --install-completion` has bash, zsh or fish complete commands, options, and what the server knows: projects,
+runs, `project/run@...` with its aliases and newest steps. A server that does not answer within half a second completes
+to nothing, silently.
 
 ## JSON
 
@@ -66,6 +71,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 
 | command | object |
 |---|---|
+| `shardbook demo` | `{"held": [what held], "took_s": number, "directory": what `--keep` named, or null}` |
 | `shardbook projects` | `{"projects": [project], "more": bool}` |
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
@@ -90,7 +96,8 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 "chunks": [printed chunk], "more": bool}` |
 | `shardbook diff` | `{"diff": diff}`, with `is_same`, `same_tensors`, `added_count`, \
 `removed_count` and `changed_count` besides; lists end at `--limit` |
-| `shardbook status` | `{"status": run status, "stale": [names of parts that `--max-age` found too old]}` |
+| `shardbook status` | `{"status": run status, "stale": [names of parts that `--max-age` found too old], \
+"aliases": [alias]}` |
 | `shardbook cat` | `{"tensors": [printed tensor], "output": path of the file, or null}` |
 | `shardbook read` | `{"tensors": [statistics]}` |
 | `shardbook export` | `{"output": path or URL of the file, "size_bytes": number}` |
@@ -137,6 +144,7 @@ _OBJECTS = (
     ("status of a part", PartStatus),
     ("open attempt", OpenAttempt),
     ("rank and host", RankHost),
+    ("ranks of a host", HostRanks),
     ("statistics", Statistics),
     ("usage of a part", PartUsage),
     ("left attempt", LeftAttempt),

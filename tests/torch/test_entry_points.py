@@ -244,7 +244,7 @@ class TestWithoutTheService:
         self, make_databases: MakeDatabases, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The save ends, loadable by path; the session's next one, or a sync, records it."""
-        monkeypatch.setenv("SHARDBOOK_OUTAGE_FIRST_S", "0.5")
+        monkeypatch.setenv("SHARDBOOK_OUTAGE_FIRST_S", "5")
         url = make_databases("sqlite").new()
         with running_server(Settings(listen="127.0.0.1:0", http_listen="", database_url=url)) as running:
             dcp.init(run=run, server=running.address)

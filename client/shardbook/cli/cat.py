@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 
-from shardbook.cli import output
+from shardbook.cli import output, progress
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout
 from shardbook.cli.wanted import Target, check_size, found_in, regions_of
 from shardbook.reading.api import read_found
@@ -101,12 +101,13 @@ def cat(
     regions = regions_of(tensors)
     if target is not None:
         check_output(target, len(regions))
-    found = found_in(ref, regions, server, timeout_s)
-    if target is None:
-        check_size(found, _PRINTED_BYTES, _SMALLER)
-    arrays = read_found(found)
-    if target is not None:
-        write_arrays(target, arrays, {"format": "pt", "shardbook_ref": ref})
+    with progress.shown("reading", is_wanted=not (is_plain or as_json)):
+        found = found_in(ref, regions, server, timeout_s)
+        if target is None:
+            check_size(found, _PRINTED_BYTES, _SMALLER)
+        arrays = read_found(found)
+        if target is not None:
+            write_arrays(target, arrays, {"format": "pt", "shardbook_ref": ref})
     _print(found, arrays, target, as_json=as_json, is_plain=is_plain)
 
 

@@ -82,7 +82,7 @@ def list_chunks(
         if cells is not None:
             raise InvalidArgumentError(f"{tensor} names a part already, and {region} another one", field="region")
         fqn, cells = parse_tensor(f"{tensor}[{region.strip('[]')}]")
-    with asking_storage(), progress.shown("looking", is_wanted=not is_plain):
+    with asking_storage(), progress.shown("looking", is_wanted=not (is_plain or as_json)):
         found = found_in(ref, {fqn: cells}, server, timeout_s)
     rows = found.tensors[0].chunks.touching(found.tensors[0].selection.box).tolist()
     shown = rows[: limit or None]

@@ -110,7 +110,7 @@ def read(
     `shardbook cat` prints the values. A directory or URL is read without any server. Needs no torch.
     """
     regions = regions_of(tensors)
-    with asking_storage(), progress.shown("reading", is_wanted=not is_plain):
+    with asking_storage(), progress.shown("reading", is_wanted=not (is_plain or as_json)):
         found = found_in(ref, regions, server, timeout_s)
         check_size(found, _READ_BYTES, ": ask for a part, as in 'embed.weight[0:1000]'")
         arrays = read_found(found)

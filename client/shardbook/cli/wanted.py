@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from shardbook._targets import checkpoint_named
-from shardbook.cli import output
+from shardbook.cli import completing, output
 from shardbook.cli.options import client_of
 from shardbook.config import ClientConfig
 from shardbook.core.dtype import ITEMSIZES, dtype_code
@@ -19,7 +19,12 @@ from shardbook.reading.region import Region, parse_tensor
 
 #: A checkpoint that is read with or without a server.
 Target = Annotated[
-    str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest; or a directory or URL.")
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="project/run@1500, @1500.s3, @latest; or a directory or URL.",
+        autocompletion=completing.refs,
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shardbook._watching import EVERYTHING, NOW, Watching
-from shardbook.cli import names, output
+from shardbook.cli import completing, names, output
 from shardbook.cli.checkpoints import state_of
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.client import Client
@@ -51,7 +51,12 @@ _COLUMNS = (
 
 def watch(
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", help="project/run, project/run:part, or a pattern: 'llm/*'.")
+        str,
+        typer.Argument(
+            metavar="[RUN]",
+            help="project/run, project/run:part, or a pattern: 'llm/*'.",
+            autocompletion=completing.runs,
+        ),
     ] = EVERYTHING,
     filter_text: Annotated[
         str, typer.Option("--filter", "-f", metavar="FILTER", help="Which checkpoints (docs/filters.md).")

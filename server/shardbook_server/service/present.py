@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from typing import Final
 
 from shardbook.core.names import LATEST, CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import FailedPreconditionError, NotFoundError
@@ -28,6 +29,10 @@ def utc(time_us: int) -> str:
 def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
     """Returns a checkpoint as it is answered; raises NotFoundError."""
     return checkpoint_of(listed_by_id(connection, checkpoint_id))
+
+
+#: As most rows have them: a page need not parse each.
+_NO_WARNINGS: Final = "[]"
 
 
 def listed_by_id(connection: Connection, checkpoint_id: int) -> ListedCheckpoint:
@@ -65,7 +70,7 @@ def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> Checkp
         # What was recorded afterwards has two times: people want to know when it was saved.
         create_time_us=row.create_time_us if row.write_time_us is None else row.write_time_us,
         commit_time_us=row.commit_time_us,
-        warnings=tuple(json.loads(listed.warnings)),
+        warnings=() if listed.warnings == _NO_WARNINGS else tuple(json.loads(listed.warnings)),
         failure=row.failure,
         structure_digest=listed.structure_digest,
         recovered=row.recovered,

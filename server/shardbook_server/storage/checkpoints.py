@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, update
@@ -279,10 +280,9 @@ def commit(
 def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedCheckpoint]:
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
+    statement = _listed_by_ids(connection.dialect.name)
     for some in slices(ids):
-        rows = [
-            listed_of(row) for row in connection.execute(LISTED.where(among(connection, checkpoints.c.id, some))).all()
-        ]
+        rows = [listed_of(row) for row in connection.execute(statement, {"ids": list(some)}).all()]
         found.update({listed.row.id: listed for listed in rows})
     return found
 
@@ -340,6 +340,13 @@ LISTED: Select[*tuple[Any, ...]] = (
     .join(projects, projects.c.id == runs.c.project_id)
     .outerjoin(checkpoint_structures, checkpoint_structures.c.id == checkpoints.c.structure_id)
 )
+
+
+@cache
+def _listed_by_ids(dialect: str) -> Select[*tuple[Any, ...]]:
+    return LISTED.where(among(dialect, checkpoints.c.id))
+
+
 _WIDTH = len(checkpoints.c)
 _FLAGS = [list(checkpoints.c.keys()).index(name) for name in ("live", "staged", "recovered", "explicit")]
 

@@ -55,9 +55,9 @@ ASKING = {
     "rm": [REF],
     "undelete": [REF],
 }
-#: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on, and
-#: `stores` asks none.
-OTHERS = {"doctor", "relay", "stores"}
+#: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on,
+#: `demo` starts one, `stores` asks none.
+OTHERS = {"doctor", "relay", "demo", "stores"}
 
 
 def commands() -> dict[str, Any]:
@@ -200,3 +200,27 @@ def test_exit_codes_are_documented_and_those_of_the_code() -> None:
         getattr(failures, name) for name in dir(failures) if name.isupper() and isinstance(getattr(failures, name), int)
     }
     assert known == documented
+
+
+def test_ctrl_c_ends_a_command_quietly(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: 130, as shells have it, and no traceback."""
+
+    def interrupted(*_args: Any, **_options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardbook.client.Client.list_runs", interrupted)
+    ran = shardbook("runs", "--server", "127.0.0.1:9")
+    assert (failures.INTERRUPTED, "", "") == (ran.code, ran.out, ran.err.strip())
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"]], ids=["at-the-end", "at-once"])
+def test_a_reader_that_goes_away_is_no_failure(words: list[str]) -> None:
+    """Rule: `shardbook ... | head` says nothing on standard error."""
+    gone, pipe = os.pipe()
+    os.close(gone)
+    program = "from shardbook.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(pipe)
+    assert "" == done.stderr
