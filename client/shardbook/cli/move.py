@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardbook.cli import names, output, progress
+from shardbook.cli import completing, names, output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.core.names import CheckpointName, RunName
@@ -23,7 +23,14 @@ _TIMEOUT_S = 60.0
 
 
 def move_checkpoints(
-    target: Annotated[str, typer.Argument(metavar="RUN|REF", help="project/run for all that is committed; or one.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|REF",
+            help="project/run for all that is committed; or one.",
+            autocompletion=completing.runs_or_refs,
+        ),
+    ],
     to: Annotated[str, typer.Option("--to", metavar="STORE[/PATH]", help="Where the files have been copied to.")],
     source: Annotated[
         str | None,
