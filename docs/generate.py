@@ -27,6 +27,7 @@ from shardbook.doctor import Finding
 from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
 from shardbook.lineage import Lineage, LineageEdge, LineageNode
+from shardbook.moving import MovedCheckpoint
 from shardbook.status import HostRanks, OpenAttempt, PartStatus, RankHost, RunStatus
 from shardbook.sync import SyncedAttempt
 from shardbook.usage import PartUsage
@@ -45,6 +46,7 @@ _JSON = """
 | 1 | the answer is no | `verify` found a loss, `diff` a difference, `doctor` what does not work; \
 `status --max-age` found \
 nothing as young; `sync` or `import` did not record all; \
+`move` did not switch all; `stores` found one out of reach; \
 what was asked for is not committed |
 | 2 | usage | an option, name or setting that cannot be; no server is named; nobody is there to be asked |
 | 3 | not found | no such run, checkpoint, tensor or directory |
@@ -107,6 +109,8 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook import` | `{"checkpoints": [imported checkpoint], "counts": {outcome: number}}` |
 | `shardbook gc` | `{"orphans": [left attempt], "kept": {verdict: number}, \
 "removed": [left attempt], "offline": bool}` |
+| `shardbook move` | `{"moves": [moved checkpoint], "dry_run": bool}` |
+| `shardbook stores` | `{"stores": [{"name", "root", "reachable": bool, "message"}]}` |
 | `shardbook doctor` | `{"findings": [finding], "failed": number of those that are `fail`}` |
 """
 _OBJECTS = (
@@ -149,6 +153,7 @@ _OBJECTS = (
     ("statistics", Statistics),
     ("usage of a part", PartUsage),
     ("left attempt", LeftAttempt),
+    ("moved checkpoint", MovedCheckpoint),
     ("finding", Finding),
 )
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from shardbook.core.names import Ref
     from shardbook.events import Event, EventKind
     from shardbook.lineage import Lineage, LineageEdge, LineageKind, LineageNode
+    from shardbook.moving import MovedCheckpoint, move
     from shardbook.reading import read, read_many
     from shardbook.verifying import VerifyReport, verify
 
@@ -75,6 +76,8 @@ _HOME = {
     "LineageEdge": "shardbook.lineage",
     "LineageKind": "shardbook.lineage",
     "LineageNode": "shardbook.lineage",
+    "MovedCheckpoint": "shardbook.moving",
+    "move": "shardbook.moving",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
     "CheckpointDiff": "shardbook.comparing",
@@ -101,6 +104,8 @@ __all__ = [
     "LineageEdge",
     "LineageKind",
     "LineageNode",
+    "MovedCheckpoint",
+    "move",
     "read",
     "read_many",
     "CheckpointDiff",

@@ -130,7 +130,8 @@ class Answers:
             place, header, own_name = resolved.checkpoint.location, resolved.metadata_header, resolved.checkpoint.name
             pairs = [(one, other) for one, other in zip(kept.shared, kept.own, strict=True) if one or other]
             parts = [together(decode_part(one), decode_places(other), place.prefix) for one, other in pairs]
-            return CheckpointChunks(merge(wanted, parts), place.location, place.prefix, header, name=own_name)
+            others = tuple(resolved.checkpoint.other_locations)
+            return CheckpointChunks(merge(wanted, parts), place.location, place.prefix, header, b"", own_name, others)
 
         try:
             return self._answer(self.cache, name, _Question(_group("chunks", unframe(payload)), fetch, read))

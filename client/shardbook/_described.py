@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from shardbook._attempts import TreeFiles
@@ -16,6 +16,7 @@ from shardbook._newest import incomplete_attempts, read_attempt
 from shardbook._plain import footprint_of, world_size_of
 from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import Tree, open_tree
+from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA
@@ -59,6 +60,8 @@ class Described:
         world_size: Ranks that saved it; of a plain DCP directory what its files' names tell.
         footprint: Its extents by file.
         tree: The storage; None when there is no such directory.
+        others: Where else the same files are, in the order in which readers try them.
+        unknown: Locations that mean nothing on this machine.
         name: Full name in the catalogue; None when a directory was asked.
     """
 
@@ -68,7 +71,14 @@ class Described:
     world_size: int
     footprint: Footprint
     tree: Tree | None
+    others: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
     name: str | None = None
+
+    def elsewhere(self) -> Iterator[Described]:
+        """Yields the same checkpoint at its other places."""
+        for directory in self.others:
+            yield replace(self, directory=directory, tree=_tree_at(directory), others=())
 
 
 def describe(target: Target, *, trusted: bool, config: ClientConfig | None, client: Client | None) -> Described:
@@ -85,20 +95,34 @@ def _of_ref(name: CheckpointName, config: ClientConfig, client: Client | None) -
     if client is None:
         client = Client(config.server, token=config.token, timeout_s=METADATA_S)
     stored = client.get_metadata(name)
+    directory, *others = config.stores.paths_of(stored.locations)
+    found = described_at(stored, directory)
+    unknown = tuple(one for one in stored.locations if config.stores.here(one) is None)
+    return replace(found, others=tuple(others), unknown=unknown)
+
+
+def described_at(stored: StoredMetadata, directory: str) -> Described:
+    """Returns what a checkpoint of the catalogue should have in a directory.
+
+    Raises:
+        FailedPreconditionError: It does not say where its bytes are (``NO_STORAGE_DATA``).
+    """
     place = stored.checkpoint.location
-    directory = config.stores.path_of(place.location)
     structure, located = stored.columns()
     if not stored.header(directory).has_storage_data:
         raise no_storage_data(stored.checkpoint.ref)
     # Metadata that came as a whole, rather than from ranks, came with a header.
     has_ranks = not stored.metadata_header
     footprint = Footprint.of_columns(structure, located, place.prefix, has_ranks=has_ranks)
+    known, tree = stored.checkpoint, _tree_at(directory)
+    return Described(known.ref, directory, Source.CATALOGUE, known.world_size, footprint, tree, name=known.name)
+
+
+def _tree_at(directory: str) -> Tree | None:
     try:
-        tree = open_tree(directory)
+        return open_tree(directory)
     except NotFoundError:
-        tree = None
-    known = stored.checkpoint
-    return Described(known.ref, directory, Source.CATALOGUE, known.world_size, footprint, tree, known.name)
+        return None
 
 
 def _of_directory(path: str, *, trusted: bool) -> Described:
@@ -201,6 +225,7 @@ __all__ = [
     "Source",
     "Target",
     "describe",
+    "described_at",
     "needs_torch",
     "no_storage_data",
     "read_directory",

@@ -285,7 +285,8 @@ def _found(wanted: Wanted, pages: list[metadata_pb2.QueryChunksResponse]) -> Che
         raise InternalError(f"the server's answer cannot be read: {error}", reason="MALFORMED_ANSWER") from error
     first = pages[0]
     place, name = first.checkpoint.location, first.checkpoint.name
-    return CheckpointChunks(found, place.location, place.prefix, first.metadata_header, first.head, name)
+    others = tuple(first.checkpoint.other_locations)
+    return CheckpointChunks(found, place.location, place.prefix, first.metadata_header, first.head, name, others)
 
 
 def _stored(messages: list[metadata_pb2.GetMetadataResponse]) -> StoredMetadata:

@@ -102,6 +102,7 @@ class Checkpoint:
         data_missing: True when data files are known to be lost.
         file_deletion: How far the deletion of its data files is.
         holds: Who holds it now; empty in listings.
+        other_locations: Where it is, too; readers try them in this order behind ``location``.
     """
 
     name: str
@@ -137,6 +138,12 @@ class Checkpoint:
     data_missing: bool = False
     file_deletion: FileDeletion = FileDeletion.NONE
     holds: tuple[Hold, ...] = ()
+    other_locations: tuple[str, ...] = ()
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where it is, in the order in which readers try them."""
+        return self.location, *self.other_locations
 
     @classmethod
     def of(cls, message: types_pb2.Checkpoint) -> Checkpoint:
@@ -175,6 +182,7 @@ class Checkpoint:
             data_missing=message.data_missing,
             file_deletion=_FILE_DELETIONS.get(message.file_deletion, FileDeletion.NONE),
             holds=tuple(map(Hold.of, message.holds)),
+            other_locations=tuple(message.other_locations),
         )
 
     def to_json(self) -> Json:
@@ -194,6 +202,7 @@ class Checkpoint:
             "purge_time": rfc3339(self.purge_time),
             "file_deletion": self.file_deletion.value,
             "holds": [hold.to_json() for hold in self.holds],
+            "other_locations": list(self.other_locations),
         }
 
 
@@ -336,6 +345,11 @@ class StoredMetadata:
     metadata_header: bytes
     segments: tuple[tuple[int, bytes], ...]
     blocks: list[bytes]
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where the checkpoint is, in the order in which readers try them."""
+        return self.checkpoint.location.location, *self.checkpoint.other_locations
 
     def columns(self) -> tuple[CheckpointStructure, Located]:
         """Returns entries and chunks, and where they lie."""

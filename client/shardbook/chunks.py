@@ -25,6 +25,7 @@ class CheckpointChunks:
         prefix: Directory of the attempt's files below it, which ``found.paths`` begin with; empty for none.
         metadata_header: Payload of ``shardbook.core.head``: storage meta and version; empty for the defaults.
         head: Likewise: key paths of all entries; empty unless it was asked for.
+        others: Further locations, in the order in which readers try them.
         name: Resource name of the attempt, so that further questions are about the same one; empty when it was asked
             of a directory.
     """
@@ -35,6 +36,12 @@ class CheckpointChunks:
     metadata_header: bytes = b""
     head: bytes = b""
     name: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Where the checkpoint is, in the order in which readers try them."""
+        return self.location, *self.others
 
 
 __all__ = ["Box", "CheckpointChunks", "FoundChunks", "Wanted"]

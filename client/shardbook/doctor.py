@@ -100,7 +100,7 @@ def examine(
     yield from _of_server(server or config.server, config, timeout_s)
     yield _cache(config)
     for name, root in config.stores.roots.items():
-        yield _store(name, root)
+        yield examine_store(name, root)
 
 
 def _python() -> Finding:
@@ -191,7 +191,8 @@ def _cache(config: ClientConfig) -> Finding:
     return Finding("cache", Health.WARN, f"{root} cannot be written: nothing is kept", advice)
 
 
-def _store(name: str, root: str) -> Finding:
+def examine_store(name: str, root: str) -> Finding:
+    """Looks whether the root of a store can be listed."""
     check, advice = f"store {name}", f"SHARDBOOK_STORES has {name}={root}: is it mounted, and may you read it?"
     try:
         count = len(open_tree(root).names(root))
@@ -202,4 +203,4 @@ def _store(name: str, root: str) -> Finding:
     return Finding(check, Health.OK, f"{root} can be listed, {count} names")
 
 
-__all__ = ["Finding", "Health", "examine"]
+__all__ = ["Finding", "Health", "examine", "examine_store"]

@@ -26,6 +26,8 @@ class EventKind(StrEnum):
     UNDELETED = "undeleted"
     DATA_LOST = "data-lost"
     DATA_FOUND = "data-found"
+    #: It has other locations than before.
+    MOVED = "moved"
     ALIAS_MOVED = "alias-moved"
     ALIAS_DELETED = "alias-deleted"
     #: A newer server's; known by its place alone.
@@ -42,6 +44,7 @@ KINDS = {
     EventKind.UNDELETED: events_pb2.Event.KIND_UNDELETED,
     EventKind.DATA_LOST: events_pb2.Event.KIND_DATA_LOST,
     EventKind.DATA_FOUND: events_pb2.Event.KIND_DATA_FOUND,
+    EventKind.MOVED: events_pb2.Event.KIND_MOVED,
     EventKind.ALIAS_MOVED: events_pb2.Event.KIND_ALIAS_MOVED,
     EventKind.ALIAS_DELETED: events_pb2.Event.KIND_ALIAS_DELETED,
 }

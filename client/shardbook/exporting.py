@@ -75,7 +75,8 @@ def _metadata_of(target: Target, config: ClientConfig, client: Client | None) ->
     if name is not None:
         asked = client or Client(config.server, token=config.token, timeout_s=config.timeout_s)
         stored = asked.get_metadata(name, deadline_s=METADATA_S)
-        return stored.dcp_metadata(config.stores.here(stored.checkpoint.location.location))
+        here = next(filter(None, map(config.stores.here, stored.locations)), None)
+        return stored.dcp_metadata(here)
     path = os.fspath(target)  # type: ignore[arg-type]  # a CheckpointName names itself
     found = read_directory(TreeFiles(open_tree(path), normalized(path)))
     if isinstance(found, FoldedAttempt):

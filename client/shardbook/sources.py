@@ -48,6 +48,11 @@ class ChunkSource(Protocol):
         ...
 
     @property
+    def locations(self) -> tuple[str, ...]:
+        """Paths or URLs of all its directories, in the order in which to try them; ``location`` is the first."""
+        ...
+
+    @property
     def prefix(self) -> str:
         """Directory of the attempt's files below it; empty for none."""
         ...
@@ -108,7 +113,16 @@ class ServiceSource:
     @property
     def location(self) -> str:
         """Path or URL of the checkpoint's directory; asks, unless something has been asked before."""
-        return self.stores.path_of(self._known().location)
+        return self.locations[0]
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Paths or URLs of all its directories that are known here, in the order in which to try them; asks likewise.
+
+        Raises:
+            InvalidArgumentError: None of its stores is configured here (``UNKNOWN_STORE``).
+        """
+        return self.stores.paths_of(self._known().locations)
 
     @property
     def prefix(self) -> str:
@@ -157,7 +171,7 @@ class ServiceSource:
 
     def tell_lost(self) -> None:
         """Tells the catalogue that a data file is not there; best effort."""
-        tell_lost(self.client, self._pinned, self.location)
+        tell_lost(self.client, self._pinned, self._known().locations, self.stores)
 
     @property
     def _pinned(self) -> CheckpointName:
@@ -203,6 +217,11 @@ class ManifestSource:
 
     def __reduce__(self) -> tuple[object, ...]:
         return ManifestSource, (self.manifest, self.location)
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """The directory alone."""
+        return (self.location,)
 
     @property
     def prefix(self) -> str:

@@ -10,20 +10,16 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from shardbook.core.uris import STORED, check_no_credentials, credentials_in, without_user_info
 from shardbook.errors import InvalidArgumentError
 
 _STORE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_LOCATION: Final = re.compile(r"([a-z0-9][a-z0-9_-]{0,62}):(?!//)(.*)", re.DOTALL)
-#: `scheme://user:password@`; also inside chained URLs such as `zip://a.zip::s3://key:secret@bucket`.
-_USER_INFO: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/@]*)@")
-#: Azure writes `container@account` where others write a user.
-_CONTAINER_SCHEMES: Final = frozenset({"abfs", "abfss", "wasb", "wasbs"})
 _WEB: Final = re.compile(r"https?://")
 #: Most stores of one configuration.
 MAX_STORES: Final = 1000
@@ -82,14 +78,15 @@ class Stores:
         Raises:
             InvalidArgumentError: Its store is not configured here, or it leaves its store.
         """
-        match = _LOCATION.fullmatch(location)
+        match = STORED.fullmatch(location)
         if match is None:
             return location
         name, relative = match.groups()
         root = self.roots.get(name)
         if root is None:
             raise InvalidArgumentError(
-                f"store {name!r} of {location!r} is not configured here: set SHARDBOOK_STORES={name}=ROOT",
+                f"store {name!r} of {location!r} is not configured here: set SHARDBOOK_STORES={name}=ROOT, then "
+                "`shardbook stores` says whether it can be reached",
                 reason="UNKNOWN_STORE",
                 field="stores",
             )
@@ -98,6 +95,18 @@ class Stores:
                 f"location {location!r} leaves its store", reason="INVALID_LOCATION", field="location"
             )
         return root if relative in ("", ".") else f"{root.rstrip('/')}/{relative}"
+
+    def paths_of(self, locations: Iterable[str]) -> tuple[str, ...]:
+        """Returns what the locations of one checkpoint mean on this machine, in order; at least one.
+
+        Those whose stores are not configured here are left out.
+
+        Raises:
+            InvalidArgumentError: None of the stores is configured here, or all locations leave theirs.
+        """
+        listed = list(locations)
+        paths = tuple(path for path in map(self.here, listed) if path is not None)
+        return paths or (self.path_of(listed[0]),)
 
     def here(self, location: str) -> str | None:
         """Returns the path or URL that a location means on this machine; None when its store is not configured."""
@@ -116,8 +125,9 @@ def check_location(location: str) -> str:
     """Returns ``location`` when the catalogue can record it.
 
     Raises:
-        InvalidArgumentError: Its name is no Unicode.
+        InvalidArgumentError: Its name is no Unicode, or carries a key, token or signature (``CREDENTIALS_IN_URI``).
     """
+    check_no_credentials(location, "location")
     try:
         location.encode("utf-8")
     except UnicodeEncodeError:
@@ -139,7 +149,7 @@ def normalized(path: str | os.PathLike[str]) -> str:
         return _absolute(text.removeprefix("file://"))
     if _WEB.match(text):
         text = re.split(r"[?#]", text, maxsplit=1)[0]
-    text = _USER_INFO.sub(_without_user, text)
+    text = without_user_info(text)
     scheme, _, rest = text.partition("://")
     return f"{scheme}://{rest.rstrip('/')}"
 
@@ -147,13 +157,6 @@ def normalized(path: str | os.PathLike[str]) -> str:
 def _absolute(path: str) -> str:
     # Not resolve(): what a link points to here may be mounted elsewhere on the host that loads.
     return "/" + posixpath.normpath(Path(path).absolute().as_posix()).lstrip("/")
-
-
-def _without_user(match: re.Match[str]) -> str:
-    scheme, user = match.groups()
-    if scheme.lower() in _CONTAINER_SCHEMES:
-        return f"{scheme}://{user.partition(':')[0]}@"
-    return f"{scheme}://"
 
 
 def _checked_root(name: str, root: str) -> str:
@@ -164,10 +167,13 @@ def _checked_root(name: str, root: str) -> str:
     if "://" not in root and not root.startswith("/"):
         raise _bad("stores", f"root of store {name!r} is neither an absolute path nor a URL")
     plain = normalized(root)
-    users = [match for match in _USER_INFO.finditer(root) if match[0] != _without_user(match)]
-    if users or (_WEB.match(root) and re.search(r"[?#]", root)):
+    if credentials_in(root) is not None or (_WEB.match(root) and re.search(r"[?#]", root)):
         # The root is not repeated: a log is no place for a password.
-        raise _bad("stores", f"root of store {name!r} holds credentials; give them to the storage library instead")
+        raise InvalidArgumentError(
+            f"root of store {name!r} holds credentials; give them to the storage library instead",
+            reason="CREDENTIALS_IN_URI",
+            field="stores",
+        )
     if posixpath.basename(plain) == "..":
         raise _bad("stores", f"root of store {name!r} is not normal")
     return plain

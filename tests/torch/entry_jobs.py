@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from shardbook import Client, dcp
 from shardbook.dcp.runtime import current
+from tests.torch.alone import loads
 from tests.torch.harness import Rank
 from tests.torch.layouts import LAYOUTS, State, fill, spoil, wrong_pieces
 
@@ -171,6 +172,12 @@ def load_from_store(rank: Rank, targets: list[str], start: dict[str, Any]) -> li
             torch_load(spoil(state), checkpoint_id=target)
             wrong += wrong_pieces(state)
     return wrong
+
+
+def loads_alike(_rank: Rank, target: str, start: dict[str, Any]) -> bool:
+    """Returns whether a rank loads what ``some_state`` saved."""
+    dcp.init(**start)
+    return loads(target)
 
 
 def _forget_stores(url: str) -> None:

@@ -26,12 +26,14 @@ from shardbook.cli import (
     gc,
     imports,
     lineage,
+    move,
     projects,
     pruning,
     read,
     relay,
     runs,
     status,
+    stores,
     sync,
     tensors,
     verify,
@@ -100,6 +102,8 @@ app.command("undelete", epilog=deleting.UNDELETE_EXAMPLES)(deleting.undelete)
 app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
 app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
 app.command("gc", epilog=gc.EXAMPLES)(gc.collect)
+app.command("move", epilog=move.EXAMPLES)(move.move_checkpoints)
+app.command("stores", epilog=stores.EXAMPLES)(stores.list_stores)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 

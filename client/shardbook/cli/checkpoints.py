@@ -194,6 +194,7 @@ def _facts(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("ref", checkpoint.ref),
         ("state", state_of(checkpoint) + (", recorded after the fact" if checkpoint.recovered else "")),
         ("location", output.or_dash(checkpoint.location)),
+        *(("and in", location) for location in checkpoint.other_locations),
         ("data directory", output.or_dash(checkpoint.prefix)),
         ("step", str(checkpoint.step)),
         ("part", checkpoint.part),

@@ -60,8 +60,9 @@ def verify_checkpoint(
     """Check that every data file of a checkpoint is there, and long enough for all that lies in it.
 
     Sizes are compared; bytes are read with --checksums alone. A directory needs no server. Exits 1 when anything is
-    lost, and names rank, file and what is missing of the first 50 files. A checkpoint of the catalogue that lost files
-    is flagged: @latest and @best pass over it, until it is verified and all there.
+    lost, and names rank, file and what is missing of the first 50 files. What is in several places is all there when it
+    is in one of them; the others are told. A checkpoint of the catalogue that lost files is flagged: @latest and @best
+    pass over it, until it is verified and all there.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
     with asking_storage(), progress.shown("verifying", is_wanted=not (is_plain or as_json)) as tell:
@@ -111,14 +112,17 @@ def _summary(target: str, report: VerifyReport) -> list[str]:
     )
     if report.checked_count is not None:
         looked += f"; {output.count(report.checked_count)} of them compared with their checksums"
+    others = [f"NOT all there in {one}, where it should be too" for one in report.faulty_directories]
+    others += [f"not looked at: {one}" for one in report.unknown_locations]
     if report.is_ok:
-        return [f"{target}: all there: {looked}"]
+        return [f"{target}: all there: {looked}", *others]
     counts = report.fault_counts
     told = ", ".join(f"{output.count(counts[kind])} {kind.value}" for kind in FaultKind if counts[kind])
     of_ranks = f" of {_counted(report.faulty_rank_count, 'rank')}" if report.faulty_rank_count else ""
     return [
         f"{target}: NOT all there: {looked}",
         f"files{of_ranks}: {told}; {output.size(report.lost_bytes)} lost",
+        *others,
     ]
 
 

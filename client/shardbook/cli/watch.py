@@ -36,6 +36,7 @@ class Kind(StrEnum):
     UNDELETED = EventKind.UNDELETED.value
     DATA_LOST = EventKind.DATA_LOST.value
     DATA_FOUND = EventKind.DATA_FOUND.value
+    MOVED = EventKind.MOVED.value
     ALIAS_MOVED = EventKind.ALIAS_MOVED.value
     ALIAS_DELETED = EventKind.ALIAS_DELETED.value
 

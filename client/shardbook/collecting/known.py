@@ -64,8 +64,13 @@ class Known:
                 # A number alone is no identity: after a restore the catalogue may have handed it out again.
                 if found.incarnation == identity.incarnation.hex():
                     return [KnownAttempt(found, is_sure=True)]
-        places = [(one, self._is_at(one.location, directory)) for one in self._by_prefix().get(prefix, [])]
+        places = [(one, self._is_in(one, directory)) for one in self._by_prefix().get(prefix, [])]
         return [KnownAttempt(one, is_sure) for one, is_sure in places if is_sure is not None]
+
+    def _is_in(self, one: Checkpoint, directory: str) -> bool | None:
+        """What ``_is_at`` says of the location that fits best: one that is sure before one that may be."""
+        found = {self._is_at(location, directory) for location in one.locations}
+        return True if True in found else (False if False in found else None)
 
     def _is_at(self, location: str, directory: str) -> bool | None:
         """True for the location of a directory, None for that of another one; False when it may be the same.

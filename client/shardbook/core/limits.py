@@ -43,6 +43,9 @@ SEGMENT_RANKS = 256
 MAX_NAME_CHARS = 128
 #: Longest location or prefix, in UTF-8 bytes.
 MAX_LOCATION_BYTES = 4096
+#: Most locations of a checkpoint, and most checkpoints that one call moves.
+MAX_LOCATIONS = 8
+MAX_MOVES = 500
 #: Longest host, user, job id.
 MAX_LABEL_CHARS = 256
 #: Most labels and most metrics of a checkpoint, and the longest name of one; values of labels are as long as hosts.

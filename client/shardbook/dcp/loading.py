@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, list_attempts
+from shardbook._elsewhere import is_absent, tell_elsewhere
 from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook._targets import METADATA_S, checkpoint_named
@@ -112,11 +113,9 @@ def load(
     try:
         _load_into(state_dict, reader, metadata, planner, rank)
     except Exception as error:
-        if storage_reader is None and _is_absent(error) and isinstance(metadata, LazyMetadata):
-            tell = getattr(metadata.source, "tell_lost", None)
-            if tell is not None:
-                tell()
-        raise
+        if storage_reader is not None or not is_absent(error) or not isinstance(metadata, LazyMetadata):
+            raise
+        _load_from_others(error, state_dict, metadata, planner, rank)
     if name is None and rank == 0:
         repair_directory(reader)
     if kind is not None and told is not None:
@@ -125,13 +124,23 @@ def load(
     return report or LoadReport()
 
 
-def _is_absent(error: BaseException | None) -> bool:
-    """True when a file that is not there is behind an error, whatever a reader made of it."""
-    for _ in range(10):
-        if error is None or isinstance(error, FileNotFoundError):
-            break
-        error = error.__cause__ or error.__context__
-    return isinstance(error, FileNotFoundError)
+def _load_from_others(
+    error: Exception, state_dict: dict[str, Any], metadata: LazyMetadata, planner: TorchLoadPlanner, rank: int
+) -> None:
+    """Loads from where else the checkpoint is, as a whole; raises the first place's error when none has all."""
+    first, *others = metadata.source.locations
+    name = getattr(metadata.source, "found_name", None)
+    for other in others:
+        tell_elsewhere(CheckpointName.parse(name).ref if name else first, first, other)
+        try:
+            return _load_into(state_dict, storage_reader_for(None, other), metadata, planner, rank)
+        except Exception as another:
+            if not is_absent(another):
+                raise
+    tell = getattr(metadata.source, "tell_lost", None)
+    if tell is not None:
+        tell()
+    raise error
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:
@@ -158,7 +167,7 @@ def source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:
     structure, located = stored.columns()
     place = stored.checkpoint.location
-    path = config.stores.path_of(place.location)
+    path = config.stores.paths_of(stored.locations)[0]
     return CheckpointColumns(structure, located, place.prefix, path, stored.header(path))
 
 

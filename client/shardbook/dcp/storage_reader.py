@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from shardbook._elsewhere import is_absent, tell_elsewhere
 from shardbook._targets import checkpoint_named
 from shardbook.core.names import CheckpointName
 from shardbook.dcp._torch import storage_reader_for
@@ -136,12 +138,43 @@ class ShardbookReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Has the other reader read; rank 0 finishes what a killed coordinator left undone in the directory."""
         reader = self._set_up()
-        done: Future[None] = reader.read_data(plan, planner)
+        done = self._read(reader, plan, planner)
         is_coordinator, _, _ = self._place
         if is_coordinator and checkpoint_named(self._target) is None:
             done.wait()
             repair_directory(reader)
         return done
+
+    def _read(self, reader: Any, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads from where the checkpoint is first; where a file is missing, from where else it is."""
+        others = self._metadata.source.locations[1:] if isinstance(self._metadata, LazyMetadata) else ()
+        try:
+            done: Future[None] = reader.read_data(plan, planner)
+            if others:
+                done.wait()
+        except Exception as error:
+            if self._given is not None or not is_absent(error):
+                raise
+            return self._read_elsewhere(error, others, plan, planner)
+        return done
+
+    def _read_elsewhere(
+        self, error: Exception, others: Sequence[str], plan: LoadPlan, planner: LoadPlanner
+    ) -> Future[None]:
+        """Reads from the first of the other places that has all; raises the first place's error when none has."""
+        for place in others:
+            tell_elsewhere(str(self.checkpoint_id), str(getattr(self._reader, "checkpoint_id", "")), place)
+            reader = storage_reader_for(None, place)
+            self._set_up_one(reader, self._metadata)
+            try:
+                done: Future[None] = reader.read_data(reader.prepare_local_plan(plan), planner)
+                done.wait()
+            except Exception as another:
+                if not is_absent(another):
+                    raise
+                continue
+            return done
+        raise error
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str] | None:
@@ -162,7 +195,7 @@ class ShardbookReader(StorageReader):
 
     def _set_up(self) -> Any:
         """The other reader, set up once a load."""
-        metadata, (is_coordinator, args, kwargs) = self._metadata, self._place
+        metadata = self._metadata
         if self._is_ready:
             return self._reader
         if metadata is None:
@@ -170,12 +203,16 @@ class ShardbookReader(StorageReader):
         if self._reader is None:
             location = metadata.source.location if isinstance(metadata, LazyMetadata) else self._target
             self._reader = storage_reader_for(self._given, location)
-        if "kwargs" in inspect.signature(self._reader.set_up_storage_reader).parameters:
-            self._reader.set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        else:
-            self._reader.set_up_storage_reader(metadata, is_coordinator)
+        self._set_up_one(self._reader, metadata)
         self._is_ready = True
         return self._reader
+
+    def _set_up_one(self, reader: Any, metadata: Any) -> None:
+        is_coordinator, args, kwargs = self._place
+        if "kwargs" in inspect.signature(reader.set_up_storage_reader).parameters:
+            reader.set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        else:
+            reader.set_up_storage_reader(metadata, is_coordinator)
 
 
 def _identity(metadata: Metadata | None) -> str | None:

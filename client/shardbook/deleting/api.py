@@ -39,16 +39,18 @@ class FileList:
         directory: Path or URL on this machine.
         files: Files that go with it, relative to ``directory``.
         size_bytes: Bytes that its extents cover.
+        other_directories: Where else the same files are; they go from there, too.
     """
 
     ref: str
     directory: str
     files: tuple[str, ...]
     size_bytes: int
+    other_directories: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns every attribute under its own name."""
-        return {**vars(self), "files": list(self.files)}
+        return {**vars(self), "files": list(self.files), "other_directories": list(self.other_directories)}
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def list_files(name: CheckpointName | str, *, client: Client, config: ClientConf
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
     """
     stored = client.get_metadata(name, show_deleted=True, deadline_s=METADATA_S)
-    directory = config.stores.path_of(stored.checkpoint.location.location)
+    directory, *others = map(config.stores.path_of, stored.locations)
     footprint = _footprint(stored)
-    return FileList(stored.checkpoint.ref, directory, footprint.paths, footprint.size_bytes)
+    return FileList(stored.checkpoint.ref, directory, footprint.paths, footprint.size_bytes, tuple(others))
 
 
 def check_reach(name: CheckpointName | str, *, client: Client, config: ClientConfig) -> None:
@@ -106,9 +108,9 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
         if error.reason != "CHECKPOINT_DELETED":
             raise
         checkpoint = client.get_checkpoint(error.metadata["name"])
-    directory = config.stores.path_of(checkpoint.location)
-    with told_as_ours(f"cannot look at {directory}"):
-        _tree_of(directory)
+    for directory in map(config.stores.path_of, checkpoint.locations):
+        with told_as_ours(f"cannot look at {directory}"):
+            _tree_of(directory)
 
 
 def delete_files(
@@ -134,23 +136,33 @@ def delete_files(
         ShardbookError: The service could not be asked.
     """
     checkpoint = client.get_checkpoint(name)
-    directory = config.stores.path_of(checkpoint.location)
-    with told_as_ours(f"cannot delete the files in {directory}"):
-        tree = _tree_of(directory)
-        others = same_locations(config.stores, checkpoint.location, directory)
+    directories = list(map(config.stores.path_of, checkpoint.locations))
+    with told_as_ours(f"cannot delete the files in {' and '.join(directories)}"):
+        trees = list(map(_tree_of, directories))
+        others = _also_called(config.stores, checkpoint.locations, directories)
         # Durable before the first file goes, and from here on there is no way back.
         checkpoint, sharing = client.record_file_deletion(checkpoint.name, locations=others, done=False)
         footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=METADATA_S))
         shared_with = _sharing(client, sharing, checkpoint.prefix, footprint)
-        if tree is not None and _is_saved_again(tree, directory, checkpoint, footprint):
+        if any(
+            tree is not None and _is_saved_again(tree, directory, checkpoint, footprint)
+            for directory, tree in zip(directories, trees, strict=True)
+        ):
             shared_with = (*shared_with, SAVED_SINCE)
-        doomed: tuple[str, ...] = ()
-        count = 0
-        if not shared_with and tree is not None:
-            doomed = _with_leftovers(tree, directory, checkpoint, footprint)
-            count = remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
+        doomed_count = found_count = 0
+        for directory, tree in zip(directories, trees, strict=True):
+            if not shared_with and tree is not None:
+                doomed = _with_leftovers(tree, directory, checkpoint, footprint)
+                doomed_count += len(doomed)
+                found_count += remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
         client.record_file_deletion(checkpoint.name, done=True)
-    return DeletedFiles(checkpoint.ref, directory, len(doomed), count, footprint.size_bytes, shared_with)
+    return DeletedFiles(checkpoint.ref, directories[0], doomed_count, found_count, footprint.size_bytes, shared_with)
+
+
+def _also_called(stores: Stores, locations: Sequence[str], directories: Sequence[str]) -> tuple[str, ...]:
+    """Returns what else a catalogue may call the directories of a checkpoint."""
+    found = {name for pair in zip(locations, directories, strict=True) for name in same_locations(stores, *pair)}
+    return tuple(sorted(found - set(locations)))
 
 
 def same_locations(stores: Stores, location: str, directory: str) -> tuple[str, ...]:

@@ -51,11 +51,15 @@ class Found:
     Attributes:
         directory: Path or URL that data files are relative to.
         tensors: In the order in which they were asked for.
-        tell_lost: Tells the catalogue that a data file is not there.
+        others: Where else the same files are, in the order in which to try them.
+        ref: Of the checkpoint, for people.
+        tell_lost: Tells the catalogue that a data file is not there, at no place.
     """
 
     directory: str
     tensors: tuple[WantedTensor, ...]
+    others: tuple[str, ...] = ()
+    ref: str = ""
     tell_lost: Callable[[], None] = lambda: None
 
 
@@ -63,6 +67,7 @@ class _Metadata(Protocol):
     """Whatever knows where the chunks of one checkpoint are."""
 
     directory: str
+    others: tuple[str, ...]
 
     def chunks(self, fqns: list[str]) -> Mapping[str, TensorChunks | None]:
         """Returns entries by name; None for a name that the checkpoint lacks."""
@@ -96,7 +101,8 @@ def chunks_of(
     found = metadata.chunks(list(regions))
     wanted = [_checked(found.get(fqn), fqn, target) for fqn in regions]
     selections = [select(region, one.shape, one.fqn) for one, region in zip(wanted, regions.values(), strict=True)]
-    return Found(metadata.directory, tuple(map(WantedTensor, wanted, selections)), metadata.tell_lost)
+    tensors = tuple(map(WantedTensor, wanted, selections))
+    return Found(metadata.directory, tensors, metadata.others, encodable(str(target)), metadata.tell_lost)
 
 
 def _checked(chunks: TensorChunks | None, fqn: str, target: Target) -> TensorChunks:
@@ -141,7 +147,9 @@ class _Catalogue:
         self._config = config
         self._answers = Answers.of(config, METADATA_S, client)
         self._full_name = ""
+        self._locations: tuple[str, ...] = ()
         self.directory = ""
+        self.others: tuple[str, ...] = ()
 
     def chunks(self, fqns: list[str]) -> dict[str, TensorChunks | None]:
         try:
@@ -153,11 +161,13 @@ class _Catalogue:
                 metadata=error.metadata,
             ) from error
         self._full_name = answer.name
-        self.directory = self._config.stores.path_of(answer.location)
+        self._locations = answer.locations
+        self.directory, *others = self._config.stores.paths_of(answer.locations)
+        self.others = tuple(others)
         return {fqn: of_found(answer.found, number) for number, fqn in enumerate(fqns)}
 
     def tell_lost(self) -> None:
-        tell_lost(self._answers.client, self._full_name, self.directory)
+        tell_lost(self._answers.client, self._full_name, self._locations, self._config.stores)
 
 
 class _Directory:
@@ -166,6 +176,7 @@ class _Directory:
     def __init__(self, files: TreeFiles) -> None:
         self._files = files
         self.directory = files.directory
+        self.others: tuple[str, ...] = ()
 
     def chunks(self, fqns: list[str]) -> Mapping[str, TensorChunks | None]:
         found = read_newest(self._files, lambda one: _part_of(one, fqns))

@@ -2,6 +2,7 @@
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from shardbook.v1 import events_pb2 as _events_pb2
+from shardbook.v1 import locations_pb2 as _locations_pb2
 from shardbook.v1 import retention_pb2 as _retention_pb2
 from shardbook.v1 import lineage_pb2 as _lineage_pb2
 from shardbook.v1 import types_pb2 as _types_pb2

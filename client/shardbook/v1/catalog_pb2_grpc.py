@@ -7,6 +7,7 @@ import warnings
 from shardbook.v1 import catalog_pb2 as shardbook_dot_v1_dot_catalog__pb2
 from shardbook.v1 import events_pb2 as shardbook_dot_v1_dot_events__pb2
 from shardbook.v1 import lineage_pb2 as shardbook_dot_v1_dot_lineage__pb2
+from shardbook.v1 import locations_pb2 as shardbook_dot_v1_dot_locations__pb2
 from shardbook.v1 import retention_pb2 as shardbook_dot_v1_dot_retention__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
@@ -68,6 +69,11 @@ class CatalogServiceStub(object):
                 '/shardbook.v1.CatalogService/UpdateCheckpoint',
                 request_serializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointResponse.FromString,
+                _registered_method=True)
+        self.MoveCheckpoints = channel.unary_unary(
+                '/shardbook.v1.CatalogService/MoveCheckpoints',
+                request_serializer=shardbook_dot_v1_dot_locations__pb2.MoveCheckpointsRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_locations__pb2.MoveCheckpointsResponse.FromString,
                 _registered_method=True)
         self.ListRanks = channel.unary_unary(
                 '/shardbook.v1.CatalogService/ListRanks',
@@ -232,6 +238,14 @@ class CatalogServiceServicer(object):
 
     def UpdateCheckpoint(self, request, context):
         """Changes what is said of a checkpoint: its labels, metrics and note.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveCheckpoints(self, request, context):
+        """Gives committed checkpoints other locations, to which the caller has copied
+        their files and where it has looked at them; all of them or none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -441,6 +455,11 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.UpdateCheckpoint,
                     request_deserializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointResponse.SerializeToString,
+            ),
+            'MoveCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveCheckpoints,
+                    request_deserializer=shardbook_dot_v1_dot_locations__pb2.MoveCheckpointsRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_locations__pb2.MoveCheckpointsResponse.SerializeToString,
             ),
             'ListRanks': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRanks,
@@ -726,6 +745,33 @@ class CatalogService(object):
             '/shardbook.v1.CatalogService/UpdateCheckpoint',
             shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointRequest.SerializeToString,
             shardbook_dot_v1_dot_catalog__pb2.UpdateCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/MoveCheckpoints',
+            shardbook_dot_v1_dot_locations__pb2.MoveCheckpointsRequest.SerializeToString,
+            shardbook_dot_v1_dot_locations__pb2.MoveCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,7 +7,7 @@ from typing import type_check_only
 import grpc
 import grpc.aio
 
-from shardbook.v1 import catalog_pb2, events_pb2, lineage_pb2, retention_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, lineage_pb2, locations_pb2, retention_pb2
 
 class CatalogServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
@@ -17,6 +17,7 @@ class CatalogServiceStub:
     GetCheckpoint: grpc.UnaryUnaryMultiCallable[catalog_pb2.GetCheckpointRequest, catalog_pb2.GetCheckpointResponse]
     ListCheckpoints: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListCheckpointsRequest, catalog_pb2.ListCheckpointsResponse]
     UpdateCheckpoint: grpc.UnaryUnaryMultiCallable[catalog_pb2.UpdateCheckpointRequest, catalog_pb2.UpdateCheckpointResponse]
+    MoveCheckpoints: grpc.UnaryUnaryMultiCallable[locations_pb2.MoveCheckpointsRequest, locations_pb2.MoveCheckpointsResponse]
     ListRanks: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListRanksRequest, catalog_pb2.ListRanksResponse]
     ListAliases: grpc.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
     SetAlias: grpc.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
@@ -51,6 +52,7 @@ class CatalogServiceAsyncStub:
     GetCheckpoint: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.GetCheckpointRequest, catalog_pb2.GetCheckpointResponse]
     ListCheckpoints: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListCheckpointsRequest, catalog_pb2.ListCheckpointsResponse]
     UpdateCheckpoint: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.UpdateCheckpointRequest, catalog_pb2.UpdateCheckpointResponse]
+    MoveCheckpoints: grpc.aio.UnaryUnaryMultiCallable[locations_pb2.MoveCheckpointsRequest, locations_pb2.MoveCheckpointsResponse]
     ListRanks: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListRanksRequest, catalog_pb2.ListRanksResponse]
     ListAliases: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.ListAliasesRequest, catalog_pb2.ListAliasesResponse]
     SetAlias: grpc.aio.UnaryUnaryMultiCallable[catalog_pb2.SetAliasRequest, catalog_pb2.SetAliasResponse]
@@ -107,6 +109,11 @@ class CatalogServiceServicer:
         request: catalog_pb2.UpdateCheckpointRequest,
         context: grpc.aio.ServicerContext[catalog_pb2.UpdateCheckpointRequest, catalog_pb2.UpdateCheckpointResponse],
     ) -> Awaitable[catalog_pb2.UpdateCheckpointResponse]: ...
+    def MoveCheckpoints(
+        self,
+        request: locations_pb2.MoveCheckpointsRequest,
+        context: grpc.aio.ServicerContext[locations_pb2.MoveCheckpointsRequest, locations_pb2.MoveCheckpointsResponse],
+    ) -> Awaitable[locations_pb2.MoveCheckpointsResponse]: ...
     def ListRanks(
         self,
         request: catalog_pb2.ListRanksRequest,

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardbook/v1/events.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"\xa2\x03\n\x05\x45vent\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.shardbook.v1.Event.Kind\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04part\x18\x04 \x01(\t\x12,\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x61lias\x18\x06 \x01(\t\"\xeb\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_COMMITTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x10\n\x0cKIND_EXPIRED\x10\x03\x12\x13\n\x0fKIND_SUPERSEDED\x10\x04\x12\x14\n\x10KIND_ALIAS_MOVED\x10\x06\x12\x16\n\x12KIND_ALIAS_DELETED\x10\x07\x12\x10\n\x0cKIND_DELETED\x10\x08\x12\x12\n\x0eKIND_UNDELETED\x10\t\x12\x12\n\x0eKIND_DATA_LOST\x10\n\x12\x13\n\x0fKIND_DATA_FOUND\x10\x0b\"\x04\x08\x05\x10\x05\"r\n\x17WatchCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\'\n\x05kinds\x18\x03 \x03(\x0e\x32\x18.shardbook.v1.Event.Kind\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\"O\n\x18WatchCheckpointsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.shardbook.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xcc\x01\n\x0cSubscription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x14\n\x0c\x62\x65hind_count\x18\x05 \x01(\x03\x12\x12\n\ndone_count\x18\x06 \x01(\x03\x12#\n\x06\x63laims\x18\x07 \x03(\x0b\x32\x13.shardbook.v1.Claim\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x02\n\x05\x43laim\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0e\n\x06holder\x18\x04 \x01(\t\x12,\n\x08\x64ue_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x11\n\rSTATE_WAITING\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xe9\x01\n\x16\x43laimCheckpointRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x05 \x01(\x0c\x12\x0e\n\x06holder\x18\x06 \x01(\t\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12\'\n\x04wait\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x17\x43laimCheckpointResponse\x12\"\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Claim\"e\n\x11RenewClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12RenewClaimResponse\"\xc2\x02\n\x12\x46inishClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x39\n\x07outcome\x18\x04 \x01(\x0e\x32(.shardbook.v1.FinishClaimRequest.Outcome\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12.\n\x0bretry_delay\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x07 \x01(\x05\"^\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_DONE\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x12\x14\n\x10OUTCOME_RELEASED\x10\x03\"?\n\x13\x46inishClaimResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\"&\n\x16GetSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x17GetSubscriptionResponse\x12\x30\n\x0csubscription\x18\x01 \x01(\x0b\x32\x1a.shardbook.v1.Subscription\")\n\x19\x44\x65leteSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteSubscriptionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardbook/v1/events.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"\xb2\x03\n\x05\x45vent\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\t\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.shardbook.v1.Event.Kind\x12(\n\x04time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04part\x18\x04 \x01(\t\x12,\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\r\n\x05\x61lias\x18\x06 \x01(\t\"\xfb\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eKIND_COMMITTED\x10\x01\x12\x0f\n\x0bKIND_FAILED\x10\x02\x12\x10\n\x0cKIND_EXPIRED\x10\x03\x12\x13\n\x0fKIND_SUPERSEDED\x10\x04\x12\x14\n\x10KIND_ALIAS_MOVED\x10\x06\x12\x16\n\x12KIND_ALIAS_DELETED\x10\x07\x12\x10\n\x0cKIND_DELETED\x10\x08\x12\x12\n\x0eKIND_UNDELETED\x10\t\x12\x12\n\x0eKIND_DATA_LOST\x10\n\x12\x13\n\x0fKIND_DATA_FOUND\x10\x0b\x12\x0e\n\nKIND_MOVED\x10\x10\"\x04\x08\x05\x10\x05\"r\n\x17WatchCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\'\n\x05kinds\x18\x03 \x03(\x0e\x32\x18.shardbook.v1.Event.Kind\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\"O\n\x18WatchCheckpointsResponse\x12#\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x13.shardbook.v1.Event\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xcc\x01\n\x0cSubscription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x14\n\x0c\x62\x65hind_count\x18\x05 \x01(\x03\x12\x12\n\ndone_count\x18\x06 \x01(\x03\x12#\n\x06\x63laims\x18\x07 \x03(\x0b\x32\x13.shardbook.v1.Claim\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x97\x02\n\x05\x43laim\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12\x0e\n\x06holder\x18\x04 \x01(\t\x12,\n\x08\x64ue_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x06 \x01(\t\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x11\n\rSTATE_WAITING\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xe9\x01\n\x16\x43laimCheckpointRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x05 \x01(\x0c\x12\x0e\n\x06holder\x18\x06 \x01(\t\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x08 \x01(\x05\x12\'\n\x04wait\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x17\x43laimCheckpointResponse\x12\"\n\x05\x63laim\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Claim\"e\n\x11RenewClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12(\n\x05lease\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12RenewClaimResponse\"\xc2\x02\n\x12\x46inishClaimRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x10\n\x08\x63laim_id\x18\x02 \x01(\x0c\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x39\n\x07outcome\x18\x04 \x01(\x0e\x32(.shardbook.v1.FinishClaimRequest.Outcome\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12.\n\x0bretry_delay\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x07 \x01(\x05\"^\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x10\n\x0cOUTCOME_DONE\x10\x01\x12\x12\n\x0eOUTCOME_FAILED\x10\x02\x12\x14\n\x10OUTCOME_RELEASED\x10\x03\"?\n\x13\x46inishClaimResponse\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.shardbook.v1.Claim.State\"&\n\x16GetSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x17GetSubscriptionResponse\x12\x30\n\x0csubscription\x18\x01 \x01(\x0b\x32\x1a.shardbook.v1.Subscription\")\n\x19\x44\x65leteSubscriptionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1c\n\x1a\x44\x65leteSubscriptionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,39 +36,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.events_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVENT']._serialized_start=135
-  _globals['_EVENT']._serialized_end=553
+  _globals['_EVENT']._serialized_end=569
   _globals['_EVENT_KIND']._serialized_start=318
-  _globals['_EVENT_KIND']._serialized_end=553
-  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_start=555
-  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_end=669
-  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_start=671
-  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_end=750
-  _globals['_SUBSCRIPTION']._serialized_start=753
-  _globals['_SUBSCRIPTION']._serialized_end=957
-  _globals['_CLAIM']._serialized_start=960
-  _globals['_CLAIM']._serialized_end=1239
-  _globals['_CLAIM_STATE']._serialized_start=1153
-  _globals['_CLAIM_STATE']._serialized_end=1239
-  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_start=1242
-  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_end=1475
-  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_start=1477
-  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_end=1538
-  _globals['_RENEWCLAIMREQUEST']._serialized_start=1540
-  _globals['_RENEWCLAIMREQUEST']._serialized_end=1641
-  _globals['_RENEWCLAIMRESPONSE']._serialized_start=1643
-  _globals['_RENEWCLAIMRESPONSE']._serialized_end=1663
-  _globals['_FINISHCLAIMREQUEST']._serialized_start=1666
-  _globals['_FINISHCLAIMREQUEST']._serialized_end=1988
-  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_start=1894
-  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_end=1988
-  _globals['_FINISHCLAIMRESPONSE']._serialized_start=1990
-  _globals['_FINISHCLAIMRESPONSE']._serialized_end=2053
-  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_start=2055
-  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_end=2093
-  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_start=2095
-  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_end=2170
-  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_start=2172
-  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_end=2213
-  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_start=2215
-  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_end=2243
+  _globals['_EVENT_KIND']._serialized_end=569
+  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_start=571
+  _globals['_WATCHCHECKPOINTSREQUEST']._serialized_end=685
+  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_start=687
+  _globals['_WATCHCHECKPOINTSRESPONSE']._serialized_end=766
+  _globals['_SUBSCRIPTION']._serialized_start=769
+  _globals['_SUBSCRIPTION']._serialized_end=973
+  _globals['_CLAIM']._serialized_start=976
+  _globals['_CLAIM']._serialized_end=1255
+  _globals['_CLAIM_STATE']._serialized_start=1169
+  _globals['_CLAIM_STATE']._serialized_end=1255
+  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_start=1258
+  _globals['_CLAIMCHECKPOINTREQUEST']._serialized_end=1491
+  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_start=1493
+  _globals['_CLAIMCHECKPOINTRESPONSE']._serialized_end=1554
+  _globals['_RENEWCLAIMREQUEST']._serialized_start=1556
+  _globals['_RENEWCLAIMREQUEST']._serialized_end=1657
+  _globals['_RENEWCLAIMRESPONSE']._serialized_start=1659
+  _globals['_RENEWCLAIMRESPONSE']._serialized_end=1679
+  _globals['_FINISHCLAIMREQUEST']._serialized_start=1682
+  _globals['_FINISHCLAIMREQUEST']._serialized_end=2004
+  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_start=1910
+  _globals['_FINISHCLAIMREQUEST_OUTCOME']._serialized_end=2004
+  _globals['_FINISHCLAIMRESPONSE']._serialized_start=2006
+  _globals['_FINISHCLAIMRESPONSE']._serialized_end=2069
+  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_start=2071
+  _globals['_GETSUBSCRIPTIONREQUEST']._serialized_end=2109
+  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_start=2111
+  _globals['_GETSUBSCRIPTIONRESPONSE']._serialized_end=2186
+  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_start=2188
+  _globals['_DELETESUBSCRIPTIONREQUEST']._serialized_end=2229
+  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_start=2231
+  _globals['_DELETESUBSCRIPTIONRESPONSE']._serialized_end=2259
 # @@protoc_insertion_point(module_scope)

@@ -25,6 +25,7 @@ class Event(_message.Message):
         KIND_UNDELETED: _ClassVar[Event.Kind]
         KIND_DATA_LOST: _ClassVar[Event.Kind]
         KIND_DATA_FOUND: _ClassVar[Event.Kind]
+        KIND_MOVED: _ClassVar[Event.Kind]
     KIND_UNSPECIFIED: Event.Kind
     KIND_COMMITTED: Event.Kind
     KIND_FAILED: Event.Kind
@@ -36,6 +37,7 @@ class Event(_message.Message):
     KIND_UNDELETED: Event.Kind
     KIND_DATA_LOST: Event.Kind
     KIND_DATA_FOUND: Event.Kind
+    KIND_MOVED: Event.Kind
     CURSOR_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]

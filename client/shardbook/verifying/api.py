@@ -15,7 +15,7 @@ from shardbook.config import ClientConfig
 from shardbook.core.columns import Int64Array
 from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.footprint import NO_RANK, NOT_THERE
-from shardbook.errors import InvalidArgumentError
+from shardbook.errors import InvalidArgumentError, PermissionDeniedError, StorageError
 from shardbook.verifying.faults import Looked, report_of
 from shardbook.verifying.report import VerifyReport
 from shardbook.verifying.sums import altered_extents
@@ -38,7 +38,8 @@ def verify(
     """Looks whether every data file of a checkpoint is there and long enough for every extent in it.
 
     Directories are listed, files not opened: without ``checksums`` what is altered at the same size stays unnoticed.
-    A directory is judged by itself, without any service. Safe while jobs save; writes nothing; needs no torch. Can be
+    A directory is judged by itself, without any service; of a checkpoint that is in several places the first one where
+    all is there. Safe while jobs save; writes nothing; needs no torch. Can be
     called from several threads.
 
     Args:
@@ -68,6 +69,28 @@ def verify(
     """
     found = describe(ref_or_path, trusted=trusted, config=config, client=client)
     chosen = None if ranks is None else _checked_ranks(ranks, found)
+    first = judged(found, chosen=chosen, checksums=checksums, progress=progress)
+    faulty, unknown = [first.directory], list(found.unknown)
+    for one in () if first.is_ok else found.elsewhere():
+        try:
+            report = judged(one, chosen=chosen, checksums=checksums, progress=progress)
+        except (StorageError, PermissionDeniedError):
+            unknown.append(one.directory)
+            continue
+        if report.is_ok:
+            return replace(report, faulty_directories=tuple(faulty), unknown_locations=tuple(unknown))
+        faulty.append(report.directory)
+    return replace(first, faulty_directories=tuple(faulty[1:]), unknown_locations=tuple(unknown))
+
+
+def judged(
+    found: Described,
+    *,
+    chosen: tuple[int, ...] | None = None,
+    checksums: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Returns what is wrong with a checkpoint in one directory; raises as ``verify`` does of the storage."""
     footprint = found.footprint if chosen is None else found.footprint.of_ranks(chosen)
     with told_as_ours(f"cannot look at the files in {found.directory}"):
         sizes = _sizes(found, footprint.paths, progress)
@@ -142,4 +165,4 @@ class _Told:
                 self._progress(-(-self._done // self._unit), -(-self._total // self._unit), self._what)
 
 
-__all__ = ["Progress", "verify"]
+__all__ = ["Progress", "judged", "verify"]

@@ -76,6 +76,8 @@ class VerifyReport:
         faulty_rank_count: How many there are.
         lost_bytes: Bytes of extents that are not there, or that are altered, in full.
         name: Full name in the catalogue; None when a directory was asked.
+        faulty_directories: Where else the checkpoint is, or should be, and not all is there.
+        unknown_locations: Locations that nobody looked at: their stores are not configured here, or out of reach.
     """
 
     ref: str | None
@@ -93,6 +95,8 @@ class VerifyReport:
     faulty_rank_count: int
     lost_bytes: int
     name: str | None = None
+    faulty_directories: tuple[str, ...] = ()
+    unknown_locations: tuple[str, ...] = ()
 
     @property
     def fault_count(self) -> int:
@@ -118,6 +122,8 @@ class VerifyReport:
             "fault_counts": {kind.value: count for kind, count in self.fault_counts.items()},
             "faults": [fault.to_json() for fault in self.faults],
             "faulty_ranks": list(self.faulty_ranks),
+            "faulty_directories": list(self.faulty_directories),
+            "unknown_locations": list(self.unknown_locations),
         }
 
 

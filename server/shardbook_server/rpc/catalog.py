@@ -8,9 +8,9 @@ from typing import Any
 import grpc.aio
 
 from shardbook.v1 import catalog_pb2 as pb
-from shardbook.v1 import events_pb2, lineage_pb2, retention_pb2
+from shardbook.v1 import events_pb2, lineage_pb2, locations_pb2, retention_pb2
 from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
-from shardbook_server.rpc import convert, describing, events, limits, lineage, retaining
+from shardbook_server.rpc import convert, describing, events, limits, lineage, locating, retaining
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
 from shardbook_server.service.services import Services
@@ -83,6 +83,13 @@ class CatalogHandlers(CatalogServiceServicer):
         changes = describing.changes(request)
         checkpoint = await self._bridge.write("update", self._descriptions.update, request.checkpoint.name, changes)
         return pb.UpdateCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+    async def MoveCheckpoints(
+        self, request: locations_pb2.MoveCheckpointsRequest, context: Context
+    ) -> locations_pb2.MoveCheckpointsResponse:
+        """Gives checkpoints other locations."""
+        moved = await self._bridge.write("move", self._services.locations.move, locating.moves(request))
+        return locations_pb2.MoveCheckpointsResponse(checkpoints=map(convert.checkpoint, moved))
 
     async def ListRanks(self, request: pb.ListRanksRequest, context: Context) -> pb.ListRanksResponse:
         """Lists what the ranks of a committed checkpoint took and wrote."""

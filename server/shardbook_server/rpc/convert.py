@@ -247,6 +247,7 @@ def checkpoint(view: views.CheckpointInfo) -> types_pb2.Checkpoint:
         note=view.note,
         writer=describing.writer(view.writer),
         timing=describing.timing(view.timing),
+        other_locations=view.other_locations,
         delete_time=timestamp(view.delete_time_us),
         purge_time=timestamp(view.purge_time_us),
         data_missing=view.data_missing,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from shardbook.core import limits
 from shardbook.core.columns import encode_name
 from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_segment
 from shardbook.core.table import TensorTable, printable
+from shardbook.core.uris import check_no_credentials, check_stays_inside
 from shardbook.errors import InvalidArgumentError
 
 #: Largest session number that an attempt may be recorded with.
@@ -17,11 +16,6 @@ LATEST_TIME_US = 253_402_300_799_999_999
 
 #: No job has been running for longer than thirty years, microseconds.
 LONGEST_AGE_US = 30 * 366 * 86_400_000_000
-
-#: Azure writes ``container@account`` where others write a user; a password never passes.
-_USER_INFO = re.compile(
-    r"^(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#]*@|[a-z]+://[^/?#@]*:[^/?#]*@)", re.IGNORECASE
-)
 
 
 def check_int(value: int, field: str, *, smallest: int = 0, largest: int = limits.INT64_MAX) -> int:
@@ -85,13 +79,13 @@ def prose(text: str, limit_chars: int) -> str:
 
 
 def check_location(location: str, field: str) -> str:
-    """Returns ``location`` when it is a place that may be stored: no user information, not empty."""
+    """Returns ``location`` when it is a place that may be stored: no credentials, no way out, not empty."""
     if not location:
         raise InvalidArgumentError("a location is needed", field=field)
+    # First: what other checks refuse they repeat.
+    check_no_credentials(location, field)
     check_text(location, field, limits.MAX_LOCATION_BYTES)
-    if _USER_INFO.match(location):
-        raise InvalidArgumentError("a location must not carry user information or credentials", field=field)
-    return location
+    return check_stays_inside(location, field)
 
 
 def check_prefix(prefix: str, field: str) -> str:

@@ -21,6 +21,7 @@ from shardbook_server.service.views import CheckpointInfo, CheckpointState
 from shardbook_server.storage import aliases as alias_rows
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import events as event_rows
+from shardbook_server.storage import locations as location_rows
 from shardbook_server.storage import retention as rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import DATA_MISSING, FILES_GOING, FILES_GONE, PURGED, CheckpointRow
@@ -222,7 +223,8 @@ class DeletionService:
             if row.flags & PURGED:
                 raise _purged(parsed)
             rows.set_flags(connection, row.id, row.flags | FILES_GOING | (FILES_GONE if done else 0))
-            everywhere = [row.location, *locations]
+            also = location_rows.find_others(connection, [row.id]).get(row.id, ())
+            everywhere = [row.location, *also, *locations]
             sharing = rows.find_sharing(connection, row.id, row.prefix, everywhere, limits.MAX_PAGE_SIZE)
             listed = checkpoint_rows.find_listed(connection, sharing)
             names = [present.checkpoint_of(listed[one]).name for one in sharing]

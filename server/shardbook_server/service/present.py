@@ -62,6 +62,7 @@ def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> Checkp
         state=CheckpointState(row.state),
         live=row.live,
         location=AttemptLocation(row.location, row.prefix),
+        other_locations=listed.other_locations,
         tensor_count=listed.tensor_count,
         chunk_count=listed.chunk_count,
         bytes_entry_count=listed.bytes_entry_count,

@@ -16,6 +16,7 @@ from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.events import EventService
 from shardbook_server.service.holds import HoldService
 from shardbook_server.service.lineage import LineageService
+from shardbook_server.service.locations import LocationService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -60,6 +61,7 @@ class Services:
     lineage: LineageService
     events: EventService
     claims: ClaimService
+    locations: LocationService
 
 
 def build_services(
@@ -99,4 +101,5 @@ def build_services(
         lineage=LineageService(database),
         events=EventService(database),
         claims=ClaimService(database),
+        locations=LocationService(database),
     )

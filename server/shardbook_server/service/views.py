@@ -216,6 +216,7 @@ class CheckpointInfo:
     data_missing: bool = False
     file_deletion: FileDeletion = FileDeletion.NONE
     holds: tuple[HoldView, ...] = ()
+    other_locations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

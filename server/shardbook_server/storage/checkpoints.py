@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, upda
 
 from shardbook_server.storage.dialect import among, insert_ignore, lock_rows
 from shardbook_server.storage.lists import slices
+from shardbook_server.storage.locations import packed_others, unpacked
 from shardbook_server.storage.tables import (
     IS_LIVE,
     IS_STAGED,
@@ -84,6 +85,12 @@ class ListedCheckpoint:
     bytes_entry_count: int
     warnings: str
     latest_id: int | None
+    packed_locations: str | None
+
+    @property
+    def other_locations(self) -> tuple[str, ...]:
+        """Where it is beside its first location, in order."""
+        return unpacked(self.packed_locations)
 
 
 @dataclass(frozen=True)
@@ -336,7 +343,7 @@ _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.bytes_entry_count, 0),
     func.coalesce(checkpoint_structures.c.warnings, "[]"),
 )
-_SHOWN = (projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE, parts.c.latest_id)
+_SHOWN = (projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE, parts.c.latest_id, packed_others())
 #: Checkpoints with their names and structures.
 LISTED: Select[*tuple[Any, ...]] = (
     select(checkpoints, *_SHOWN)

@@ -26,6 +26,7 @@ class EventKind(IntEnum):
     UNDELETED = 9
     DATA_LOST = 10
     DATA_FOUND = 11
+    MOVED = 16
 
 
 @dataclass(frozen=True)

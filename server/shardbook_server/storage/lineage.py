@@ -26,8 +26,9 @@ from sqlalchemy import (
 
 from shardbook_server.storage.columns import Int64
 from shardbook_server.storage.dialect import lock_names
+from shardbook_server.storage.lineage_tables import lineage
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import checkpoints, lineage
+from shardbook_server.storage.tables import checkpoints
 
 #: Name of the lock, for transactions that begin with it.
 LOCK: Final = "lineage"

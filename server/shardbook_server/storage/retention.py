@@ -22,11 +22,13 @@ from shardbook_server.storage.retention_tables import holds, retention_policies
 from shardbook_server.storage.tables import (
     IS_LIVE,
     LOCATION_START,
+    OTHER_LOCATION_START,
     SAVE_TIME,
     checkpoints,
     descriptions,
     extent_segments,
     labels,
+    locations,
     metrics,
     rank_stats,
 )
@@ -115,7 +117,7 @@ def newest_deleted(connection: Connection, part_id: int, step: int, session: int
 
 
 def find_sharing(
-    connection: Connection, checkpoint_id: int, prefix: str, locations: Sequence[str], limit: int
+    connection: Connection, checkpoint_id: int, prefix: str, places: Sequence[str], limit: int
 ) -> list[int]:
     """Returns other checkpoints at some locations that can be loaded, written or brought back.
 
@@ -123,15 +125,17 @@ def find_sharing(
     """
     going = checkpoints.c.flags.op("&")(FILES_GOING | FILES_GONE | PURGED)
     found: list[int] = []
-    for some in slices(sorted(set(locations))):
+    for some in slices(sorted(set(places))):
         starts = sorted({one[:_START_CHARS] for one in some})
         usable = or_(checkpoints.c.state.in_((OPEN, COMMITTED)), and_(checkpoints.c.state == DELETED, going == 0))
-        where = [LOCATION_START.in_(starts), checkpoints.c.location.in_(some), checkpoints.c.id != checkpoint_id]
+        where = [checkpoints.c.id != checkpoint_id, usable]
         if prefix:
             where.append(checkpoints.c.prefix.in_((prefix, "")))
-        statement = select(checkpoints.c.id).where(*where, usable).order_by(checkpoints.c.id).limit(limit)
-        found += connection.scalars(statement)
-    return found[:limit]
+        statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id).limit(limit)
+        found += connection.scalars(statement.where(LOCATION_START.in_(starts), checkpoints.c.location.in_(some)))
+        others = statement.join(locations, locations.c.checkpoint_id == checkpoints.c.id)
+        found += connection.scalars(others.where(OTHER_LOCATION_START.in_(starts), locations.c.location.in_(some)))
+    return sorted(set(found))[:limit]
 
 
 # ------------------------------------------------------------------ policies
@@ -174,7 +178,7 @@ def kept_bytes(connection: Connection, checkpoint_id: int) -> int:
 
 def purge(connection: Connection, checkpoint_id: int, flags: int) -> None:
     """Drops what is known of a deleted checkpoint. Its row stays: no number is handed out twice."""
-    for table in (extent_segments, labels, metrics, descriptions, rank_stats, holds):
+    for table in (extent_segments, labels, metrics, descriptions, rank_stats, holds, locations):
         connection.execute(delete(table).where(table.c.checkpoint_id == checkpoint_id))
     values = {"structure_id": None, "purge_time_us": None, "metadata_header": b"", "flags": flags | PURGED}
     connection.execute(update(checkpoints).where(checkpoints.c.id == checkpoint_id).values(**values))

@@ -1,4 +1,4 @@
-"""Tables of what is saved; ``metadata`` has those of ``event_tables`` and ``retention_tables`` too.
+"""Tables of what is saved; ``metadata`` has those of ``event_tables``, ``lineage_tables`` and ``retention_tables`` too.
 
 The migrations build the same schema (a test compares them); numbers of states and kinds are stored. Keys are integers
 and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused (AUTOINCREMENT,
@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-from shardbook_server.storage import columns, event_tables, retention_tables  # noqa: F401 - ``metadata`` has them
+from shardbook_server.storage import columns, event_tables, lineage_tables, retention_tables  # noqa: F401 - ``metadata`` has them
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT
@@ -184,6 +184,18 @@ checkpoints = Table(
     **_NEVER_REUSED,
 )
 
+#: Where a checkpoint is beside ``checkpoints.location``, by position from 1; none for one that is in one place.
+locations = Table(
+    "locations",
+    metadata,
+    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("location", Text, nullable=False),
+    # Who else has files in a directory; the beginning is enough, and an entry of an index has its limit.
+    Index("ix_locations_location", text("substr(location, 1, 256)")),
+    **_CLUSTERED,
+)
+
 #: What people and jobs call checkpoints. The index is for filters and orders, across runs.
 labels = Table(
     "labels",
@@ -242,31 +254,6 @@ aliases = Table(
     Column("update_time_us", Int64, nullable=False),
     Index("ix_aliases_checkpoint_id", "checkpoint_id"),
     **_CLUSTERED,
-)
-
-#: Edges of lineage, from the older end (parent) to the younger one. ``name`` is empty where both ends are checkpoints
-#: of the catalogue; else it stands for the one that is not. ``incarnation`` is of the job that told it with a commit.
-lineage = Table(
-    "lineage",
-    metadata,
-    Column("id", Int64, primary_key=True),
-    Column("kind", Small, nullable=False),
-    Column("parent_id", ForeignKey("checkpoints.id")),
-    Column("child_id", ForeignKey("checkpoints.id")),
-    Column("name", Name, nullable=False),
-    Column("incarnation", LargeBinary(16)),
-    Column("create_time_us", Int64, nullable=False),
-    Index("ix_lineage_parent", "parent_id", "id"),
-    Index("ix_lineage_child", "child_id", "id"),
-    Index("ix_lineage_named", "name", sqlite_where=text("name <> ''"), postgresql_where=text("name <> ''")),
-    # What a session has told already.
-    Index(
-        "ix_lineage_told",
-        "incarnation",
-        sqlite_where=text("incarnation IS NOT NULL"),
-        postgresql_where=text("incarnation IS NOT NULL"),
-    ),
-    **_NEVER_REUSED,
 )
 
 #: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``; a plan has its
@@ -383,6 +370,7 @@ SAVE_TIME: Final = func.coalesce(checkpoints.c.write_time_us, checkpoints.c.crea
 
 #: Beginning of a location, as an index has it.
 LOCATION_START: Final = func.substr(checkpoints.c.location, literal_column("1"), literal_column("256"))
+OTHER_LOCATION_START: Final = func.substr(locations.c.location, literal_column("1"), literal_column("256"))
 
 # Conditions of the partial indexes. The values are spelled out: no planner uses such an index for a bound parameter.
 IS_LIVE: Final = checkpoints.c.live == literal_column("1")

@@ -45,6 +45,7 @@ ASKING = {
     "export": [REF, "-o", "DIR/exported"],
     "du": [RUN],
     "verify": [REF],
+    "move": [RUN, "--to", "copies"],
     "sync": ["DIR"],
     "import": ["DIR", "--run", RUN],
     "gc": ["DIR", "--dry-run", "--older-than", "1s"],
@@ -56,8 +57,8 @@ ASKING = {
     "undelete": [REF],
 }
 #: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on,
-#: `demo` starts one.
-OTHERS = {"doctor", "relay", "demo"}
+#: `demo` starts one, `stores` asks none.
+OTHERS = {"doctor", "relay", "demo", "stores"}
 
 
 def commands() -> dict[str, Any]:
@@ -68,8 +69,9 @@ def commands() -> dict[str, Any]:
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> Callable[[str], list[str]]:
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     """The words of a command that asks the server, and finds in its directory what it asks about."""
+    monkeypatch.setenv("SHARDBOOK_STORES", f"copies={tmp_path}")
     CheckpointDirectory(tmp_path).add_manifest(identity(10))
     killed = identity(10, incarnation=b"2" * 16)
     CheckpointDirectory(tmp_path).add_records(killed, without=(1,))

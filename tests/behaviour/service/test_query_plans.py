@@ -19,7 +19,7 @@ from shardbook_server.service.vitals import VitalsService
 from shardbook_server.storage import lineage as lineage_rows
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.lineage import LOCK
-from shardbook_server.storage.tables import lineage
+from shardbook_server.storage.lineage_tables import lineage
 from shardbook_server.storage.urls import is_postgres
 from tests.behaviour.service.saves import Job, Model, whole
 
