@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from shardbook._reading import GET_CHECKPOINT
+from shardbook import _reading
 from shardbook._targets import resource_name
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
@@ -77,7 +77,7 @@ class RetainingCalls:
             return str(parsed)
         request = catalog_pb2.GetCheckpointRequest(name=str(parsed))
         try:
-            found = self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint
+            found = self._transport.call(_reading.GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint
         except NotFoundError as error:
             if error.reason != "CHECKPOINT_DELETED":
                 raise
