@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from shardbook._reading import GET_CHECKPOINT
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
 from shardbook.core.limits import MAX_PAGE_SIZE, MAX_PRUNED
 from shardbook.core.names import CheckpointName, PartName, RunName
 from shardbook.core.retention import KeepBest, RetentionPolicy
 from shardbook.descriptions import Hold, PruneDecision
+from shardbook.errors import NotFoundError
+from shardbook.v1 import catalog_pb2
 from shardbook.v1 import retention_pb2 as pb
 
 DELETE_CHECKPOINT = Rpc("DeleteCheckpoint", lambda on: on.catalog.DeleteCheckpoint)
@@ -43,7 +46,7 @@ class RetainingCalls:
         """Deletes a committed checkpoint from the catalogue; until it is purged it can be brought back.
 
         Args:
-            name: The checkpoint.
+            name: The checkpoint; a name that can mean another one afterwards, such as ``@best``, is looked up before.
             force: Delete one, too, that ``latest`` or a protected alias means.
             delete_files: The caller goes on to delete its data files, see ``shardbook.deleting``: it cannot be brought
                 back.
@@ -57,9 +60,26 @@ class RetainingCalls:
             FailedPreconditionError: It is not committed, or it is held (``CHECKPOINT_HELD``), what ``latest`` means
                 (``LATEST_CHECKPOINT``), or a protected alias (``ALIAS_PROTECTED``).
         """
-        request = pb.DeleteCheckpointRequest(name=_checkpoint(name), force=force, delete_files=delete_files)
+        full = self._pinned(name, deadline_s)
+        request = pb.DeleteCheckpointRequest(name=full, force=force, delete_files=delete_files)
         answer = self._transport.call(DELETE_CHECKPOINT, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), tuple(answer.deleted_aliases)
+
+    def _pinned(self, name: CheckpointName | str, deadline_s: float | None) -> str:
+        """Returns the full name of a checkpoint, deleted or not.
+
+        A deletion whose answer was lost is made again, and `@latest`, `@best` or `@1500.s3` mean the next one by then.
+        """
+        parsed = name if isinstance(name, CheckpointName) else CheckpointName.parse(name)
+        if parsed.id.attempt is not None:
+            return str(parsed)
+        try:
+            request = catalog_pb2.GetCheckpointRequest(name=str(parsed))
+            return str(self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint.name)
+        except NotFoundError as error:
+            if error.reason != "CHECKPOINT_DELETED":
+                raise
+            return error.metadata["name"]
 
     def undelete_checkpoint(self, name: CheckpointName | str, *, deadline_s: float | None = None) -> Checkpoint:
         """Brings a deleted checkpoint back.

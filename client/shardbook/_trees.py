@@ -285,6 +285,11 @@ class _LocalTree:
             os.close(descriptor)
 
 
+#: Filesystems of fsspec that have directories, and refuse to remove one that is not empty. Others have none, or remove
+#: what is in it as well: Arrow's, and so HDFS; and some take a bucket for one.
+_REFUSING: Final = frozenset({"file", "local", "memory", "sftp", "ssh", "smb", "ftp"})
+
+
 class _FsspecTree:
     """A directory behind a URL. A file is one PUT, so that it is never seen half-written."""
 
@@ -314,11 +319,9 @@ class _FsspecTree:
         return {str(name)[len(inside) + 1 :]: facts_of(info) for name, info in below.items()}
 
     def remove_empty(self, path: str) -> None:
-        # Object stores have no directories; others have those that somebody made.
         with suppress(Exception):
             for folder, _, _ in self._fs.walk(self._inside(path), topdown=False):
-                with suppress(Exception):
-                    self._fs.rmdir(str(folder))
+                self._remove_directory(str(folder))
 
     def names(self, path: str) -> list[str]:
         with storage_errors("list", path):
@@ -399,9 +402,14 @@ class _FsspecTree:
         return True
 
     def remove_directory(self, path: str) -> None:
-        # Object stores have none, and say so in words of their own.
+        self._remove_directory(self._inside(path))
+
+    def _remove_directory(self, inside: str) -> None:
+        known = self._fs.protocol
+        if _REFUSING.isdisjoint((known,) if isinstance(known, str) else known):
+            return  # an empty directory that stays harms nobody
         with suppress(Exception):
-            self._fs.rmdir(self._inside(path))
+            self._fs.rmdir(inside)
 
     def flush(self, path: str) -> None:
         """Removals are durable when they are answered."""

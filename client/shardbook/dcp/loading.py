@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch.distributed as dist
@@ -106,14 +107,8 @@ def load(
     if planner is None:
         planner = ShardbookLoadPlanner(weights_only=weights_only, strict=strict, allow_dtype_change=allow_dtype_change)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
-    try:
-        _load_into(state_dict, reader, metadata, planner, rank)
-    except Exception as error:
-        if storage_reader is None and _is_absent(error) and isinstance(metadata, LazyMetadata):
-            tell = getattr(metadata.source, "tell_lost", None)
-            if tell is not None:
-                tell()
-        raise
+    tell_lost = getattr(metadata.source, "tell_lost", None) if isinstance(metadata, LazyMetadata) else None
+    _load_into(state_dict, reader, metadata, planner, rank, tell_lost if storage_reader is None else None)
     if name is None and rank == 0:
         repair_directory(reader)
     report = planner.report if isinstance(planner, ShardbookLoadPlanner) else None
@@ -228,15 +223,25 @@ def _load_into(
     metadata: Metadata,
     planner: TorchLoadPlanner,
     rank: int,
+    tell_lost: Callable[[], None] | None,
 ) -> None:
-    """DCP's load with this rank's plan alone; sorted keys and stateful objects as in DCP."""
+    """DCP's load with this rank's plan alone; sorted keys and stateful objects as in DCP.
+
+    ``tell_lost`` hears of a data file that is not there. What a user's own object misses is no file of the checkpoint.
+    """
     keys = sorted(state_dict)
     values = {key: state_dict[key] for key in keys}
     plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in values.items()}
     plan, reader = _planned(plain, reader, metadata, planner, rank)
     plan = reader.prepare_local_plan(plan)
     plan = reader.prepare_global_plan(planner.create_global_plan([plan]))[0]
-    reader.read_data(planner.finish_plan(plan), planner).wait()
+    plan = planner.finish_plan(plan)
+    try:
+        reader.read_data(plan, planner).wait()
+    except Exception as error:
+        if tell_lost is not None and _is_absent(error):
+            tell_lost()
+        raise
     for key, value in values.items():
         if isinstance(value, Stateful):
             value.load_state_dict(plain[key])

@@ -14,12 +14,13 @@ from shardbook.catalog import Checkpoint, StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core import directory as names
+from shardbook.core import limits
 from shardbook.core.footprint import Footprint, rank_of_file
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import CheckpointName, prefix_of
 from shardbook.deleting.note import DeletionNote, check_inside
 from shardbook.deleting.removing import Doomed, Progress, remove
-from shardbook.errors import NotFoundError
+from shardbook.errors import FailedPreconditionError, NotFoundError
 from shardbook.stores import Stores, encodable, normalized
 
 #: What fetching the metadata of a whole checkpoint may take, seconds.
@@ -92,6 +93,7 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
 
     Raises:
         NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
+        FailedPreconditionError: Something else was saved there since (``OVERWRITTEN``).
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
         StorageError, PermissionDeniedError: The storage failed or refused.
     """
@@ -103,7 +105,9 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
         checkpoint = client.get_checkpoint(error.metadata["name"])
     directory = config.stores.path_of(checkpoint.location)
     with told_as_ours(f"cannot look at {directory}"):
-        _tree_of(directory)
+        tree = _tree_of(directory)
+        if tree is not None:
+            _check_unchanged(tree, directory, checkpoint)
 
 
 def delete_files(
@@ -123,7 +127,8 @@ def delete_files(
 
     Raises:
         NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
-        FailedPreconditionError: It is not deleted (``NOT_DELETED``), or purged (``CHECKPOINT_PURGED``).
+        FailedPreconditionError: It is not deleted (``NOT_DELETED``), or purged (``CHECKPOINT_PURGED``); or something
+            else was saved in its place since (``OVERWRITTEN``).
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
         StorageError, PermissionDeniedError: The storage failed or refused; the same again goes on.
         ShardbookError: The service could not be asked.
@@ -140,6 +145,7 @@ def delete_files(
         doomed: tuple[str, ...] = ()
         count = 0
         if not shared_with and tree is not None:
+            _check_unchanged(tree, directory, checkpoint)
             doomed = _with_leftovers(tree, directory, checkpoint, footprint)
             count = remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
         client.record_file_deletion(checkpoint.name, done=True)
@@ -175,6 +181,28 @@ def _tree_of(directory: str) -> Tree | None:
         return None
 
 
+def _check_unchanged(tree: Tree, directory: str, checkpoint: Checkpoint) -> None:
+    """Refuses to delete what plain DCP wrote after the checkpoint was recorded.
+
+    It saves to a directory again under the same names, and nobody may have told the catalogue. Attempts by Shardbook
+    have directories of their own, which no other save writes to.
+
+    Raises:
+        FailedPreconditionError: A file is newer than the record; reason ``OVERWRITTEN``.
+    """
+    if checkpoint.prefix or checkpoint.commit_time is None:
+        return
+    recorded_s = checkpoint.commit_time.timestamp()
+    for name, facts in sorted(tree.files(directory).items()):
+        if facts.mtime_s is not None and facts.mtime_s > recorded_s:
+            raise FailedPreconditionError(
+                f"{encodable(name)} in {encodable(directory)} was written after {checkpoint.ref} was recorded: "
+                "something else may have been saved there since, and nothing is deleted; "
+                "`shardbook import` records what is there now",
+                reason="OVERWRITTEN",
+            )
+
+
 def _footprint(stored: StoredMetadata) -> Footprint:
     structure, located = stored.columns()
     prefix = stored.checkpoint.location.prefix
@@ -201,15 +229,17 @@ def _sharing(client: Client, others: Iterable[str], prefix: str, footprint: Foot
     """Returns those of the other checkpoints of a directory that have some of the files of one, too."""
     own = set(footprint.paths)
     sharing = []
-    for name in others:
+    every = tuple(others)
+    if len(every) >= limits.MAX_PAGE_SIZE:
+        return every  # there may be more, and any of them may have the files
+    for name in every:
         other = client.get_checkpoint(name)
         if prefix and other.prefix:
             # An attempt's directory is named after it: who has the same one has its files.
             is_sharing = other.prefix == prefix
         elif not other.structure_digest:
-            is_sharing = (
-                False  # plain DCP's are recorded as a whole, and nothing else lies outside of its own directory
-            )
+            # It is being written or recorded, and nobody knows its files yet.
+            is_sharing = not other.prefix or any(path.startswith(f"{other.prefix}/") for path in own)
         else:
             stored = client.get_metadata(other.name, show_deleted=True, deadline_s=_METADATA_S)
             is_sharing = bool(own & set(_footprint(stored).paths))

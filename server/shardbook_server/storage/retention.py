@@ -116,13 +116,19 @@ def newest_deleted(connection: Connection, part_id: int, step: int, session: int
 
 
 def find_sharing(connection: Connection, checkpoint_id: int, locations: Sequence[str], limit: int) -> list[int]:
-    """Returns other checkpoints at some locations that can be loaded, written or brought back."""
+    """Returns other checkpoints at some locations that can be loaded, written or brought back.
+
+    An attempt's directory is its own: of one that has one, those that have another are left out.
+    """
+    prefix = connection.scalar(select(checkpoints.c.prefix).where(checkpoints.c.id == checkpoint_id))
     going = checkpoints.c.flags.op("&")(FILES_GOING | FILES_GONE | PURGED)
     found: list[int] = []
     for some in slices(sorted(set(locations))):
         starts = sorted({one[:_START_CHARS] for one in some})
         usable = or_(checkpoints.c.state.in_((OPEN, COMMITTED)), and_(checkpoints.c.state == DELETED, going == 0))
-        where = (LOCATION_START.in_(starts), checkpoints.c.location.in_(some), checkpoints.c.id != checkpoint_id)
+        where = [LOCATION_START.in_(starts), checkpoints.c.location.in_(some), checkpoints.c.id != checkpoint_id]
+        if prefix:
+            where.append(checkpoints.c.prefix.in_(("", prefix)))
         statement = select(checkpoints.c.id).where(*where, usable).order_by(checkpoints.c.id).limit(limit)
         found += connection.scalars(statement)
     return found[:limit]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
 import typer
 
 import shardbook
 from shardbook import dcp
-from shardbook.catalog import FileDeletion
+from shardbook.catalog import CheckpointState, FileDeletion
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.retention import RetentionPolicy
@@ -22,6 +26,7 @@ from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.data_files import FILES, write_checkpoint
 from tests.behaviour.client.directories import identity
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 _numbers = itertools.count(1)
 
 
@@ -281,6 +286,59 @@ class TestLostData:
         with pytest.raises(Exception, match="__0_0"):
             dcp.load({"note.0": None}, f"{run}@2")
         assert [True, True, False] == [client.get_checkpoint(f"{run}@{step}").data_missing for step in (1, 2, 3)]
+
+    def test_a_file_that_a_user_object_misses_is_none_of_the_checkpoint(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """`latest` goes on to mean what is whole."""
+        torch_dcp.save({"model": {"w": torch.ones(4)}}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+        assert 0 == shardbook("import", str(tmp_path / "step-1"), "--run", run).code
+
+        class Model:
+            """Reads its vocabulary when it is loaded."""
+
+            def state_dict(self) -> dict[str, torch.Tensor]:
+                return {"w": torch.zeros(4)}
+
+            def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+                assert [1.0] * 4 == state["w"].tolist()
+                (tmp_path / "vocabulary").read_bytes()
+
+        with pytest.raises(FileNotFoundError, match="vocabulary"):
+            dcp.load({"model": Model()}, f"{run}@1")
+        assert not client.get_checkpoint(f"{run}@1").data_missing
+
+
+class TestOverwritten:
+    """Plain DCP saves to one directory again and again."""
+
+    @pytest.mark.filterwarnings("ignore:.*existing checkpoint:UserWarning")
+    def test_what_was_saved_there_since_is_not_deleted(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """Neither by rm nor by prune; what is as it was recorded is."""
+        place = tmp_path / "last"
+        torch_dcp.save({"w": torch.full((4,), 1)}, checkpoint_id=str(place), no_dist=True)
+        assert 0 == shardbook("import", str(place), "--run", run, "--step", "1").code
+        torch_dcp.save({"w": torch.full((4,), 2)}, checkpoint_id=str(place), no_dist=True)
+        later = time.time() + 60
+        for one in place.iterdir():
+            os.utime(one, (later, later))
+        ran = shardbook("rm", f"{run}@1", "--delete-files", "--force")
+        assert "was written after" in ran.err
+        imported = client.get_checkpoint(f"{run}@1")
+        assert CheckpointState.COMMITTED is imported.state
+        client.delete_checkpoint(imported.name, force=True, delete_files=True)
+        with pytest.raises(FailedPreconditionError) as refused:
+            delete_files(imported.name, client=client, config=ClientConfig())
+        assert "OVERWRITTEN" == refused.value.reason
+        state = {"w": torch.zeros(4, dtype=torch.int64)}
+        torch_dcp.load(state, checkpoint_id=str(place), no_dist=True)
+        assert [2, 2, 2, 2] == state["w"].tolist()
+        for one in place.iterdir():
+            os.utime(one, (0, 0))
+        delete_files(imported.name, client=client, config=ClientConfig())
+        assert not place.exists()
 
 
 def shardbook_read(ref: str) -> np.ndarray:
