@@ -6,8 +6,8 @@
 
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Pytest's worker processes: the tests with real ranks start up to eight processes each, and wait half of their time.
-WORKERS ?= 3
+# Pytest's worker processes, for two cores: tests of faults wait for most of their time.
+WORKERS ?= 4
 EXTRAS ?= torch,checksum,cli,read,server,postgres,otel,dev
 ARGS ?=
 
@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.shardbook-installed
 SOURCES := client server migrations tests benchmarks examples proto docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak check lint types imports proto proto-check docs docs-check bench fix clean
+.PHONY: help install demo session test soak check lint types imports proto proto-check docs docs-check bench fix clean
 
 help: ## list these commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ install: $(INSTALLED) ## make the environment and install everything into it
 
 demo: $(INSTALLED) ## the whole story on this machine: 4 ranks train, save, lose the server, load elsewhere
 	$(RUN) examples/demo.py $(ARGS)
+
+session: $(INSTALLED) ## a session over 100,000 checkpoints: find, describe, compare, follow; ARGS=--postgres
+	$(RUN) -m examples.catalogue $(ARGS)
 
 test: $(INSTALLED) ## the tests; installs pgbouncer where it is missing and apt-get may
 	@tests/tools.sh

@@ -5,6 +5,9 @@ calls use: parsing, statements and answers, without gRPC. Checkpoints have two l
 thousand a rare label and a rare metric; one in five is an attempt that failed. Two questions are known to be long
 walks, and have no goal: conditions that each hold of many and seldom together, and an order of two fields that sorts
 all rows of which the first is equal.
+
+Then the same catalogue is written and followed, through real servers: 24 jobs and 50 watchers, no event lost
+(``benchmarks.following``), and claimants that share the work on checkpoints (``benchmarks.claimants``).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from sqlalchemy import text
 
 from benchmarks.catalogue_rows import Saved, catalogue, store
 from benchmarks.common import Goal, Report, parse_arguments
+from benchmarks.following import QUICK, FollowSizes, measure_following
 from benchmarks.places import DURABILITY, places
 from shardbook_server.service.services import Services, build_services
 from shardbook_server.storage.database import Database
@@ -86,9 +90,17 @@ QUESTIONS: Final = (
 )
 
 
-def measure(saves: list[Saved], rounds: int) -> Report:
+def measure(saves: list[Saved], rounds: int, sizes: FollowSizes) -> Report:
     """Returns the report."""
-    report = Report("catalogue", {"durability": DURABILITY, "checkpoints": len(saves), "pages": f"{rounds} a question"})
+    report = Report(
+        "catalogue",
+        {
+            "durability": DURABILITY,
+            "checkpoints": len(saves),
+            "pages": f"{rounds} a question",
+            "writers and watchers": f"{sizes.writers} and {sizes.watchers}; one server on SQLite, two on Postgres",
+        },
+    )
     with places(postgres=True) as found:
         for place in found:
             url = f"sqlite:///{place.database}" if place.name == "SQLite" else str(place.database)
@@ -100,6 +112,7 @@ def measure(saves: list[Saved], rounds: int) -> Report:
                     _ask(report, place.name, build_services(database), question, rounds)
             finally:
                 database.close()
+        measure_following(report, found, sizes)
     return report
 
 
@@ -151,8 +164,8 @@ def _timed(page: Callable[[str], tuple[int, str]], token: str, rounds: int) -> t
 def main() -> int:
     """Runs the benchmark; returns the exit code."""
     arguments = parse_arguments(__doc__ or "")
-    per_run, rounds = (500, 5) if arguments.quick else (5_000, ROUNDS)
-    return measure(catalogue(20, per_run), rounds).finish(check=arguments.check)
+    per_run, rounds, sizes = (500, 5, QUICK) if arguments.quick else (5_000, ROUNDS, FollowSizes())
+    return measure(catalogue(20, per_run), rounds, sizes).finish(check=arguments.check)
 
 
 if __name__ == "__main__":

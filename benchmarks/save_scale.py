@@ -29,6 +29,8 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp-64": fsdp(64),
     "fsdp-256": fsdp(256),
     "fsdp-1024": fsdp(1024),
+    "fsdp-8960": fsdp(8960),
+    "fsdp-16384": fsdp(16384),
     "405b-1024": llama_405b(scale=16),
     "405b-8192": llama_405b(scale=2),
     "405b-16384": llama_405b(),

@@ -71,13 +71,20 @@ def members_of(workload: Workload) -> list[Member]:
     ]
 
 
+def rank_plan(workload: Workload, rank: int) -> RankPlan:
+    """Returns the boxes of a rank of ``workload``: one of each tensor."""
+    return RankPlan(
+        _table(workload), np.arange(workload.tensors, dtype=np.int64), workload.offsets(rank), workload.sizes
+    )
+
+
 def rank_structures(workload: Workload) -> Iterator[RankStructure]:
     """Yields what every rank of ``workload`` writes: all of its tensors' chunks, one after the other, in one file."""
-    table = _table(workload)
-    rows = np.arange(workload.tensors, dtype=np.int64)
+    first = rank_plan(workload, 0)
+    rows = first.entry
     files = (FileName(True, "0.distcp"),)
     for rank in range(workload.ranks):
-        plan = RankPlan(table, rows, workload.offsets(rank), workload.sizes)
+        plan = RankPlan(first.table, rows, workload.offsets(rank), workload.sizes)
         yield RankStructure(plan, rows, files, np.array([len(rows)]), rows, workload.lengths)
 
 

@@ -24,8 +24,9 @@ from shardbook.core.retention import RetentionPolicy
 from shardbook.deleting import DeletedFiles, FileList
 from shardbook.descriptions import Alias, Hold, PhaseTiming, Project, PruneDecision, RankInfo, SaveTiming, Writer
 from shardbook.doctor import Finding
+from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
-from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus
+from shardbook.status import HostRanks, OpenAttempt, PartStatus, RankHost, RunStatus
 from shardbook.sync import SyncedAttempt
 from shardbook.usage import PartUsage
 from shardbook.verifying import FileFault, VerifyReport
@@ -54,7 +55,12 @@ what was asked for is not committed |
 
 `--plain` is for other programs: no colours, no folded cells, no progress. NO_COLOR takes the colours away, too. A
 command that takes longer than a second says how far it is, on standard error, where that is a terminal. Names that
-would not print are escaped. `shardbook --install-completion` has the shell complete commands and options.
+would not print are escaped. Times are in UTC, and say so: `2026-11-23 09:30:00Z`.
+A reader that goes away (`| head`) ends a command quietly.
+
+`shardbook --install-completion` has bash, zsh or fish complete commands, options, and what the server knows: projects,
+runs, `project/run@...` with its aliases and newest steps. A server that does not answer within half a second completes
+to nothing, silently.
 
 ## JSON
 
@@ -63,6 +69,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 
 | command | object |
 |---|---|
+| `shardbook demo` | `{"held": [what held], "took_s": number, "directory": what `--keep` named, or null}` |
 | `shardbook projects` | `{"projects": [project], "more": bool}` |
 | `shardbook runs` | `{"runs": [run], "more": bool}` |
 | `shardbook ls` | `{"checkpoints": [checkpoint], "more": bool, "latest": {part: name of the checkpoint, or null}}` |
@@ -79,12 +86,16 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref], "deleted": [decision], \
 "files": [deleted files], "failures": [{"ref": ref, "message": text}]}` |
 | `shardbook policy` | `{"policy": policy, or null}` |
+| `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
+| `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
+| `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook chunks` | `{"tensor": {"fqn", "dtype", "shape", "chunk_count"}, "directory": path or URL, \
 "chunks": [printed chunk], "more": bool}` |
 | `shardbook diff` | `{"diff": diff}`, with `is_same`, `same_tensors`, `added_count`, \
 `removed_count` and `changed_count` besides; lists end at `--limit` |
-| `shardbook status` | `{"status": run status, "stale": [names of parts that `--max-age` found too old]}` |
+| `shardbook status` | `{"status": run status, "stale": [names of parts that `--max-age` found too old], \
+"aliases": [alias]}` |
 | `shardbook cat` | `{"tensors": [printed tensor], "output": path of the file, or null}` |
 | `shardbook read` | `{"tensors": [statistics]}` |
 | `shardbook export` | `{"output": path or URL of the file, "size_bytes": number}` |
@@ -111,6 +122,9 @@ _OBJECTS = (
     ("decision", PruneDecision),
     ("policy", RetentionPolicy),
     ("project", Project),
+    ("event", Event),
+    ("subscription", Subscription),
+    ("claim", Claim),
     ("tensor", TensorInfo),
     ("printed tensor", PrintedTensor),
     ("report", VerifyReport),
@@ -126,6 +140,7 @@ _OBJECTS = (
     ("status of a part", PartStatus),
     ("open attempt", OpenAttempt),
     ("rank and host", RankHost),
+    ("ranks of a host", HostRanks),
     ("statistics", Statistics),
     ("usage of a part", PartUsage),
     ("left attempt", LeftAttempt),
@@ -212,6 +227,10 @@ def _command(words: str, command: Any) -> Iterator[str]:
         yield from ("", "| | |", "|---|---|", *rows)
 
 
+def _shown(default: object) -> str:
+    return f"{default:g}" if isinstance(default, int | float) else str(default)
+
+
 def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
     for argument in arguments:
         yield f"| `{_cell(argument.metavar)}` | {_cell(argument.help or '')} |"
@@ -219,7 +238,7 @@ def _parameters(command: Any, arguments: Iterable[Any]) -> Iterator[str]:
         if option.param_type_name == "option":
             names = ", ".join([*option.opts, *option.secondary_opts])
             value = "" if option.is_flag else f" {option.metavar or 'TEXT'}"
-            default = "" if option.is_flag or option.default in (None, "") else f" Default: {option.default:g}."
+            default = "" if option.is_flag or option.default in (None, "") else f" Default: {_shown(option.default)}."
             yield f"| `{names}{value}` | {_cell(option.help or '')}{default} |"
 
 

@@ -7,6 +7,7 @@ more examples; a failing example is printed in a form that can be pasted into th
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from tests.postgres import Postgres, described, running_postgres
 
 _HERE = Path(__file__).parent
 _SLOW_FOLDERS = {"faults", "torch", "deploy"}
+
+# Compiled once, not by each of the hundreds of processes that tests start.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile("default", deadline=None, print_blob=True, max_examples=60)
 settings.register_profile("soak", deadline=None, print_blob=True, max_examples=1_000)

@@ -91,7 +91,9 @@ def running_postgres() -> Iterator[Postgres]:
         with PostgresContainer(_IMAGE, driver=None) as container:
             yield Postgres(container.get_connection_url())
     else:
-        cluster = Cluster()
+        # Nothing looks at tables in the middle of a test: which plans it then has would be chance. With a database for
+        # each test, the workers of autovacuum would follow each other without a pause, too.
+        cluster = Cluster({"autovacuum": "off"})
         try:
             yield Postgres(cluster.url)
         finally:

@@ -15,9 +15,12 @@ from shardbook.errors import (
     AlreadyExistsError,
     CheckpointClosedError,
     CheckpointMismatchError,
+    ClaimLostError,
     CorruptDataError,
     CorruptManifestError,
+    CursorExpiredError,
     DeadlineExceededError,
+    EpochChangedError,
     FailedPreconditionError,
     ForkedClientError,
     InternalError,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from shardbook.comparing import CheckpointDiff, diff
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
+    from shardbook.events import Event, EventKind
     from shardbook.reading import read, read_many
     from shardbook.verifying import VerifyReport, verify
 
@@ -64,6 +68,8 @@ _HOME = {
     "RunPart": "shardbook.catalog",
     "StoredMetadata": "shardbook.catalog",
     "TensorInfo": "shardbook.catalog",
+    "Event": "shardbook.events",
+    "EventKind": "shardbook.events",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
     "CheckpointDiff": "shardbook.comparing",
@@ -84,6 +90,8 @@ __all__ = [
     "RunPart",
     "StoredMetadata",
     "TensorInfo",
+    "Event",
+    "EventKind",
     "read",
     "read_many",
     "CheckpointDiff",
@@ -93,9 +101,12 @@ __all__ = [
     "AlreadyExistsError",
     "CheckpointClosedError",
     "CheckpointMismatchError",
+    "ClaimLostError",
     "CorruptDataError",
     "CorruptManifestError",
+    "CursorExpiredError",
     "DeadlineExceededError",
+    "EpochChangedError",
     "FailedPreconditionError",
     "ForkedClientError",
     "InternalError",

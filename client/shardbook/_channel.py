@@ -38,7 +38,9 @@ _SERVICE_CONFIG: Final = json.dumps(
                     "backoffMultiplier": 2,
                     "retryableStatusCodes": ["UNAVAILABLE"],
                 },
-            }
+            },
+            # A stream without a deadline that gRPC makes again by itself after its server was killed can hang for ever.
+            {"name": [{"service": "shardbook.v1.CatalogService", "method": "WatchCheckpoints"}]},
         ],
         # When most calls fail the server is down, not flaky: the application's slower retry takes over.
         "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},

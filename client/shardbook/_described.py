@@ -10,19 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
 
 from shardbook._attempts import TreeFiles
 from shardbook._newest import incomplete_attempts, read_attempt
 from shardbook._plain import footprint_of, world_size_of
-from shardbook._targets import checkpoint_named
+from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import Tree, open_tree
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.footprint import Footprint
-from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
+from shardbook.core.names import CheckpointName
 from shardbook.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -36,9 +35,6 @@ from shardbook.stores import encodable, normalized
 
 #: A checkpoint as people pass it.
 Target = str | os.PathLike[str] | CheckpointName
-
-#: What fetching the metadata of a whole checkpoint may take, seconds.
-_METADATA_S: Final = 300.0
 
 
 class Source(StrEnum):
@@ -87,7 +83,7 @@ def describe(target: Target, *, trusted: bool, config: ClientConfig | None, clie
 
 def _of_ref(name: CheckpointName, config: ClientConfig, client: Client | None) -> Described:
     if client is None:
-        client = Client(config.server, token=config.token, timeout_s=_METADATA_S)
+        client = Client(config.server, token=config.token, timeout_s=METADATA_S)
     stored = client.get_metadata(name)
     place = stored.checkpoint.location
     directory = config.stores.path_of(place.location)
@@ -111,10 +107,7 @@ def _of_directory(path: str, *, trusted: bool) -> Described:
     found = read_directory(TreeFiles(tree, directory))
     if isinstance(found, FoldedAttempt):
         identity = found.manifest.identity
-        part = PartName(RunName.parse(identity.run), identity.part)
-        ref = CheckpointName(
-            part, CheckpointId.full(identity.step, identity.session, identity.attempt, identity.incarnation)
-        ).ref
+        ref = identity.checkpoint_name.ref
         footprint = Footprint.of_columns(found.structure, found.located, identity.prefix)
         return Described(ref, directory, Source.MANIFEST, identity.world_size, footprint, tree)
     footprint = _plain_footprint(directory, found, trusted=trusted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from shardbook._targets import resource_name
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
 from shardbook.core.description import check_labels, check_metrics, check_name, encode_note
@@ -34,12 +35,8 @@ class DescribingCalls:
     def list_projects(self, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None) -> Iterator[Project]:
         """Yields projects by name."""
         request = catalog_pb2.ListProjectsRequest(page_size=page_size)
-        while True:
-            page = self._transport.call(LIST_PROJECTS, request, deadline_s=deadline_s)
+        for page in self._transport.pages(LIST_PROJECTS, request, deadline_s=deadline_s):
             yield from map(Project.of, page.projects)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def update_checkpoint(
         self,
@@ -64,7 +61,7 @@ class DescribingCalls:
             InvalidArgumentError: A name or value cannot be stored, or there would be too many.
         """
         request = catalog_pb2.UpdateCheckpointRequest()
-        request.checkpoint.name = str(name if isinstance(name, CheckpointName) else CheckpointName.parse(name))
+        request.checkpoint.name = resource_name(name)
         request.checkpoint.labels.update(check_labels({k: v for k, v in (labels or {}).items() if v is not None}))
         request.checkpoint.metrics.update(check_metrics({k: v for k, v in (metrics or {}).items() if v is not None}))
         paths = request.update_mask.paths
@@ -86,14 +83,10 @@ class DescribingCalls:
             NotFoundError: There is no such checkpoint.
             FailedPreconditionError: It is not committed.
         """
-        parent = str(name if isinstance(name, CheckpointName) else CheckpointName.parse(name))
+        parent = resource_name(name)
         request = catalog_pb2.ListRanksRequest(parent=parent, page_size=page_size)
-        while True:
-            page = self._transport.call(LIST_RANKS, request, deadline_s=deadline_s)
+        for page in self._transport.pages(LIST_RANKS, request, deadline_s=deadline_s):
             yield from map(RankInfo.of, page.ranks)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def list_aliases(
         self,
@@ -111,12 +104,8 @@ class DescribingCalls:
         name = run if isinstance(run, RunName) else RunName.parse(run)
         parent = f"{name}/parts/-" if part is None else str(PartName(name, part))
         request = catalog_pb2.ListAliasesRequest(parent=parent, page_size=page_size)
-        while True:
-            page = self._transport.call(LIST_ALIASES, request, deadline_s=deadline_s)
+        for page in self._transport.pages(LIST_ALIASES, request, deadline_s=deadline_s):
             yield from map(Alias.of, page.aliases)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def set_alias(
         self,

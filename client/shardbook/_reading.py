@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardbook._patterns import listing_place
+from shardbook._targets import resource_name
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
 from shardbook.chunks import CheckpointChunks
@@ -88,7 +89,7 @@ class ReadingCalls:
     ) -> StoredMetadata:
         """Does the same; without head and blocks where the checkpoint's structure has the digest that is held."""
         request = metadata_pb2.GetMetadataRequest(
-            name=_resource(name),
+            name=resource_name(name),
             fqn_prefix=_prefix(fqn_prefix),
             held_structure_digest=held_digest,
             show_deleted=show_deleted,
@@ -120,7 +121,7 @@ class ReadingCalls:
                 is larger than the 4 MiB of one call.
         """
         request = metadata_pb2.QueryChunksRequest(
-            name=_resource(name), wanted=encode_wanted(wanted), include_head=include_head
+            name=resource_name(name), wanted=encode_wanted(wanted), include_head=include_head
         )
         return _found(wanted, self._pages(request, deadline_s))
 
@@ -136,7 +137,7 @@ class ReadingCalls:
             deadline_s: Seconds for each call.
         """
         digests = [digest_of(unframe(page)) if page else b"" for page in held]
-        request = metadata_pb2.QueryChunksRequest(name=_resource(name), wanted=wanted, apart=True)
+        request = metadata_pb2.QueryChunksRequest(name=resource_name(name), wanted=wanted, apart=True)
         pages = self._pages(request, deadline_s, digests)
         by_digest = dict(zip(digests, held, strict=True))
         return ChunkPages(
@@ -177,14 +178,10 @@ class ReadingCalls:
             NotFoundError: There is no such checkpoint, or it is not committed.
         """
         request = metadata_pb2.ListTensorsRequest(
-            parent=_resource(name), page_size=page_size, fqn_prefix=_prefix(fqn_prefix)
+            parent=resource_name(name), page_size=page_size, fqn_prefix=_prefix(fqn_prefix)
         )
-        while True:
-            page = self._transport.call(LIST_TENSORS, request, deadline_s=deadline_s)
+        for page in self._transport.pages(LIST_TENSORS, request, deadline_s=deadline_s):
             yield from map(TensorInfo.of, page.tensors)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def get_run(self, run: RunName | str, *, deadline_s: float | None = None) -> Run:
         """Returns a run.
@@ -224,12 +221,8 @@ class ReadingCalls:
         """Yields the runs of a project, or of all projects, by name."""
         parent = "projects/-" if project is None else f"projects/{check_segment(project, 'project')}"
         request = catalog_pb2.ListRunsRequest(parent=parent, page_size=page_size)
-        while True:
-            page = self._transport.call(LIST_RUNS, request, deadline_s=deadline_s)
+        for page in self._transport.pages(LIST_RUNS, request, deadline_s=deadline_s):
             yield from map(Run.of, page.runs)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def get_checkpoint(self, name: CheckpointName | str, *, deadline_s: float | None = None) -> Checkpoint:
         """Returns a checkpoint.
@@ -237,7 +230,7 @@ class ReadingCalls:
         Raises:
             NotFoundError: There is no such checkpoint.
         """
-        request = catalog_pb2.GetCheckpointRequest(name=_resource(name))
+        request = catalog_pb2.GetCheckpointRequest(name=resource_name(name))
         return Checkpoint.of(self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
 
     def list_checkpoints(
@@ -276,16 +269,8 @@ class ReadingCalls:
             filter=" AND ".join([*([filter] if filter.strip() else []), *conditions]),
             order_by=order_by,
         )
-        while True:
-            page = self._transport.call(LIST_CHECKPOINTS, request, deadline_s=deadline_s)
+        for page in self._transport.pages(LIST_CHECKPOINTS, request, deadline_s=deadline_s):
             yield from map(Checkpoint.of, page.checkpoints)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-
-def _resource(name: CheckpointName | str) -> str:
-    return str(name if isinstance(name, CheckpointName) else CheckpointName.parse(name))
 
 
 def _prefix(fqn_prefix: str | bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from shardbook._reading import GET_CHECKPOINT
+from shardbook._targets import resource_name
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
 from shardbook.core.limits import MAX_PAGE_SIZE, MAX_PRUNED
@@ -46,7 +47,7 @@ class RetainingCalls:
         """Deletes a committed checkpoint from the catalogue; until it is purged it can be brought back.
 
         Args:
-            name: The checkpoint; a name that can mean another one afterwards, such as ``@best``, is looked up before.
+            name: The checkpoint.
             force: Delete one, too, that ``latest`` or a protected alias means.
             delete_files: The caller goes on to delete its data files, see ``shardbook.deleting``: it cannot be brought
                 back.
@@ -60,26 +61,28 @@ class RetainingCalls:
             FailedPreconditionError: It is not committed, or it is held (``CHECKPOINT_HELD``), what ``latest`` means
                 (``LATEST_CHECKPOINT``), or a protected alias (``ALIAS_PROTECTED``).
         """
-        full = self._pinned(name, deadline_s)
-        request = pb.DeleteCheckpointRequest(name=full, force=force, delete_files=delete_files)
+        full_name = self._full_name(name, deadline_s)
+        request = pb.DeleteCheckpointRequest(name=full_name, force=force, delete_files=delete_files)
         answer = self._transport.call(DELETE_CHECKPOINT, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), tuple(answer.deleted_aliases)
 
-    def _pinned(self, name: CheckpointName | str, deadline_s: float | None) -> str:
-        """Returns the full name of a checkpoint, deleted or not.
+    def _full_name(self, name: CheckpointName | str, deadline_s: float | None) -> str:
+        """Returns the name that means the same checkpoint for ever, deleted or not.
 
-        A deletion whose answer was lost is made again, and `@latest`, `@best` or `@1500.s3` mean the next one by then.
+        A deletion changes what ``latest``, or a step, means: made again by another name after its answer was lost, it
+        would take the next checkpoint.
         """
         parsed = name if isinstance(name, CheckpointName) else CheckpointName.parse(name)
-        if parsed.id.attempt is not None:
+        if parsed.id.attempt is not None and (parsed.id.session or parsed.id.incarnation):
             return str(parsed)
+        request = catalog_pb2.GetCheckpointRequest(name=str(parsed))
         try:
-            request = catalog_pb2.GetCheckpointRequest(name=str(parsed))
-            return str(self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint.name)
+            found = self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint
         except NotFoundError as error:
             if error.reason != "CHECKPOINT_DELETED":
                 raise
             return error.metadata["name"]
+        return found.name
 
     def undelete_checkpoint(self, name: CheckpointName | str, *, deadline_s: float | None = None) -> Checkpoint:
         """Brings a deleted checkpoint back.
@@ -89,7 +92,7 @@ class RetainingCalls:
             FailedPreconditionError: Its files were deleted (``FILES_DELETED``), or it was purged
                 (``CHECKPOINT_PURGED``).
         """
-        request = pb.UndeleteCheckpointRequest(name=_checkpoint(name))
+        request = pb.UndeleteCheckpointRequest(name=resource_name(name))
         return Checkpoint.of(self._transport.call(UNDELETE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
 
     def hold_checkpoint(
@@ -108,7 +111,7 @@ class RetainingCalls:
             FailedPreconditionError: It is not committed.
             InvalidArgumentError: The time or the holder is not valid.
         """
-        request = pb.HoldCheckpointRequest(name=_checkpoint(name), holder=holder)
+        request = pb.HoldCheckpointRequest(name=resource_name(name), holder=holder)
         request.ttl.FromMicroseconds(round(ttl_s * 1e6))
         answer = self._transport.call(HOLD_CHECKPOINT, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), Hold.of(answer.hold)
@@ -121,7 +124,7 @@ class RetainingCalls:
         Raises:
             NotFoundError: There is no such checkpoint.
         """
-        request = pb.ReleaseCheckpointRequest(name=_checkpoint(name), holder=holder)
+        request = pb.ReleaseCheckpointRequest(name=resource_name(name), holder=holder)
         return Checkpoint.of(self._transport.call(RELEASE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
 
     def get_retention_policy(
@@ -178,12 +181,8 @@ class RetainingCalls:
             InvalidArgumentError: The policy has no rule.
         """
         request = pb.PreviewPruneRequest(parent=_parent(run, part), page_size=page_size, policy=_message(policy))
-        while True:
-            page = self._transport.call(PREVIEW_PRUNE, request, deadline_s=deadline_s)
+        for page in self._transport.pages(PREVIEW_PRUNE, request, deadline_s=deadline_s):
             yield from map(PruneDecision.of, page.decisions)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def prune(
         self,
@@ -228,7 +227,7 @@ class RetainingCalls:
             NotFoundError: There is no such checkpoint, or it was deleted.
             FailedPreconditionError: It is not committed.
         """
-        request = pb.ReportMissingDataRequest(name=_checkpoint(name), missing=missing)
+        request = pb.ReportMissingDataRequest(name=resource_name(name), missing=missing)
         return Checkpoint.of(self._transport.call(REPORT_MISSING_DATA, request, deadline_s=deadline_s).checkpoint)
 
     def record_file_deletion(
@@ -254,13 +253,9 @@ class RetainingCalls:
             NotFoundError: There is no such checkpoint.
             FailedPreconditionError: It is not deleted (``NOT_DELETED``), or was purged (``CHECKPOINT_PURGED``).
         """
-        request = pb.RecordFileDeletionRequest(name=_checkpoint(name), locations=locations, done=done)
+        request = pb.RecordFileDeletionRequest(name=resource_name(name), locations=locations, done=done)
         answer = self._transport.call(RECORD_FILE_DELETION, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), tuple(answer.sharing)
-
-
-def _checkpoint(name: CheckpointName | str) -> str:
-    return str(name if isinstance(name, CheckpointName) else CheckpointName.parse(name))
 
 
 def _parent(run: RunName | str, part: str | None) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from shardbook.core.names import CheckpointName, RunName, is_ref
 from shardbook.errors import InvalidArgumentError, NotFoundError
+
+#: What fetching the metadata of a whole checkpoint may take, seconds.
+METADATA_S: Final = 300.0
 
 
 def checkpoint_named(target: str | os.PathLike[str] | CheckpointName | None) -> CheckpointName | None:
@@ -31,6 +35,11 @@ def checkpoint_named(target: str | os.PathLike[str] | CheckpointName | None) -> 
     return None
 
 
+def resource_name(checkpoint: CheckpointName | str) -> str:
+    """Returns the name that the API has for a checkpoint, which may be given as a ref."""
+    return str(checkpoint if isinstance(checkpoint, CheckpointName) else CheckpointName.parse(checkpoint))
+
+
 def _is_run(text: str) -> bool:
     try:
         return RunName.parse(text).ref == text
@@ -38,4 +47,4 @@ def _is_run(text: str) -> bool:
         return False
 
 
-__all__ = ["checkpoint_named"]
+__all__ = ["METADATA_S", "checkpoint_named", "resource_name"]

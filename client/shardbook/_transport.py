@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, TypeVar, cast
@@ -164,6 +164,22 @@ class Transport:
 
             return self._until_deadline(attempt, limit_s, guarded)
 
+    def pages(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> Iterator[R]:
+        """Yields the pages of a listing; ``request`` is of the first one, and is used for the others.
+
+        Args:
+            rpc: A call with a ``page_token`` in its request and a ``next_page_token`` in its answer.
+            request: Its request.
+            deadline_s: As ``call`` has it, for each page.
+        """
+        following: Any = request
+        while True:
+            page = self.call(rpc, request, deadline_s=deadline_s)
+            yield page
+            following.page_token = cast("Any", page).next_page_token
+            if not following.page_token:
+                return
+
     def call_patiently(
         self,
         rpc: Rpc[Q, R],
@@ -215,7 +231,7 @@ class Transport:
                     future = started.future(request, timeout=remaining_s, metadata=self._metadata())
                     return wait_for(future)
                 except grpc.RpcError as error:
-                    raise self._typed(error, rpc.name) from error
+                    raise self.typed(error, rpc.name) from error
                 except ShardbookError:
                     if future is not None:  # nobody waits for it any more
                         future.cancel()
@@ -236,9 +252,17 @@ class Transport:
                 self._count(request)
                 return list(started(request, timeout=remaining_s, metadata=self._metadata()))
             except grpc.RpcError as error:
-                raise self._typed(error, rpc.name) from error
+                raise self.typed(error, rpc.name) from error
 
         return self._until_deadline(attempt, self.timeout_s if deadline_s is None else deadline_s)
+
+    def stream(self, rpc: StreamRpc[Q, R], request: Q) -> Any:
+        """Begins a stream that has no deadline; what goes wrong comes as gRPC raises it, see ``typed``."""
+        return rpc.on(connections.get(self.address))(request, metadata=self._metadata())
+
+    def typed(self, error: grpc.RpcError, method: str) -> ShardbookError:
+        """Returns the typed error for what gRPC raised."""
+        return error_from_rpc(error, method=method, target=str(self.address))
 
     def _guard(self, method: str) -> AbstractContextManager[GuardedCall | None]:
         return self.budget.call(method) if self.budget is not None else nullcontext()
@@ -288,7 +312,7 @@ class Transport:
             future: Any = started.future(request, timeout=guarded.linger_s, metadata=self._metadata())
             return cast("R", self._wait_for_probe(future, remaining_s, guarded))
         except grpc.RpcError as error:
-            raise self._typed(error, rpc.name) from error
+            raise self.typed(error, rpc.name) from error
 
     def _wait_for_probe(self, future: Any, remaining_s: float, guarded: GuardedCall) -> Any:
         """Waits for a probe as long as the save does; leaves it running and notes a late answer."""
@@ -298,7 +322,7 @@ class Transport:
 
             def note(done: Any) -> None:
                 late = done.exception()
-                if late is None or not is_outage(self._typed(late, guarded.method)):
+                if late is None or not is_outage(self.typed(late, guarded.method)):
                     guarded.answered()
 
             future.add_done_callback(note)
@@ -317,6 +341,3 @@ class Transport:
 
     def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
         return (("authorization", f"Bearer {self.token}"),) if self.token is not None else ()
-
-    def _typed(self, error: grpc.RpcError, method: str) -> ShardbookError:
-        return error_from_rpc(error, method=method, target=str(self.address))

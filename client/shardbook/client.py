@@ -10,6 +10,7 @@ from shardbook._reading import ReadingCalls
 from shardbook._retaining import RetainingCalls
 from shardbook._saving import SavingCalls
 from shardbook._transport import OUTAGE_S, Transport
+from shardbook._watching import WatchingCalls
 from shardbook.breaker import SaveBudget
 from shardbook.errors import InvalidArgumentError
 
@@ -17,7 +18,7 @@ from shardbook.errors import InvalidArgumentError
 DEFAULT_TIMEOUT_S: Final = 30.0
 
 
-class Client(SavingCalls, ReadingCalls, DescribingCalls, RetainingCalls):
+class Client(SavingCalls, ReadingCalls, DescribingCalls, RetainingCalls, WatchingCalls):
     """Speaks to a Shardbook server, or to any of several replicas over one database.
 
     Cheap to make: nothing is opened before the first call, and all clients of a process that name the same server

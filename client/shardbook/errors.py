@@ -16,6 +16,9 @@
     │   ├── CheckpointClosedError       CHECKPOINT_CLOSED
     │   ├── RanksMissingError           RANKS_MISSING
     │   ├── RankFailedError             RANK_FAILED
+    │   ├── EpochChangedError           EPOCH_CHANGED        a cursor of a database that was put back since
+    │   ├── CursorExpiredError          CURSOR_EXPIRED       a cursor whose events are not kept any more
+    │   ├── ClaimLostError              CLAIM_LOST           another watcher has the checkpoint
     │   ├── CheckpointMismatchError     (client only)        a checkpoint that does not fit the state dict
     │   └── InvalidGeometryError        GEOMETRY_*           overlap, hole, out of bounds, disagreement
     ├── ResourceExhaustedError          RESOURCE_EXHAUSTED   a limit, named
@@ -37,8 +40,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import ClassVar
+
+# Public here.
+from shardbook._mismatches import Mismatch as Mismatch  # noqa: PLC0414
+from shardbook._mismatches import MismatchKind as MismatchKind  # noqa: PLC0414
 
 #: Domain of every google.rpc.ErrorInfo that Shardbook sends.
 DOMAIN = "shardbook"
@@ -196,6 +202,24 @@ class RankFailedError(FailedPreconditionError):
     default_reason = "RANK_FAILED"
 
 
+class EpochChangedError(FailedPreconditionError):
+    """The database was put back since the cursor was told: a watcher has to begin anew."""
+
+    default_reason = "EPOCH_CHANGED"
+
+
+class CursorExpiredError(FailedPreconditionError):
+    """Events behind the cursor are not kept any more: a watcher has to begin anew."""
+
+    default_reason = "CURSOR_EXPIRED"
+
+
+class ClaimLostError(FailedPreconditionError):
+    """The lease of a claim ended and another watcher took the checkpoint, or the subscription is gone."""
+
+    default_reason = "CLAIM_LOST"
+
+
 class InvalidGeometryError(FailedPreconditionError):
     """The ranks' chunks do not make whole tensors; tensor and ranks are named.
 
@@ -203,43 +227,6 @@ class InvalidGeometryError(FailedPreconditionError):
     """
 
     default_reason = "GEOMETRY_INVALID"
-
-
-class MismatchKind(StrEnum):
-    """How an entry of a state dict and one of a checkpoint differ."""
-
-    #: The checkpoint has no entry of this name.
-    MISSING = "missing"
-    #: The state dict has none.
-    UNEXPECTED = "unexpected"
-    #: One of them is a tensor and the other is not.
-    KIND = "kind"
-    SHAPE = "shape"
-    DTYPE = "dtype"
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """One entry that does not fit.
-
-    Attributes:
-        fqn: Its name; any ``str``, also with NUL and lone surrogates.
-        kind: How it differs.
-        expected: What the state dict has, such as ``float32 (8, 4)``; empty when it has none.
-        found: What the checkpoint has; empty when it has none.
-    """
-
-    fqn: str
-    kind: MismatchKind
-    expected: str = ""
-    found: str = ""
-
-    def __str__(self) -> str:
-        if not self.found:
-            return f"{self.fqn!a:.200} is not in the checkpoint"
-        if not self.expected:
-            return f"{self.fqn!a:.200} is in the checkpoint ({self.found}), not in the state dict"
-        return f"{self.fqn!a:.200} is {self.expected} in the state dict, {self.found} in the checkpoint"
 
 
 #: Mismatches that a message names; the error has all of them.
@@ -372,6 +359,9 @@ _BY_REASON: dict[str, type[ShardbookError]] = {
         CheckpointClosedError,
         RanksMissingError,
         RankFailedError,
+        EpochChangedError,
+        CursorExpiredError,
+        ClaimLostError,
         InvalidGeometryError,
     )
 }

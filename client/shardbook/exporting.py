@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Final
 
 from shardbook._attempts import TreeFiles
 from shardbook._described import Target, read_directory, told_as_ours
-from shardbook._targets import checkpoint_named
+from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import open_tree
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.fold import FoldedAttempt
 from shardbook.errors import InvalidArgumentError
 from shardbook.stores import normalized
-
-#: What fetching the metadata of a whole checkpoint may take, seconds.
-_METADATA_S: Final = 300.0
 
 
 def export_metadata(
@@ -78,7 +74,7 @@ def _metadata_of(target: Target, config: ClientConfig, client: Client | None) ->
     name = checkpoint_named(target)
     if name is not None:
         asked = client or Client(config.server, token=config.token, timeout_s=config.timeout_s)
-        stored = asked.get_metadata(name, deadline_s=_METADATA_S)
+        stored = asked.get_metadata(name, deadline_s=METADATA_S)
         return stored.dcp_metadata(config.stores.here(stored.checkpoint.location.location))
     path = os.fspath(target)  # type: ignore[arg-type]  # a CheckpointName names itself
     found = read_directory(TreeFiles(open_tree(path), normalized(path)))

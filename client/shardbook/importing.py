@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
@@ -22,6 +22,7 @@ from shardbook._steps import step_of
 from shardbook._trees import open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
+from shardbook.core.description import check_labels, check_metrics, encode_note, pack_said, unpack_said
 from shardbook.core.directory import DCP_METADATA
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.names import DEFAULT_PART, CheckpointId, CheckpointName, PartName, RunName
@@ -117,6 +118,9 @@ class ImportInto:
         trusted: Unpickle a ``.metadata`` that holds more than DCP's metadata, which can run any code in it.
         is_dry: Look only; nothing is recorded.
         stores: Named roots, for locations.
+        labels: Added to what the save says of itself, by key.
+        metrics: Likewise, by name.
+        note: Any JSON value, instead of the one that the save has.
     """
 
     run: RunName
@@ -126,6 +130,9 @@ class ImportInto:
     trusted: bool = False
     is_dry: bool = False
     stores: Stores = field(default_factory=Stores)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    note: Any = None
 
     def __post_init__(self) -> None:
         PartName(self.run, DEFAULT_PART if self.part is None else self.part)
@@ -133,6 +140,21 @@ class ImportInto:
             step_of(self.step, "")
         if self.attempt < 1:
             raise InvalidArgumentError(f"attempt is {self.attempt}, not 1 or more", field="attempt")
+        self.described(b"")
+
+    def described(self, said: bytes) -> bytes:
+        """Returns what is said of a checkpoint, with what is added here; see ``shardbook.core.description``.
+
+        Raises:
+            InvalidArgumentError: It cannot be kept, or is too much.
+        """
+        labels, metrics, note, writer = unpack_said(said)
+        return pack_said(
+            check_labels({**labels, **self.labels}),
+            check_metrics({**metrics, **self.metrics}),
+            encode_note(self.note) or note,
+            writer,
+        )
 
 
 def find_directories(directories: Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -261,15 +283,25 @@ def _of_attempt(found: FoldedAttempt, location: str, into: ImportInto) -> _Found
     )
     if moved != identity:
         moved = replace(moved, session=0)
+    content = RecordedContent.of(found.manifest)
     return _Found(
         "manifest",
         attempt_key(moved),
         AttemptLocation(location=location, prefix=moved.prefix),
-        RecordedContent.of(found.manifest),
+        replace(content, said=into.described(_legible(content.said))),
         found.structure.entry_count,
         found.unique_bytes,
         moved.write_time_s,
     )
+
+
+def _legible(said: bytes) -> bytes:
+    """Returns what a save says of itself; damaged, it says nothing."""
+    try:
+        unpack_said(said)
+    except InvalidArgumentError:
+        return b""
+    return said
 
 
 def _of_plain(content: bytes, path: str, location: str, into: ImportInto, write_time_s: float) -> _Found:
@@ -292,7 +324,7 @@ def _of_plain(content: bytes, path: str, location: str, into: ImportInto, write_
         "dcp",
         key,
         AttemptLocation(location=location, prefix=""),
-        content_of(metadata),
+        replace(content_of(metadata), said=into.described(b"")),
         len(metadata.state_dict_metadata),
         footprint.size_bytes,
         write_time_s,

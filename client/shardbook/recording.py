@@ -86,7 +86,14 @@ def description_of(said: bytes) -> Description:
         return Description()
 
 
-def record_attempt(client: Client, manifest: Manifest, location: str, *, recovered: bool) -> CheckpointMessage:
+def record_attempt(
+    client: Client,
+    manifest: Manifest,
+    location: str,
+    *,
+    recovered: bool,
+    phase_ms: Sequence[Sequence[int]] = (),
+) -> CheckpointMessage:
     """Records an attempt and returns the committed checkpoint. Idempotent: what is known is not sent again.
 
     Args:
@@ -94,6 +101,7 @@ def record_attempt(client: Client, manifest: Manifest, location: str, *, recover
         manifest: The attempt.
         location: Of its directory, see ``Stores.location_of``.
         recovered: True for what was saved while the service was away, the one way past the fence.
+        phase_ms: What each rank took to plan, write and register, milliseconds; empty for who did not say.
 
     Raises:
         CorruptManifestError: The manifest contradicts itself.
@@ -104,7 +112,13 @@ def record_attempt(client: Client, manifest: Manifest, location: str, *, recover
     place = AttemptLocation(location=location, prefix=identity.prefix)
     content = RecordedContent.of(manifest)
     return record_content(
-        client, attempt_key(identity), place, content, recovered=recovered, write_time_s=identity.write_time_s
+        client,
+        attempt_key(identity),
+        place,
+        content,
+        recovered=recovered,
+        write_time_s=identity.write_time_s,
+        phase_ms=phase_ms,
     )
 
 
@@ -116,6 +130,7 @@ def record_content(
     *,
     recovered: bool,
     write_time_s: float = 0.0,
+    phase_ms: Sequence[Sequence[int]] = (),
 ) -> CheckpointMessage:
     """Records an attempt of which there is no manifest; arguments and errors as for ``record_attempt``.
 
@@ -126,9 +141,12 @@ def record_content(
         content: What it holds.
         recovered: True for what was saved while the service was away, or without it.
         write_time_s: When it was written, seconds since the epoch; 0 when nobody knows.
+        phase_ms: See ``record_attempt``.
     """
     check_location(place.location)
     attempt = _Attempt(content)
+    for registration, took_ms in zip(attempt.registrations, phase_ms, strict=False):
+        registration.phase_ms[:] = took_ms
     request = pb.RecordCheckpointRequest(
         key=key,
         location=place,

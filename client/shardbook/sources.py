@@ -5,6 +5,7 @@ Both answer by the same code of ``shardbook.core.query``, in proportion to what 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -258,7 +259,7 @@ class ManifestSource:
             self._rows = {fqn: row for row, fqn in enumerate(self.manifest.fqns)}
             self._page = np.full(len(self._rows), -1, dtype=np.int64)
             self._entry = np.zeros(len(self._rows), dtype=np.int64)
-        return np.fromiter((self._rows.get(fqn, -1) for fqn in fqns), np.int64, len(fqns))
+        return np.array(list(map(self._rows.get, fqns, itertools.repeat(-1))), dtype=np.int64)
 
     def _decoded(self, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         """(T,) page and entry of blocks, decoding those that nobody has asked for before."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -13,6 +14,7 @@ from typing import Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from shardbook.catalog import Checkpoint, RunPart
+from shardbook.descriptions import SaveTiming
 from shardbook.v1 import metadata_pb2, registration_pb2, types_pb2
 
 Json = dict[str, Any]
@@ -72,6 +74,30 @@ class RankHost:
 
 
 @dataclass(frozen=True)
+class HostRanks:
+    """Ranks of one host.
+
+    Attributes:
+        host: The host; empty when it is not known.
+        rank_count: How many.
+        ranks: Which, as ranges: ``0-7,12``; ends with ``...`` where there are more.
+    """
+
+    host: str
+    rank_count: int
+    ranks: str
+
+    @classmethod
+    def of(cls, message: registration_pb2.HostRanks) -> HostRanks:
+        """Returns what ``message`` says."""
+        return cls(message.host, message.rank_count, _ranges(message.bounds, message.rank_count))
+
+    def to_json(self) -> Json:
+        """Returns every attribute under its own name."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class OpenAttempt:
     """How far an open attempt has come.
 
@@ -79,7 +105,8 @@ class OpenAttempt:
         checkpoint: The attempt.
         phase: `planning`, `writing` or `committing`.
         age_s: Seconds since its first rank spoke.
-        plan_s: Seconds that planning took, or has taken so far; None when the server that answered did not see its end.
+        plan_s: Seconds that planning took, or has taken so far; None when no rank is registered and the server that
+            answered did not see its end.
         write_s: Seconds since then, to write and to commit; None like ``plan_s``, and while ranks plan.
         planned_count: Ranks that submitted a plan.
         registered_count: Ranks that are registered.
@@ -88,6 +115,10 @@ class OpenAttempt:
         missing_count: How many there are.
         registered: The lowest ranks that are registered, at most 50.
         unplanned: The lowest ranks that submitted no plan, at most 50.
+        missing_hosts: Ranks that are not registered, by host, at most 50 hosts.
+        missing_host_count: How many hosts there are; unknown ones count as one.
+        unplanned_ranks: Ranks that submitted no plan, as ranges: ``0-7,12``; ends with ``...`` where there are more.
+        timing: What the ranks that are registered took so far; None while none said.
     """
 
     checkpoint: Checkpoint
@@ -102,6 +133,10 @@ class OpenAttempt:
     missing_count: int
     registered: tuple[RankHost, ...]
     unplanned: tuple[int, ...]
+    missing_hosts: tuple[HostRanks, ...] = ()
+    missing_host_count: int = 0
+    unplanned_ranks: str = ""
+    timing: SaveTiming | None = None
 
     @classmethod
     def of(cls, message: registration_pb2.AttemptStatus, read_time: datetime) -> OpenAttempt:
@@ -113,7 +148,7 @@ class OpenAttempt:
         if phase is SavePhase.PLANNING:
             planned = read_time
         elif message.HasField("plan_time"):
-            planned = _time(message.plan_time)
+            planned = min(_time(message.plan_time), read_time)
         elif not progress.planned_count:
             planned = began  # one rank, or ranks that do not plan
         return cls(
@@ -129,6 +164,10 @@ class OpenAttempt:
             missing_count=message.registration_count - progress.registered_count,
             registered=tuple(map(RankHost.of, message.registered)),
             unplanned=tuple(message.unplanned),
+            missing_hosts=tuple(map(HostRanks.of, message.missing_hosts)),
+            missing_host_count=message.missing_host_count,
+            unplanned_ranks=_ranges(message.unplanned_bounds, progress.world_size - progress.planned_count),
+            timing=SaveTiming.of(message.timing) if message.HasField("timing") else None,
         )
 
     def to_json(self) -> Json:
@@ -140,6 +179,8 @@ class OpenAttempt:
             "missing": [rank.to_json() for rank in self.missing],
             "registered": [rank.to_json() for rank in self.registered],
             "unplanned": list(self.unplanned),
+            "missing_hosts": [one.to_json() for one in self.missing_hosts],
+            "timing": None if self.timing is None else self.timing.to_json(),
         }
 
 
@@ -231,6 +272,14 @@ def _phase(message: registration_pb2.AttemptStatus) -> SavePhase:
     return SavePhase.PLANNING
 
 
+def _ranges(bounds: Sequence[int], count: int) -> str:
+    """Returns ranges as text; ``count`` is how many ranks there are in all."""
+    pairs = list(zip(bounds[::2], bounds[1::2], strict=True))
+    told = [str(first) if first == last else f"{first}-{last}" for first, last in pairs]
+    is_all = sum(last - first + 1 for first, last in pairs) >= count
+    return ",".join(told if is_all else [*told, "..."])
+
+
 def _time(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(tzinfo=UTC)
 
@@ -240,4 +289,4 @@ def _seconds(since: datetime, until: datetime) -> float:
     return max(0.0, (until - since).total_seconds())
 
 
-__all__ = ["OpenAttempt", "PartStatus", "RankHost", "RunStatus", "SavePhase", "ServerInfo"]
+__all__ = ["HostRanks", "OpenAttempt", "PartStatus", "RankHost", "RunStatus", "SavePhase", "ServerInfo"]

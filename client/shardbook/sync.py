@@ -23,7 +23,6 @@ from shardbook.core import directory as names
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.limits import MAX_NAMED_RANKS
 from shardbook.core.manifest import AttemptIdentity, Manifest
-from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import (
     DeadlineExceededError,
     NotFoundError,
@@ -273,7 +272,7 @@ class _Sync:
     def _known(self, identity: AttemptIdentity) -> Checkpoint | None:
         """Returns what the catalogue has under the attempt's name; None when it has nothing, or another's."""
         try:
-            known = self._client.get_checkpoint(_name(identity))
+            known = self._client.get_checkpoint(identity.checkpoint_name)
         except NotFoundError:
             return None
         # A number alone is no identity: after a restore the catalogue may have handed it out again.
@@ -284,7 +283,7 @@ class _Sync:
         named: dict[str, Any] = {}
         if identity is not None:
             named = {
-                "ref": _name(identity).ref,
+                "ref": identity.checkpoint_name.ref,
                 "run": identity.run,
                 "part": identity.part,
                 "step": identity.step,
@@ -292,10 +291,3 @@ class _Sync:
                 "attempt": identity.attempt,
             }
         return SyncedAttempt(self._directory, self.found.prefix, outcome, **named, **facts)
-
-
-def _name(identity: AttemptIdentity) -> CheckpointName:
-    part = PartName(RunName.parse(identity.run), identity.part)
-    return CheckpointName(
-        part, CheckpointId.full(identity.step, identity.session, identity.attempt, identity.incarnation)
-    )

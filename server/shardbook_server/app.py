@@ -33,6 +33,7 @@ from shardbook_server.rpc.attempts import Attempts
 from shardbook_server.rpc.batcher import BatchLimits
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.catalog import CatalogHandlers
+from shardbook_server.rpc.feed import Feed, FeedLimits
 from shardbook_server.rpc.health import HealthHandlers
 from shardbook_server.rpc.interceptors import EdgeInterceptor
 from shardbook_server.rpc.metadata import MetadataHandlers
@@ -47,6 +48,7 @@ from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database, PostgresOptions
 from shardbook_server.storage.urls import is_postgres
 from shardbook_server.tracing import Tracing
+from shardbook_server.upkeep import keep_events_few
 
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
@@ -153,6 +155,8 @@ class Server:
             failpoints=Failpoints.from_environment() if failpoints is None else failpoints,
         )
         self._waits = Waits(self._look, limit=settings.waiter_limit, interval_s=settings.poll_interval_s)
+        watching = FeedLimits(settings.watcher_limit, settings.poll_interval_s, settings.watch_heartbeat_s)
+        self._feed = Feed(self._services, self._bridge, watching)
         limits = BatchLimits(
             batch_count=settings.batch_max_count,
             batch_bytes=settings.batch_max_bytes,
@@ -163,12 +167,13 @@ class Server:
         self._attempts = Attempts(
             self._services, self._bridge, self._waits, limits, in_flight=in_flight, observer=observer
         )
-        self._operations.watch(self._waits, self._bridge, self._attempts)
+        self._operations.watch(self._waits, self._bridge, self._attempts, self._feed)
         edge = EdgeInterceptor(self._operations.recorder, AccessLog(settings.access_log))
         registration = RegistrationHandlers(self._services, self._bridge, self._attempts)
         self._relay = RelayHandlers(edge, registration, settings.max_concurrent_rpcs)
         self._server = self._build(edge, registration)
         self._reaper: asyncio.Task[None] | None = None
+        self._upkeep: asyncio.Task[None] | None = None
         self._severing: asyncio.TimerHandle | None = None
         self.address = ""
 
@@ -192,7 +197,10 @@ class Server:
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
         await self._server.start()
         self._operations.serve(self.address)
-        self._reaper = asyncio.get_running_loop().create_task(self._reap())
+        loop = asyncio.get_running_loop()
+        self._reaper = loop.create_task(self._reap())
+        retention_s = self._settings.event_retention_s
+        self._upkeep = loop.create_task(keep_events_few(self._bridge, self._services.events, retention_s))
         return self.address
 
     async def stop(self, grace_s: float | None = None) -> None:
@@ -205,9 +213,11 @@ class Server:
         """
         self._health.drain()
         self._operations.drain()
-        if self._reaper is not None:
-            self._reaper.cancel()
+        for work in (self._reaper, self._upkeep):
+            if work is not None:
+                work.cancel()
         self._waits.drain()
+        self._feed.drain()
         self._relay.drain()
         grace_s = self._settings.drain_s if grace_s is None else grace_s
         self._sever_in(grace_s + _FLUSH_S)
@@ -215,6 +225,7 @@ class Server:
         await self._attempts.close()
         await self._bridge.close()
         await self._waits.close()
+        await self._feed.close()
         if self._severing is not None:
             self._severing.cancel()
         await self._operations.close()
@@ -247,7 +258,7 @@ class Server:
         add_RegistrationServiceServicer_to_server(registration, server)
         add_RelayServiceServicer_to_server(self._relay, server)
         add_MetadataServiceServicer_to_server(MetadataHandlers(self._services, self._bridge), server)
-        add_CatalogServiceServicer_to_server(CatalogHandlers(self._services, self._bridge), server)
+        add_CatalogServiceServicer_to_server(CatalogHandlers(self._services, self._bridge, self._feed), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if self._settings.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)

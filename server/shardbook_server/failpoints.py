@@ -23,7 +23,19 @@ VARIABLE: Final = "SHARDBOOK_FAILPOINTS"
 #: Every point there is. A name that is not here is refused: a fault that never fires proves nothing.
 POINTS: Final = frozenset(
     f"{call}.{side}"
-    for call in ("session", "plan", "register", "failure", "commit", "abort", "record", "delete", "prune", "files")
+    for call in (
+        "session",
+        "plan",
+        "register",
+        "failure",
+        "commit",
+        "abort",
+        "record",
+        "claim",
+        "delete",
+        "prune",
+        "files",
+    )
     for side in ("before_db", "after_db")
 )
 #: Exit code of ``exit``: that of a process ended by SIGKILL.

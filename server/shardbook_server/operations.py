@@ -18,6 +18,7 @@ from shardbook_server.periodic import Periodic
 from shardbook_server.release import release
 from shardbook_server.rpc.attempts import Attempts
 from shardbook_server.rpc.bridge import Bridge
+from shardbook_server.rpc.feed import Feed
 from shardbook_server.rpc.health import HealthHandlers
 from shardbook_server.rpc.waits import Waits
 from shardbook_server.service.vitals import VitalsService
@@ -77,7 +78,7 @@ class Operations:
         self._threads: list[Periodic] = []
         self._watching: asyncio.Task[None] | None = None
 
-    def watch(self, waits: Waits, bridge: Bridge, attempts: Attempts) -> None:
+    def watch(self, waits: Waits, bridge: Bridge, attempts: Attempts, feed: Feed) -> None:
         """Adds the gauges of a server's parts to its metrics."""
         on_postgres = is_postgres(self._settings.database_url)
         build = Build(
@@ -89,6 +90,7 @@ class Operations:
         )
         sources = Sources(
             waiting=lambda: waits.waiting_count,
+            watching=lambda: feed.watcher_count,
             calls=lambda: bridge.pending_count,
             queues=attempts.queues,
             is_ready=lambda: not self.not_ready(),

@@ -128,7 +128,20 @@ class Settings(BaseModel):
         description="Calls that may wait for a checkpoint or a lease; a limit apart from the other calls.",
     )
     poll_interval_s: _Seconds = Field(
-        default=0.1, description="Time between looks at the checkpoints that calls of this process wait for."
+        default=0.1,
+        description="Time between looks at the checkpoints that calls of this process wait for, and at new events.",
+    )
+    watcher_limit: _Count = Field(
+        default=4_096,
+        description="Streams of events, and calls that wait for a checkpoint to work on; a limit apart from the other "
+        "calls.",
+    )
+    watch_heartbeat_s: _Seconds = Field(
+        default=10.0, description="A stream of events on which nothing happens gives a sign of life this often."
+    )
+    event_retention_s: _Seconds = Field(
+        default=2_592_000.0,
+        description="Events older than this are dropped; a watcher that was away for longer has to begin anew.",
     )
     batch_max_count: _Count = Field(default=512, description="Most plans or registrations in one transaction.")
     batch_max_bytes: _Bytes = Field(

@@ -1,18 +1,24 @@
-"""A server in a process of its own, which can be killed and started again over the same database."""
+"""A server in a process of its own, which can be killed and started again over the same database.
+
+It is forked, see ``tests.forks``: a test may start ten of them.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from shardbook import Client, UnavailableError
+from shardbook.errors import DeadlineExceededError
+from tests.forks import forked
 
 _START_S = 30.0
 
@@ -38,13 +44,14 @@ class ServerProcess:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{found.getsockname()[1]}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: BaseProcess | None = None
         self.failpoints = ""
 
     @property
     def pid(self) -> int:
         """Id of the process."""
         assert self._process is not None
+        assert self._process.pid is not None
         return self._process.pid
 
     @property
@@ -59,33 +66,20 @@ class ServerProcess:
             failpoints: Where and how it is to fail, see ``shardbook_server.failpoints``.
         """
         self.failpoints = failpoints
-        with self._log.open("ab") as log:
-            self._process = self._spawn(log)
+        command = ["serve", "--listen", self.address, "--database-url", self._database_url]
+        environment = {**os.environ, **self._settings, "SHARDBOOK_FAILPOINTS": failpoints}
+        self._process = forked(_run, command, environment, self._log)
         self._await_answer()
-
-    def _spawn(self, log: BinaryIO) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "from shardbook_server.cli import main; main()",
-                "serve",
-                "--listen",
-                self.address,
-                "--database-url",
-                self._database_url,
-            ],
-            env={**os.environ, **self._settings, "SHARDBOOK_FAILPOINTS": self.failpoints},
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
 
     def _await_answer(self) -> None:
         end_s = time.monotonic() + _START_S
+        # A port that listens before a client's channel is told to look: who is refused waits ever longer.
+        while not self._listens() and not self.has_ended and time.monotonic() < end_s:
+            time.sleep(0.02)
         while True:
             try:
-                list(Client(self.address, timeout_s=1.0).list_runs())
-            except UnavailableError:
+                list(Client(self.address, timeout_s=5.0).list_runs())
+            except (UnavailableError, DeadlineExceededError):
                 if time.monotonic() > end_s or self.has_ended:
                     raise
                 time.sleep(0.1)
@@ -95,19 +89,24 @@ class ServerProcess:
     @property
     def has_ended(self) -> bool:
         """True when it was killed, or has ended by itself."""
-        return self._process is None or self._process.poll() is not None
+        return self._process is None or not self._process.is_alive()
+
+    def _listens(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=1.0):
+            return True
+        return False
 
     def stop(self) -> None:
         """Ends it as an operator would: it drains first."""
         assert self._process is not None
         self._process.terminate()
-        assert 0 == self._process.wait(_START_S), self._log.read_text()[-2000:]
+        assert 0 == self.await_exit(), self._log.read_text()[-2000:]
         self._process = None
 
     def freeze(self) -> None:
         """Stops it where it is; ``kill`` ends it all the same."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        os.kill(self.pid, signal.SIGSTOP)
 
     def restart(self, failpoints: str = "") -> None:
         """Kills it when it still runs, and starts it over the same database."""
@@ -117,14 +116,17 @@ class ServerProcess:
     def await_exit(self) -> int:
         """Waits until it has ended by itself; returns its exit code."""
         assert self._process is not None
-        return self._process.wait(_START_S)
+        self._process.join(_START_S)
+        assert self._process.exitcode is not None, "it has not ended"
+        return self._process.exitcode
 
     def kill(self) -> None:
         """Ends it without a word."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGCONT)
             self._process.kill()
-            self._process.wait()
+            self._process.join()
             self._process = None
 
     def __enter__(self) -> ServerProcess:
@@ -135,3 +137,16 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
+
+
+def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+    """Runs ``shardbook-server``; the main function of the server's process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for stream, target in ((1, os.open(os.devnull, os.O_WRONLY)), (2, descriptor)):
+        os.dup2(target, stream)
+    from shardbook_server.cli import main
+
+    sys.argv = ["shardbook-server", *command]
+    main()

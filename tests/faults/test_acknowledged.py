@@ -89,4 +89,5 @@ def test_an_acknowledged_registration_survives_a_kill(either_server: ServerProce
         for rank in range(_WORLD_SIZE):
             assert not job.register(rank, storm.world[rank]).unknown
         committed = p4_one_effect(job.commit, lambda: p2_no_torn_checkpoint(client, run, has_files=False))
-        assert [Checkpoint.of(committed)] == list(client.list_checkpoints(run))
+        assert [committed.name] == [one.name for one in client.list_checkpoints(run)]
+        assert Checkpoint.of(committed) == client.get_checkpoint(committed.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,7 @@ def crash(server: ServerProcess, api: Api, call: Callable[[], object], failpoint
     grpc.channel_ready_future(api.channel).result(timeout=DEADLINE_S)
 
 
+@pytest.mark.soak_with("postgres")
 def test_crashes_at_prune_and_at_the_files(server: ServerProcess, api: Api, run: str, tmp_path: Path) -> None:
     """Just before: nothing is deleted. Just after: all of it is, once, and the same again ends it."""
     _, second, first = recorded(server.client, tmp_path, run)
@@ -121,21 +121,3 @@ def test_a_client_that_is_killed_between_two_files(server: ServerProcess, run: s
     assert 0 < done.found_count < done.file_count
     assert not (tmp_path / "step-1").exists()
     assert FileDeletion.DONE is server.client.get_checkpoint(first.name).file_deletion
-
-
-def test_a_deletion_whose_answer_is_lost_takes_no_other(server: ServerProcess, run: str, tmp_path: Path) -> None:
-    """The client asks again by itself, and `@latest` means the next one by then."""
-    recorded(server.client, tmp_path, run)
-    server.restart("delete.after_db=exit")
-    deleted: list[Checkpoint] = []
-
-    def delete() -> None:
-        deleted.append(server.client.delete_checkpoint(f"{run}@latest", force=True, deadline_s=DEADLINE_S)[0])
-
-    asking = threading.Thread(target=delete)
-    asking.start()
-    assert EXIT_CODE == server.await_exit()
-    server.start("")
-    asking.join(DEADLINE_S)
-    assert [3] == [one.step for one in deleted]
-    assert [2, 1] == [one.step for one in server.client.list_checkpoints(run)]

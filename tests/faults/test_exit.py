@@ -44,7 +44,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("executor", ["THREAD", "PROCESS"])
 @pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
-@pytest.mark.soak_with("offline")
+@pytest.mark.soak_with("offline", "PROCESS")  # of one process: test_a_script_without_a_guard
 def test_exit_with_a_save_in_flight(
     pool: RankPool, shared_server: ServerProcess, run: str, tmp_path: Path, online: bool, executor: str
 ) -> None:

@@ -46,6 +46,7 @@ def proxy(shared_server: ServerProcess) -> Iterator[TcpProxy]:
 
 
 @pytest.mark.parametrize("case", _OUTAGES)
+@pytest.mark.soak_with("silence before commit")
 def test_an_outage_costs_a_bounded_time_once(
     pool: RankPool, proxy: TcpProxy, shared_server: ServerProcess, run: str, tmp_path: Path, case: str
 ) -> None:

@@ -22,6 +22,7 @@ _SLACK_S = 8.0
 
 
 @pytest.mark.parametrize("phase", ["plan", "register", "commit"])
+@pytest.mark.soak_with("plan", "commit")  # as without a relay: test_server_lost.py
 def test_the_relay_is_killed_in_the_middle_of_a_save(
     pool: RankPool, shared_server: ServerProcess, run: str, tmp_path: Path, phase: str
 ) -> None:

@@ -47,7 +47,9 @@ def test_each_rank_may_talk_to_another_replica(replicas: Replicas, run: str, tmp
         register(clients[(rank + 1) % len(clients)], who, tmp_path, [rank])
     answer = clients[-1].commit_when_complete(pb.CommitCheckpointRequest(key=attempt_key(who)), timeout_s=CALL_S)
     seen = [p2_no_torn_checkpoint(client, run, has_files=False) for client in clients]
-    assert [[Checkpoint.of(answer.checkpoint)]] * len(clients) == seen
+    name = answer.checkpoint.name
+    assert [[name]] * len(clients) == [[one.name for one in listed] for listed in seen]
+    assert [Checkpoint.of(answer.checkpoint)] * len(clients) == [client.get_checkpoint(name) for client in clients]
 
 
 def test_clients_spread_over_the_replicas(replicas: Replicas) -> None:

@@ -42,6 +42,7 @@ def test_a_full_disk_while_some_ranks_have_no_route(
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["save", "async_save"])
+@pytest.mark.soak_with("async_save")
 @pytest.mark.parametrize("cut_off", [[], [1], [0]], ids=["all have a route", "it has none", "the coordinator has none"])
 def test_a_plan_that_one_rank_refuses(
     pool: RankPool, shared_server: ServerProcess, run: str, tmp_path: Path, cut_off: list[int], is_async: bool

@@ -48,6 +48,8 @@ def set_for_all(cluster: Cluster, name: str, value: str) -> None:
         connection.execute(statement)
         connection.execute("SELECT pg_reload_conf()")
         wait_until(lambda: value == connection.execute(sql.SQL("SHOW {}").format(sql.Identifier(name))).fetchone()[0])  # type: ignore[index]
+        # Whether commits wait for standbys is said by the checkpointer, which may read its settings later than we do.
+        connection.execute("CHECKPOINT")
 
 
 def increment(database: Database) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -55,6 +56,7 @@ def database(url: str) -> Iterator[Database]:
         ("08006", UnavailableError, "DATABASE_UNAVAILABLE"),
         ("25006", UnavailableError, "DATABASE_UNAVAILABLE"),
         ("58030", UnavailableError, "DATABASE_UNAVAILABLE"),
+        ("25P04", UnavailableError, "DATABASE_UNAVAILABLE"),
         ("26000", FailedPreconditionError, "PREPARED_STATEMENTS"),
         ("42P05", FailedPreconditionError, "PREPARED_STATEMENTS"),
         ("42P01", FailedPreconditionError, "SCHEMA_STALE"),
@@ -77,6 +79,22 @@ def test_errors_of_the_server_become_ours(
     assert (error, reason) == (type(caught.value), caught.value.reason)
     assert (caught.value.retry_delay_s is not None) is (error is UnavailableError)
     assert error is InternalError or "\n" not in caught.value.message
+    database.ping()
+
+
+def test_a_transaction_that_idled_too_long_can_be_made_again(database: Database) -> None:
+    """A server that was stopped in one, with its machine for example, finds its connection closed."""
+
+    def idle() -> None:
+        with database.write() as connection:
+            connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '50ms'"))
+            time.sleep(0.5)
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(UnavailableError) as caught:
+        idle()
+    assert "DATABASE_UNAVAILABLE" == caught.value.reason
+    assert caught.value.retry_delay_s is not None
     database.ping()
 
 

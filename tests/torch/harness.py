@@ -1,8 +1,7 @@
 """Real ranks: a pool of processes that are started once, run a function together in a gloo group, and are used again.
 
-A job is a function of this package (processes find it by name) whose first argument is its ``Rank``. Importing torch
-takes seconds, so one server process does it once and forks the ranks, before any of them has made a thread or a
-connection. A rank that a test kills is started anew by the next test that needs it.
+A job is a function of this package (processes find it by name) whose first argument is its ``Rank``. Ranks are forked,
+see ``tests.forks``. A rank that a test kills is started anew by the next test that needs it.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final
+
+from tests.forks import forked
 
 #: How long a rank waits for another in a collective of its own, seconds.
 GROUP_TIMEOUT_S: Final = 60.0
@@ -134,12 +134,8 @@ class _Worker:
     """One process, seen from the test."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # Not shardbook.dcp: gRPC that was imported before a fork loses calls in the child now and then.
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
-        self._pipe, theirs = context.Pipe()
-        self._process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = forked(_serve, theirs)
         theirs.close()
         self._is_busy = False
 

@@ -43,7 +43,11 @@ from tests.torch.alone import loads, some_state
 from tests.torch.harness import RankPool
 from tests.unit.test_structure_codec import fsdp_rank
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+#: What a rank sums and compares has nothing to do with the kind of database.
+pytestmark = [
+    pytest.mark.soak_with("postgres"),
+    pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning"),
+]
 
 WRITERS: dict[str, Callable[[str], FileSystemWriter]] = {
     "a file": FileSystemWriter,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 import shardbook
 from shardbook import Client, dcp
@@ -95,3 +96,34 @@ def test_the_directory_keeps_what_was_said_and_sync_brings_it_along(
     found = Client(server).get_checkpoint(f"{offline.run}@7")
     assert (SAID["labels"], SAID["metrics"], SAID["note"]) == (found.labels, found.metrics, found.note)
     assert socket.gethostname() == found.writer.host
+
+
+def test_torchs_own_save_says_it_too(session: dcp.Session, server: str, tmp_path: Path) -> None:
+    """By ``ShardbookWriter``: what was given, who wrote it with what, and what the phases took."""
+    writer = dcp.ShardbookWriter(tmp_path / "9", checksum="none", **SAID)
+    torch_save(some_state(), storage_writer=writer)
+    assert writer.result is not None
+    found = Client(server).get_checkpoint(writer.result.ref)
+    assert (SAID["labels"], SAID["metrics"], SAID["note"]) == (found.labels, found.metrics, found.note)
+    assert (socket.gethostname(), shardbook.__version__) == (found.writer.host, found.writer.client_version)
+    assert torch.__version__.startswith(found.writer.torch_version[:4])
+    assert found.timing is not None
+    assert ["plan", "write", "register"] == [one.phase for one in found.timing.phases]
+    assert 0 < sum(one.slowest_s for one in found.timing.phases) < 60
+    assert loads(tmp_path / "9")
+
+
+def test_torchs_own_save_leaves_it_with_the_directory(offline: dcp.Session, server: str, tmp_path: Path) -> None:
+    """So that ``sync`` brings it along."""
+    torch_save(some_state(), storage_writer=dcp.ShardbookWriter(tmp_path / "9", **SAID))
+    [synced] = sync_directories(Client(server), [tmp_path / "9"])
+    assert SyncOutcome.RECORDED == synced.outcome
+    found = Client(server).get_checkpoint(f"{offline.run}@9")
+    assert (SAID["labels"], SAID["metrics"], SAID["note"]) == (found.labels, found.metrics, found.note)
+
+
+def test_a_writer_refuses_what_cannot_be_said(session: dcp.Session, tmp_path: Path) -> None:
+    """When it is made, before anything is planned."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        dcp.ShardbookWriter(tmp_path / "9", labels={"a b": "x"})
+    assert ["labels"] == [violation.field for violation in caught.value.violations]

@@ -43,7 +43,9 @@ from tests.torch.alone import blank_state, loads, some_state
 from tests.torch.equality import differences, without_identity
 from tests.torch.harness import RankPool, files_below
 
+#: What torch's own functions do has nothing to do with the kind of database.
 pytestmark = [
+    pytest.mark.soak_with("postgres"),
     pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
 ]
@@ -89,7 +91,6 @@ def test_saved_by_four_ranks_and_loaded_by_two(pool: RankPool, server: str, run:
         assert verify(tmp_path / layout).is_ok
 
 
-@pytest.mark.soak_with("postgres")
 @pytest.mark.parametrize("by", ["thread", "process"])
 def test_in_the_background(pool: RankPool, server: str, run: str, tmp_path: Path, by: str) -> None:
     """What there was when ``async_save`` returned. A process that torch spawns saves in the trainer's session, in
@@ -243,7 +244,7 @@ class TestWithoutTheService:
         self, make_databases: MakeDatabases, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The save ends, loadable by path; the session's next one, or a sync, records it."""
-        monkeypatch.setenv("SHARDBOOK_OUTAGE_FIRST_S", "0.5")
+        monkeypatch.setenv("SHARDBOOK_OUTAGE_FIRST_S", "5")
         url = make_databases("sqlite").new()
         with running_server(Settings(listen="127.0.0.1:0", http_listen="", database_url=url)) as running:
             dcp.init(run=run, server=running.address)

@@ -14,6 +14,9 @@ from tests.torch import jobs
 from tests.torch.harness import RankPool
 from tests.torch.layouts import wrong_pieces
 
+#: How ranks share a model has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres")
+
 #: (layout saved, its world size, [(layout loaded, its world size), ...]); world size 0 is a process without a group.
 _CASES = {
     "FSDP2": ("fsdp", 4, [("fsdp", 2), ("fsdp", 3), ("tensor_parallel", 4), ("plain", 0)]),

@@ -35,7 +35,11 @@ from tests.torch.alone import blank_state, some_state
 from tests.torch.equality import differences
 from tests.torch.harness import RankPool
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
+#: What a planner asks has nothing to do with the kind of database.
+pytestmark = [
+    pytest.mark.soak_with("postgres"),
+    pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning"),
+]
 
 
 @dataclass

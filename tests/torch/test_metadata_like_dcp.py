@@ -18,6 +18,9 @@ from tests.torch import jobs
 from tests.torch.equality import differences, without_identity
 from tests.torch.harness import RankPool
 
+#: What is made of a service's answer has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres")
+
 
 def _all_four(server: str, run: str, path: Path) -> dict[str, Metadata]:
     """From the service, from the manifest, as DCP reads it, and as the service exports it; without identities."""

@@ -9,6 +9,9 @@ import pytest
 from tests.torch import jobs
 from tests.torch.harness import RankPool
 
+#: What ranks say to each other has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres")
+
 
 @pytest.mark.parametrize("how", ["barrier", "objects", "method", "c++", "functional", "dtensor", "store"])
 def test_the_detector_notices(pool: RankPool, how: str) -> None:

@@ -27,6 +27,9 @@ from shardbook_server.storage.tables import structure_tensors
 from tests.databases import Databases, opened
 from tests.torch.threads import Pieces, Ranks, RankSaved, by_dcp
 
+#: What travels has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres")
+
 RANKS = 4
 _DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
 Rows = tuple[tuple[int, int], ...]

@@ -35,6 +35,7 @@ def _facts(result: dcp.SaveResult) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
+@pytest.mark.soak_with("offline")
 def test_a_process_saves_what_a_thread_saves(
     pool: RankPool, server: str, run: str, tmp_path: Path, online: bool
 ) -> None:

@@ -102,9 +102,9 @@ def structure_of(plan: RankPlan, kept: Sequence[int] | None = None) -> RankStruc
     )
 
 
-def assembled(*ranks: Sequence[Item]) -> CheckpointStructure:
+def assembled(*ranks: Sequence[Item], at_once: int = 1 << 20) -> CheckpointStructure:
     """Returns the checkpoint of ranks that wrote all of their items."""
-    return assemble([structure_of(plan_of(items)) for items in ranks], np.arange(len(ranks)))
+    return assemble([structure_of(plan_of(items)) for items in ranks], np.arange(len(ranks)), at_once=at_once)
 
 
 def chunks_of(checkpoint: CheckpointStructure, fqn: str) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:

@@ -28,9 +28,9 @@ from tests.unit.ranks import (
 from tests.unit.strategies_geometry import Cut, cuts, paint
 
 
-def _refusal(*ranks: list[Item]) -> InvalidGeometryError:
+def _refusal(*ranks: list[Item], at_once: int = 1 << 20) -> InvalidGeometryError:
     with pytest.raises(InvalidGeometryError) as caught:
-        assembled(*ranks)
+        assembled(*ranks, at_once=at_once)
     return caught.value
 
 
@@ -121,11 +121,13 @@ def test_a_whole_tensor_that_ranks_hold_differently_is_the_lowest_keepers() -> N
     assert f"tensor 't': {said}" == warning
 
 
-def test_at_most_fifty_warnings_are_kept_and_the_last_counts_the_rest() -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_at_most_fifty_warnings_are_kept_and_the_last_counts_the_rest(at_once: int) -> None:
     """Warnings are bounded like everything else."""
     names = [f"t{at}" for at in range(60)]
 
-    checkpoint = assembled([whole(name, (1,)) for name in names], [whole(name, (2,)) for name in names])
+    ranks = ([whole(name, (elements,)) for name in names] for elements in (1, 2))
+    checkpoint = assembled(*ranks, at_once=at_once)
 
     assert 50 == len(checkpoint.warnings)
     assert "11 more whole tensors differ between ranks" == checkpoint.warnings[-1]
@@ -192,11 +194,12 @@ def test_an_entry_that_nobody_kept_is_a_hole(item: Item) -> None:
     assert "tensor 't': no rank kept it; declared by ranks 1, 2" == error.message
 
 
-def test_all_tensors_at_fault_are_named_up_to_fifty_with_the_count() -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_all_tensors_at_fault_are_named_up_to_fifty_with_the_count(at_once: int) -> None:
     """In key order; the message is about the first, the rest are violations; names are made printable."""
     names = ["first\0\ud800", *(f"t{at:04}" for at in range(4999))]
 
-    error = _refusal([shard(name, (4,), (0,), (3,)) for name in names])
+    error = _refusal([shard(name, (4,), (0,), (3,)) for name in names], at_once=at_once)
 
     assert 50 == len(error.violations)
     assert ("first\\x00\\xed\\xa0\\x80", "t0000") == tuple(violation.field for violation in error.violations[:2])
@@ -220,6 +223,12 @@ def test_chunks_that_take_too_long_to_tell_apart_are_refused_by_name(monkeypatch
     with pytest.raises(InvalidArgumentError, match="tensor 'odd': its 5 chunks lie so irregularly") as caught:
         assembled(fine + [shard("odd", (3, 3), *box) for box in pinwheel])
     assert ("LIMIT_EXCEEDED", "3") == (caught.value.reason, caught.value.metadata["limit"])
+    # The limit is for the checkpoint, and what is cut alike is compared once, in however many parts it is looked at.
+    monkeypatch.setattr(limits, "MAX_BOX_COMPARISONS", 10)
+    alike = [shard(name, (3, 3), *box) for name in ("weight", "moment") for box in pinwheel]
+    assert assembled(alike, at_once=1).chunk_count == 10
+    with pytest.raises(InvalidArgumentError):
+        assembled([*alike, *(shard("other", (3, 3), *box) for box in pinwheel[::-1])], at_once=1)
 
 
 def test_a_rank_index_that_names_no_structure_is_refused() -> None:
@@ -236,7 +245,7 @@ def test_a_rank_index_that_names_no_structure_is_refused() -> None:
 @settings(max_examples=4 * settings().max_examples)
 @given(st.data())
 def test_what_counts_and_what_is_refused_is_as_brute_force_says(data: st.DataObject) -> None:
-    """Chunks of several tensors spread over ranks, some with several of them: duplicates, empties, faults and all."""
+    """Duplicates, empties, faults and all, spread over ranks; and however many tensors are worked on at a time."""
     drawn = {f"t{at}": data.draw(cuts(max_ndim=3)) for at in range(data.draw(st.integers(1, 3)))}
     world_size = data.draw(st.integers(1, 4))
     ranks: list[list[Item]] = [[declared(shard(fqn, cut.shape, ())) for fqn, cut in drawn.items()]] * world_size
@@ -250,7 +259,7 @@ def test_what_counts_and_what_is_refused_is_as_brute_force_says(data: st.DataObj
     faults = {fqn: fault for fqn, fault in faults.items() if fault}
 
     try:
-        checkpoint = assembled(*ranks)
+        checkpoint = assembled(*ranks, at_once=data.draw(st.sampled_from([1, 4, 1 << 20])))
     except InvalidGeometryError as error:
         assert faults == {v.field: v.description.partition(":")[0] for v in error.violations}
         assert next(iter(faults.values())) == error.reason

@@ -53,7 +53,7 @@ def test_starts_follow_from_the_lengths_of_what_lies_before_in_the_file(data: st
                 start += next(lengths) if structure.variable[item] else fixed
                 position += 1
 
-    checkpoint = assemble(structures, np.arange(len(structures)))
+    checkpoint = assemble(structures, np.arange(len(structures)), at_once=data.draw(st.sampled_from([1, 1 << 20])))
 
     actual = {}
     for at, fqn in enumerate(checkpoint.fqns):

@@ -54,6 +54,12 @@ class TestExact:
             patch.setattr(slices, "SLICE_ENTRIES", entry_count)
             assert [] == differences(metadata, through_payloads(metadata))
 
+    @given(any_metadata(), st.integers(1, 3))
+    def test_how_much_is_made_at_a_time_is_not_seen(self, metadata: Metadata, page_chunks: int) -> None:
+        """Where the chunks of which objects are made are cut into pages changes nothing."""
+        structure, located, header = stored_columns(metadata)
+        assert [] == differences(metadata, build_metadata(structure, located, "", header, page_chunks=page_chunks))
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_every_dtype(self, dtype: str) -> None:
         """Every dtype of this torch has a code."""

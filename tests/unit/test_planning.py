@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 
-from shardbook.core import election, limits, planning
+from shardbook.core import election, limits, planned, planning
 from shardbook.core.columns import BoolArray
 from shardbook.core.planning import decide
 from shardbook.core.structure import RankPlan
@@ -125,7 +125,7 @@ def test_ranks_without_items_drop_nothing() -> None:
 
 def test_items_whose_hashes_collide_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes spread items; they never decide that two items are the same."""
-    monkeypatch.setattr(planning._Boxes, "hashes", lambda boxes: np.full(len(boxes.row), 7, dtype=np.uint64))
+    monkeypatch.setattr(planned.Boxes, "hashes", lambda boxes: np.full(len(boxes.row), 7, dtype=np.uint64))
     ranks = [_POOL, _POOL[::-1], _POOL[::2]]
 
     written = _decide(ranks)
@@ -178,6 +178,21 @@ def test_ranks_without_a_common_name_are_decided_about_apart(first: list[list[It
         assert _decide(first) == together[: len(first)]
     count = Counter(item for items in together for item in items)
     assert {item: 1 for items in [*first, *stage] for item in items} == dict(count)
+
+
+@given(st.lists(st.lists(st.sampled_from(_POOL)), min_size=1, max_size=4), st.data(), st.booleans())
+def test_however_many_entries_are_looked_at_at_a_time(
+    drawn: list[list[Item]], data: st.DataObject, save_to_lowest_rank: bool
+) -> None:
+    """Memory is for a part of the items of all ranks, and the decision is that about all of them at once."""
+    plans = [plan_of(items) for items in drawn]
+    index = np.array(data.draw(st.lists(st.integers(0, len(plans) - 1), min_size=1, max_size=7)))
+    whole = decide(plans, index, save_to_lowest_rank=save_to_lowest_rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_ITEMS_AT_ONCE", 1)
+        patch.setattr(planning, "_PART_COUNT", 1_000)
+        in_parts = decide(plans, index, save_to_lowest_rank=save_to_lowest_rank)
+    assert [drop.tolist() for drop in whole] == [drop.tolist() for drop in in_parts]
 
 
 def test_a_score_has_room_for_every_rank() -> None:

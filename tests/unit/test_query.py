@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from shardbook.core.assembly import assemble
 from shardbook.core.box import Box
 from shardbook.core.checkpoint import CheckpointStructure, RankFiles
-from shardbook.core.chunk_index import ChunkIndex, bounds_of, narrow
+from shardbook.core.chunk_index import ChunkIndex, narrow
 from shardbook.core.columns import Int64Array
 from shardbook.core.found import FoundChunks, decode_part, encode_part, merge
 from shardbook.core.locate import locate
 from shardbook.core.places import decode_places, encode_places, together
 from shardbook.core.query import find, place, place_apart, sliced
+from shardbook.core.ragged import bounds_of
 from shardbook.core.structure import FileName
 from shardbook.core.table import EntryKind
 from shardbook.core.wanted import Wanted, decode_wanted, encode_wanted

@@ -59,14 +59,41 @@ def test_offline_branches_come_in_the_order_of_their_last_save() -> None:
     assert [211, 212] == kept(RetentionPolicy(keep_last=2), [*new, *old])
 
 
+def test_what_was_saved_offline_after_the_newest_is_kept_too() -> None:
+    """It has no session, and comes before all that have one; yet it may be what was saved last."""
+    numbered = [one(step, step) for step in (10, 20, 30)]
+    before = [one(step, step, 0) for step in (5, 25)]
+    after = [one(step, step, 0) for step in (40, 50, 60)]
+    assert [20, 30, 50, 60] == kept(RetentionPolicy(keep_last=2), [*numbered, *before, *after])
+    assert [20, 30] == kept(RetentionPolicy(keep_last=2), [*numbered, *before])
+    assert [30] == kept(RetentionPolicy(keep_every=30), [*numbered, *after[:2]])
+
+
+def test_an_interrupted_deletion_of_offline_branches_does_not_change_their_order() -> None:
+    """An incarnation went back: what was its last save is deleted, and its branch is no older for that."""
+    every = [one(1, 9, 0, time_us=50), one(2, 5, 0, time_us=100), one(3, 3, 0, incarnation=b"b" * 16, time_us=70)]
+    (stays,) = kept(RetentionPolicy(keep_last=1), every)
+    for gone in (1, 2, 3):
+        if gone != stays:
+            assert [stays] == kept(RetentionPolicy(keep_last=1), [one for one in every if one.key != gone])
+
+
 def test_neither_superseded_nor_damaged_ones_take_the_place_of_good_ones() -> None:
-    """The last that can be loaded by their step are kept."""
-    every = [one(1, 1), one(2, 2), one(3, 3, is_whole=False), one(4, 2, 2, is_live=False)]
+    """The last that can be loaded by their step are kept; a damaged one too where it would be counted."""
+    damaged = [one(key, key, is_whole=False) for key in (1, 5)]
+    every = [*damaged, one(2, 2), one(3, 3), one(4, 3, 2, is_live=False)]
     decisions = judge(RetentionPolicy(keep_last=1), every, NOW_US)
-    assert {4: (False, retention.SUPERSEDED), 3: (False, retention.MISSING), 1: (False, retention.UNWANTED)} == {
-        made.candidate.key: (made.keep, made.reasons[0]) for made in decisions if made.candidate.key != 2
+    assert {4: (False, retention.SUPERSEDED), 2: (False, retention.UNWANTED), 1: (False, retention.MISSING)} == {
+        made.candidate.key: (made.keep, made.reasons[0]) for made in decisions if not made.keep
     }
-    assert [2] == kept(RetentionPolicy(keep_last=1), every)
+    assert [3, 5] == kept(RetentionPolicy(keep_last=1), every)
+
+
+def test_the_best_of_a_metric_that_none_has_deletes_nothing() -> None:
+    """A slip of the pen, or nothing has been evaluated yet."""
+    every = [one(1, 1, metrics={"loss": 1.0}), one(2, 2), one(3, 3)]
+    assert [1, 2, 3] == kept(RetentionPolicy(keep_best=(KeepBest("los", 1),)), every)
+    assert [1] == kept(RetentionPolicy(keep_best=(KeepBest("loss", 1),)), every)
 
 
 def test_open_aliased_held_and_last_ones_stay() -> None:

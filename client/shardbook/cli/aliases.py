@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardbook.cli import names, output
+from shardbook.cli import completing, names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.client import Client
 from shardbook.core.names import AliasName, PartName
@@ -28,7 +28,11 @@ _EXPENDABLE = ("SET", "PROTECTED", "FOLLOWS")
 def alias(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME] RUN|REF", help="RUN alone lists its aliases; NAME REF sets one."),
+        typer.Argument(
+            metavar="[NAME] RUN|REF",
+            help="RUN alone lists its aliases; NAME REF sets one.",
+            autocompletion=completing.runs_or_refs,
+        ),
     ],
     metric: Annotated[
         str | None, typer.Option("--metric", metavar="METRIC", help="Follow the best value of a metric.")

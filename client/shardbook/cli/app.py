@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -13,7 +14,9 @@ from shardbook.cli import (
     cat,
     checkpoints,
     chunks,
+    completing,
     deleting,
+    demo,
     describing,
     diff,
     doctor,
@@ -31,6 +34,7 @@ from shardbook.cli import (
     sync,
     tensors,
     verify,
+    watch,
 )
 
 _EPILOG = """\b
@@ -66,6 +70,7 @@ def _root(
     """Finds, describes, checks and recovers checkpoints."""
 
 
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 app.command("projects", epilog=projects.EXAMPLES)(projects.list_projects)
 app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
 app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
@@ -74,6 +79,7 @@ app.command("label", epilog=describing.LABEL_EXAMPLES)(describing.label)
 app.command("metric", epilog=describing.METRIC_EXAMPLES)(describing.metric)
 app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
 app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
+app.command("watch", epilog=watch.EXAMPLES)(watch.watch)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("chunks", epilog=chunks.EXAMPLES)(chunks.list_chunks)
 app.command("diff", epilog=diff.EXAMPLES)(diff.diff_checkpoints)
@@ -99,6 +105,19 @@ app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 def run() -> None:
     """Runs the command line of this process and exits."""
     try:
-        app(prog_name="shardbook")
+        with completing.mended():
+            app(prog_name="shardbook")
     except failures.HANDLED as error:
         sys.exit(failures.report(error))
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    """Writes what is left to be written; who reads it may have seen enough (``| head``), and that is no failure."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            # The interpreter flushes once more at its end, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

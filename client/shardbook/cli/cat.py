@@ -10,16 +10,12 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 
-from shardbook._targets import checkpoint_named
-from shardbook.cli import output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
-from shardbook.config import ClientConfig
-from shardbook.core.dtype import ITEMSIZES, dtype_code
-from shardbook.errors import InvalidArgumentError
+from shardbook.cli import output, progress
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout
+from shardbook.cli.wanted import Target, check_size, found_in, regions_of
 from shardbook.reading.api import read_found
 from shardbook.reading.files import check_output, write_arrays
-from shardbook.reading.finding import Found, WantedTensor, chunks_of
-from shardbook.reading.region import parse_tensor
+from shardbook.reading.finding import Found, WantedTensor
 from shardbook.reading.stored import Array
 
 EXAMPLES = """\b
@@ -29,6 +25,9 @@ Examples:
   shardbook cat /ckpt/step-1500 'model.embed.weight[-1, :4]' --json"""
 #: Most bytes that are read for a terminal.
 _PRINTED_BYTES: Final = 64 << 20
+_SMALLER: Final = (
+    " for a terminal: ask for a part, as in 'embed.weight[0:10]', or write all of it with -o FILE.safetensors"
+)
 #: Most elements whose values are printed, one by one.
 _PRINTED_CELLS: Final = 1000
 
@@ -77,9 +76,7 @@ class PrintedTensor:
 
 
 def cat(
-    ref: Annotated[
-        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest; or a directory or URL.")
-    ],
+    ref: Target,
     tensors: Annotated[
         list[str],
         typer.Argument(
@@ -101,37 +98,17 @@ def cat(
 
     A directory or URL is read without any server.
     """
-    parsed = [parse_tensor(text) for text in tensors]
-    regions = dict(parsed)
-    if len(regions) < len(parsed):
-        raise InvalidArgumentError("one tensor is named twice", field="tensors")
+    regions = regions_of(tensors)
     if target is not None:
         check_output(target, len(regions))
-    if checkpoint_named(ref) is None:
-        found = chunks_of(ref, regions, ClientConfig.from_env())
-    else:
-        client, config = client_of(server, timeout_s)
-        found = chunks_of(ref, regions, config, client)
-    if target is None:
-        _check_size(found)
-    arrays = read_found(found)
-    if target is not None:
-        write_arrays(target, arrays, {"format": "pt", "shardbook_ref": ref})
+    with progress.shown("reading", is_wanted=not (is_plain or as_json)):
+        found = found_in(ref, regions, server, timeout_s)
+        if target is None:
+            check_size(found, _PRINTED_BYTES, _SMALLER)
+        arrays = read_found(found)
+        if target is not None:
+            write_arrays(target, arrays, {"format": "pt", "shardbook_ref": ref})
     _print(found, arrays, target, as_json=as_json, is_plain=is_plain)
-
-
-def _check_size(found: Found) -> None:
-    """Raises InvalidArgumentError for more than a terminal is good for, before it is read."""
-    size_bytes = sum(
-        math.prod(one.selection.box.sizes) * int(ITEMSIZES[dtype_code(one.chunks.dtype)]) for one in found.tensors
-    )
-    if size_bytes > _PRINTED_BYTES:
-        raise InvalidArgumentError(
-            f"that is {output.size(size_bytes)} for a terminal: ask for a part, as in 'embed.weight[0:10]', "
-            "or write all of it with -o FILE.safetensors",
-            reason="TOO_LARGE",
-            field="tensors",
-        )
 
 
 def _print(found: Found, arrays: dict[str, Array], target: Path | None, *, as_json: bool, is_plain: bool) -> None:

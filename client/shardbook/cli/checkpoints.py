@@ -9,11 +9,22 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import Checkpoint, CheckpointState, FileDeletion
-from shardbook.cli import names, output
+from shardbook.cli import completing, names, output, progress
 from shardbook.cli.describing import note_text
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    Limit,
+    Plain,
+    Server,
+    Timeout,
+    client_of,
+    counted,
+    page_size,
+    take,
+)
 from shardbook.core.names import RunName
-from shardbook.descriptions import RankInfo, SaveTiming
+from shardbook.descriptions import RankInfo, SaveTiming, Writer
 
 LS_EXAMPLES = """\b
 Examples:
@@ -48,7 +59,9 @@ def list_checkpoints(
     run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="project/run, project/run:part for one part, or a pattern: 'llm/*', '*/8b-*'."
+            metavar="RUN",
+            help="project/run, project/run:part for one part, or a pattern: 'llm/*', '*/8b-*'.",
+            autocompletion=completing.runs,
         ),
     ],
     filter_text: Annotated[
@@ -79,7 +92,8 @@ def list_checkpoints(
     found = client.list_checkpoints(
         name, part=part, show_all=show_all, filter=filter_text, order_by=order_by, page_size=page_size(limit)
     )
-    checkpoints, more = take(found, limit)
+    with progress.shown("listing", is_wanted=not (is_plain or as_json)) as tell:
+        checkpoints, more = take(counted(found, tell, "checkpoints"), limit)
     if as_json:
         rows = [checkpoint.to_json() for checkpoint in checkpoints]
         # By part. The listing does not say: what @latest means need not be among what it shows.
@@ -104,7 +118,9 @@ def list_checkpoints(
 
 
 def show_checkpoint(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", autocompletion=completing.refs)
+    ],
     ranks: Annotated[bool, typer.Option("--ranks", help="What each rank took and wrote, too.")] = False,
     as_json: AsJson = False,
     is_plain: Plain = False,
@@ -228,18 +244,30 @@ def _said(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     if writer.host or writer.user:
         job = f", job {writer.job_id}" if writer.job_id else ""
         yield "written by", f"{writer.user or 'someone'} on {writer.host or 'some host'}{job}"
-    versions = [("Shardbook", writer.client_version), ("torch", writer.torch_version), ("git", writer.git_commit)]
-    if any(version for _, version in versions):
-        yield "written with", ", ".join(f"{name} {version}" for name, version in versions if version)
+    versions = versions_of(writer)
+    if versions:
+        yield "written with", versions
     if checkpoint.timing is not None:
-        yield from _timing(checkpoint.timing)
+        yield from timing_of(checkpoint.timing)
 
 
-def _timing(timing: SaveTiming) -> Iterator[tuple[str, str]]:
+def versions_of(writer: Writer) -> str:
+    """Returns what a checkpoint was written with; empty when that is not known."""
+    versions = [("Shardbook", writer.client_version), ("torch", writer.torch_version), ("git", writer.git_commit)]
+    return ", ".join(f"{name} {version}" for name, version in versions if version)
+
+
+def timing_of(timing: SaveTiming, *, is_open: bool = False) -> Iterator[tuple[str, str]]:
+    """Yields what stands out: the slowest phase first, then the slowest rank of each, and bytes by rank."""
+    if timing.phases:
+        worst = max(timing.phases, key=lambda phase: phase.slowest_s)
+        host = f" on {worst.slowest_host}" if worst.slowest_host else ""
+        yield "slowest", f"rank {worst.slowest_rank}{host}: {worst.phase}, {worst.slowest_s:.3f} s"
     for phase in timing.phases:
         host = f" on {phase.slowest_host}" if phase.slowest_host else ""
         slowest = f"slowest {phase.slowest_s:.3f} s, rank {phase.slowest_rank}{host}"
         yield f"{phase.phase} time", f"{slowest}; median {phase.median_s:.3f} s"
-    yield "commit time", f"{timing.commit_s:.3f} s"
+    if not is_open:
+        yield "commit time", f"{timing.commit_s:.3f} s"
     largest = f"most {output.size(timing.largest_rank_bytes)}, rank {timing.largest_rank}"
     yield "bytes a rank", f"{largest}; median {output.size(timing.median_rank_bytes)}"

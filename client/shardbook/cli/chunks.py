@@ -8,15 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from shardbook._targets import checkpoint_named
 from shardbook.cli import output, progress
 from shardbook.cli.failures import asking_storage
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of
-from shardbook.config import ClientConfig
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout
+from shardbook.cli.wanted import Target, found_in
 from shardbook.core.footprint import rank_of_file
 from shardbook.core.table import printable
 from shardbook.errors import InvalidArgumentError
-from shardbook.reading.finding import Found, WantedTensor, chunks_of
+from shardbook.reading.finding import Found, WantedTensor
 from shardbook.reading.region import parse_tensor
 
 EXAMPLES = """\b
@@ -65,9 +64,7 @@ class PrintedChunk:
 
 
 def list_chunks(
-    ref: Annotated[
-        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest; or a directory or URL.")
-    ],
+    ref: Target,
     tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="Its name; a part of it, as in 'w[0:10]'.")],
     region: Annotated[str | None, typer.Argument(metavar="[REGION]", help="The part alone: 0:10,:.")] = None,
     limit: Limit = 50,
@@ -85,12 +82,8 @@ def list_chunks(
         if cells is not None:
             raise InvalidArgumentError(f"{tensor} names a part already, and {region} another one", field="region")
         fqn, cells = parse_tensor(f"{tensor}[{region.strip('[]')}]")
-    with asking_storage(), progress.shown("looking", is_wanted=not is_plain):
-        if checkpoint_named(ref) is None:
-            found = chunks_of(ref, {fqn: cells}, ClientConfig.from_env())
-        else:
-            client, config = client_of(server, timeout_s)
-            found = chunks_of(ref, {fqn: cells}, config, client)
+    with asking_storage(), progress.shown("looking", is_wanted=not (is_plain or as_json)):
+        found = found_in(ref, {fqn: cells}, server, timeout_s)
     rows = found.tensors[0].chunks.touching(found.tensors[0].selection.box).tolist()
     shown = rows[: limit or None]
     chunks = list(_chunks(found.tensors[0], shown))

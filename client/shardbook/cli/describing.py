@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from shardbook.catalog import Checkpoint
-from shardbook.cli import names, output
+from shardbook.cli import completing, names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.errors import InvalidArgumentError
 
@@ -18,14 +18,18 @@ Examples:
   shardbook label llm/8b-v3@1500 --remove stage"""
 METRIC_EXAMPLES = """\b
 Examples:
-  shardbook metric llm/8b-v3@1500 val_loss=1.87 mmlu=0.62"""
+  shardbook metric llm/8b-v3@1500 val_loss=1.87 mmlu=0.62
+  shardbook metric llm/8b-v3@1500 --json | jq .checkpoint.metrics"""
 NOTE_EXAMPLES = """\b
 Examples:
   shardbook note llm/8b-v3@1500 "before the learning rate was halved"
   shardbook note llm/8b-v3@1500 --value '{"eval": {"shots": 5}}'
   shardbook note llm/8b-v3@1500 --clear"""
 
-Ref = Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest, @best.")]
+Ref = Annotated[
+    str,
+    typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest, @best.", autocompletion=completing.refs),
+]
 Remove = Annotated[list[str] | None, typer.Option("--remove", metavar="KEY", help="Remove this one; may be repeated.")]
 
 
@@ -118,6 +122,17 @@ def _print(checkpoint: Checkpoint, values: Any, *, as_json: bool, is_plain: bool
         output.print_facts(values.items(), is_plain=is_plain)
     else:
         output.print_line(nothing, is_plain=is_plain)
+
+
+def given_labels(given: list[str] | None) -> dict[str, str]:
+    """Returns labels that an option gave as ``KEY=VALUE``, by key; raises InvalidArgumentError."""
+    return {key: text for key, text in _changes(given, None, "KEY=VALUE", "labels").items() if text is not None}
+
+
+def given_metrics(given: list[str] | None) -> dict[str, float]:
+    """Returns metrics that an option gave as ``NAME=VALUE``, by name; raises InvalidArgumentError."""
+    changes = _changes(given, None, "NAME=VALUE", "metrics")
+    return {name: _number(name, text) for name, text in changes.items() if text is not None}
 
 
 def _changes(given: list[str] | None, remove: list[str] | None, form: str, field: str) -> dict[str, str | None]:

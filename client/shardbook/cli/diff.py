@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook._targets import checkpoint_named
-from shardbook.cli import output, progress
+from shardbook.cli import completing, output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Limit, Plain, Server, Timeout, client_of
 from shardbook.comparing import Change, CheckpointDiff, TensorFacts, diff
@@ -25,8 +25,17 @@ _TIMEOUT_S = 60.0
 
 
 def diff_checkpoints(
-    a: Annotated[str, typer.Argument(metavar="A", help="project/run@1500, @latest; or a checkpoint directory or URL.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The same of the other checkpoint.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="project/run@1500, @latest; or a checkpoint directory or URL.",
+            autocompletion=completing.refs,
+        ),
+    ],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="The same of the other checkpoint.", autocompletion=completing.refs)
+    ],
     tensors_only: Annotated[
         bool, typer.Option("--tensors", help="Exit by the tensors alone, whatever bytes and world size are.")
     ] = False,
@@ -42,7 +51,7 @@ def diff_checkpoints(
     """
     needs_server = checkpoint_named(a) is not None or checkpoint_named(b) is not None
     client, config = client_of(server, timeout_s) if needs_server else (None, None)
-    with asking_storage(), progress.shown("comparing", is_wanted=not is_plain):
+    with asking_storage(), progress.shown("comparing", is_wanted=not (is_plain or as_json)):
         found = diff(a, b, config=config, client=client)
     if as_json:
         output.print_json({"diff": found.to_json(limit or None)})

@@ -26,7 +26,7 @@ def doctor(
 
     Exits 1 when something does not work; what only works less well is a warning. Changes nothing.
     """
-    with progress.shown("checking", is_wanted=not is_plain) as tell:
+    with progress.shown("checking", is_wanted=not (is_plain or as_json)) as tell:
         findings: list[Finding] = []
         for finding in examine(server=server, timeout_s=timeout_s):
             findings.append(finding)

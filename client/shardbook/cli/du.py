@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardbook.cli import names, output, progress
+from shardbook.cli import completing, names, output, progress
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.client import Client
 from shardbook.core.names import DEFAULT_PART, RunName
@@ -26,7 +26,9 @@ def disk_usage(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROJECT|RUN]...", help="Projects, and runs as project/run; all of them when none is named."
+            metavar="[PROJECT|RUN]...",
+            help="Projects, and runs as project/run; all of them when none is named.",
+            autocompletion=completing.runs,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -39,7 +41,7 @@ def disk_usage(
     SUPERSEDED is what later sessions saved anew. What killed saves left is not counted: `shardbook gc` finds it.
     """
     client, _ = client_of(server, timeout_s)
-    with progress.shown("counting", is_wanted=not is_plain) as tell:
+    with progress.shown("counting", is_wanted=not (is_plain or as_json)) as tell:
         parts = list(usage(client, dict.fromkeys(_runs(client, targets or [])), tell))
     parts.sort(key=lambda one: (-one.size_bytes, one.run, one.part))
     total = sum(one.size_bytes for one in parts)

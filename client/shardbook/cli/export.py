@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from shardbook._targets import checkpoint_named
-from shardbook.cli import output, progress
+from shardbook.cli import completing, output, progress
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.exporting import export_metadata
@@ -22,7 +22,12 @@ _TIMEOUT_S = 60.0
 
 def export(
     ref: Annotated[
-        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest; or a directory or URL.")
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="project/run@1500, @1500.s3, @latest; or a directory or URL.",
+            autocompletion=completing.refs,
+        ),
     ],
     target: Annotated[
         str, typer.Option("--output", "-o", metavar="FILE", help="Path or URL of the file; its directory is there.")
@@ -38,7 +43,7 @@ def export(
     Data files stay where they are: in their directory, the file makes them loadable without Shardbook.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(ref) is not None else (None, None)
-    with asking_storage(), progress.shown("exporting", is_wanted=not is_plain):
+    with asking_storage(), progress.shown("exporting", is_wanted=not (is_plain or as_json)):
         size_bytes = export_metadata(ref, target, force=force, config=config, client=client)
     if as_json:
         output.print_json({"output": target, "size_bytes": size_bytes})

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shardbook.cli import durations, names, output, progress
+from shardbook.cli import completing, durations, names, output, progress
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.collecting import LeftAttempt, Verdict, find_orphans, remove_orphan
@@ -70,7 +70,13 @@ def collect(
     ] = None,
     run: Annotated[
         str | None,
-        typer.Option("--run", "-r", metavar="RUN", help="The only run that saves there; else all are looked at."),
+        typer.Option(
+            "--run",
+            "-r",
+            metavar="RUN",
+            help="The only run that saves there; else all are looked at.",
+            autocompletion=completing.runs,
+        ),
     ] = None,
     is_offline: Annotated[
         bool, typer.Option("--offline", help="Go by manifests, records and age alone; ask no server.")
@@ -90,7 +96,7 @@ def collect(
         raise InvalidArgumentError("nobody is there to be asked: pass --dry-run, or --yes to remove", field="yes")
     known, config = _known(is_offline=is_offline, run=run, server=server, timeout_s=timeout_s)
     roots = [_root(path, config) for path in paths]
-    with asking_storage(), progress.shown("looking", is_wanted=not is_plain) as tell:
+    with asking_storage(), progress.shown("looking", is_wanted=not (is_plain or as_json)) as tell:
         found: list[LeftAttempt] = []
         for one in find_orphans(roots, known=known, older_than_s=older_than_s):
             found.append(one)
@@ -100,7 +106,7 @@ def collect(
         _print(found, show_all=show_all, is_plain=is_plain, is_offline=is_offline)
     removed: list[LeftAttempt] = []
     if orphans and not is_dry and (is_sure or _confirmed(orphans)):
-        with asking_storage(), progress.shown("removing", is_wanted=not is_plain) as tell:
+        with asking_storage(), progress.shown("removing", is_wanted=not (is_plain or as_json)) as tell:
             for one in orphans:
                 removed += _removed(one, known, older_than_s)
                 tell(len(removed), len(orphans), "attempts")

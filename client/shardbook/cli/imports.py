@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from shardbook.cli import names, output, progress
+from shardbook.cli import completing, names, output, progress
+from shardbook.cli.describing import given_labels, given_metrics
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
 from shardbook.errors import InvalidArgumentError, ShardbookError
@@ -23,7 +24,8 @@ EXAMPLES = """\b
 Examples:
   shardbook import /lustre/old/ckpt --run llm/8b-v2 --dry-run
   shardbook import /lustre/old/ckpt/final --run llm/8b-v2 --step 90000
-  shardbook import s3://bucket/ckpt --run llm/8b-v2 --part weights --json"""
+  shardbook import s3://bucket/ckpt --run llm/8b-v2 --part weights --json
+  shardbook import /lustre/old/ckpt --run llm/8b-v2 --label stage=pretrain --metric val_loss=1.9"""
 _COLUMNS = (
     ("OUTCOME", False),
     ("REF", False),
@@ -44,7 +46,14 @@ _TIMEOUT_S = 60.0
 def import_checkpoints(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="Checkpoint directories, or any above.")],
     run: Annotated[
-        str, typer.Option("--run", "-r", metavar="RUN", help="project/run to record them in; made when new.")
+        str,
+        typer.Option(
+            "--run",
+            "-r",
+            metavar="RUN",
+            help="project/run to record them in; made when new.",
+            autocompletion=completing.runs,
+        ),
     ],
     part: Annotated[
         str | None, typer.Option("--part", metavar="PART", help="Part of the run. [default: as saved, else default]")
@@ -56,6 +65,13 @@ def import_checkpoints(
     attempt: Annotated[
         int, typer.Option("--attempt", metavar="N", min=1, help="2 or more for a plain DCP directory saved over since.")
     ] = 1,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Label each of them; may be repeated.")
+    ] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="NAME=VALUE", help="A metric of each; may be repeated.")
+    ] = None,
+    note: Annotated[str | None, typer.Option("--note", metavar="TEXT", help="A note to keep with each.")] = None,
     is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be recorded; record nothing.")] = False,
     trusted: Trusted = False,
     as_json: AsJson = False,
@@ -67,6 +83,9 @@ def import_checkpoints(
 
     Data files stay where and as they are. Plain DCP's directories need torch here. Saves of Shardbook into this very
     run keep their session, as `shardbook sync` has it, which needs no --run; all others are recorded as offline saves.
+    What a save of Shardbook says of itself (labels, metrics, note, who wrote it) comes along; --label, --metric and
+    --note add to it when a checkpoint is recorded, `shardbook label` later.
+
     Safe to repeat: the same content again is fine, other content under the same name is refused. Exits 1 when a
     checkpoint was not recorded, or none was found.
     """
@@ -74,12 +93,23 @@ def import_checkpoints(
     if part_of_run is not None and part not in (None, part_of_run):
         raise InvalidArgumentError(f"{run} and --part {part} name two parts", field="part")
     client, config = client_of(server, timeout_s)
-    into = ImportInto(into_run, part or part_of_run, step, attempt, trusted, is_dry, config.stores)
+    into = ImportInto(
+        into_run,
+        part or part_of_run,
+        step,
+        attempt,
+        trusted,
+        is_dry,
+        config.stores,
+        given_labels(labels),
+        given_metrics(metrics),
+        note,
+    )
     with asking_storage():
         found = find_directories(directories)
     results: list[ImportedCheckpoint] = []
     try:
-        with progress.shown("importing", is_wanted=not is_plain) as tell:
+        with progress.shown("importing", is_wanted=not (is_plain or as_json)) as tell:
             results.extend(import_directories(client, found, into, tell))
     except ShardbookError:
         # What was recorded before the server went away is worth knowing.

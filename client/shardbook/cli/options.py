@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Annotated, Final, TypeVar
 
@@ -70,6 +70,14 @@ def page_size(limit: int) -> int:
     from shardbook.core.limits import MAX_PAGE_SIZE
 
     return min(limit + 1, MAX_PAGE_SIZE) if limit else MAX_PAGE_SIZE
+
+
+def counted(rows: Iterable[_T], tell: Callable[[int, int, str], None], unit: str) -> Iterator[_T]:
+    """Yields rows, and tells ``progress.shown`` now and then how many there were."""
+    for number, row in enumerate(rows, 1):
+        if number % 1000 == 0:
+            tell(number, number, unit)
+        yield row
 
 
 def take(rows: Iterable[_T], limit: int) -> tuple[list[_T], bool]:

@@ -33,6 +33,11 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
 
 
+def print_json_line(value: dict[str, Any]) -> None:
+    """Prints one JSON object on one line, ASCII only: for what has no end."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=True, allow_nan=False) + "\n")
+
+
 def print_table(
     columns: Sequence[tuple[str, bool]],
     rows: Iterable[Sequence[str]],

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from shardbook.catalog import FileDeletion
-from shardbook.cli import durations, names, output, progress
+from shardbook.cli import completing, durations, names, output, progress
 from shardbook.cli.deleting import DeleteFiles, DryRun, told
 from shardbook.cli.failures import NEGATIVE, USAGE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
@@ -60,7 +60,12 @@ NewerThan = Annotated[
 
 def prune(
     targets: Annotated[
-        list[str], typer.Argument(metavar="RUN|DIR...", help="project/run, project/run:part; or directories, offline.")
+        list[str],
+        typer.Argument(
+            metavar="RUN|DIR...",
+            help="project/run, project/run:part; or directories, offline.",
+            autocompletion=completing.runs,
+        ),
     ],
     keep_last: KeepLast = 0,
     keep_every: KeepEvery = 0,
@@ -219,7 +224,12 @@ _Work = _Run | _Directories
 
 
 def policy(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="project/run, or project/run:part for one part.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="project/run, or project/run:part for one part.", autocompletion=completing.runs
+        ),
+    ],
     keep_last: KeepLast = 0,
     keep_every: KeepEvery = 0,
     keep_best: KeepBestCount = 0,

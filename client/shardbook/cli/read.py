@@ -9,17 +9,12 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 
-from shardbook._targets import checkpoint_named
 from shardbook.cli import output, progress
 from shardbook.cli.failures import asking_storage
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
-from shardbook.config import ClientConfig
-from shardbook.core.dtype import ITEMSIZES, dtype_code
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout
+from shardbook.cli.wanted import Target, check_size, found_in, regions_of
 from shardbook.core.table import printable
-from shardbook.errors import InvalidArgumentError
 from shardbook.reading.api import read_found
-from shardbook.reading.finding import Found, chunks_of
-from shardbook.reading.region import parse_tensor
 from shardbook.reading.stored import Array
 
 EXAMPLES = """\b
@@ -100,9 +95,7 @@ class Statistics:
 
 
 def read(
-    ref: Annotated[
-        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest; or a directory or URL.")
-    ],
+    ref: Target,
     tensors: Annotated[
         list[str],
         typer.Argument(metavar="TENSOR...", help="Names, with the part that is wanted: 'embed.weight[0:10]', 'w[-1]'."),
@@ -116,17 +109,10 @@ def read(
 
     `shardbook cat` prints the values. A directory or URL is read without any server. Needs no torch.
     """
-    parsed = [parse_tensor(text) for text in tensors]
-    regions = dict(parsed)
-    if len(regions) < len(parsed):
-        raise InvalidArgumentError("one tensor is named twice", field="tensors")
-    with asking_storage(), progress.shown("reading", is_wanted=not is_plain):
-        if checkpoint_named(ref) is None:
-            found = chunks_of(ref, regions, ClientConfig.from_env())
-        else:
-            client, config = client_of(server, timeout_s)
-            found = chunks_of(ref, regions, config, client)
-        _check_size(found)
+    regions = regions_of(tensors)
+    with asking_storage(), progress.shown("reading", is_wanted=not (is_plain or as_json)):
+        found = found_in(ref, regions, server, timeout_s)
+        check_size(found, _READ_BYTES, ": ask for a part, as in 'embed.weight[0:1000]'")
         arrays = read_found(found)
     rows = [
         Statistics.of(wanted.chunks.fqn, wanted.chunks.dtype, array)
@@ -136,19 +122,6 @@ def read(
         output.print_json({"tensors": [row.to_json() for row in rows]})
         return
     output.print_table(_COLUMNS, map(_row, rows), expendable=_EXPENDABLE, is_plain=is_plain)
-
-
-def _check_size(found: Found) -> None:
-    """Raises InvalidArgumentError for more than one look is good for, before it is read."""
-    size_bytes = sum(
-        math.prod(one.selection.box.sizes) * int(ITEMSIZES[dtype_code(one.chunks.dtype)]) for one in found.tensors
-    )
-    if size_bytes > _READ_BYTES:
-        raise InvalidArgumentError(
-            f"that is {output.size(size_bytes)}: ask for a part, as in 'embed.weight[0:1000]'",
-            reason="TOO_LARGE",
-            field="tensors",
-        )
 
 
 def _row(one: Statistics) -> tuple[str, ...]:

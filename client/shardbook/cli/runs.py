@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import Run, RunPart
-from shardbook.cli import names, output
+from shardbook.cli import completing, names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
 from shardbook.core.names import DEFAULT_PART
 
@@ -30,7 +30,10 @@ _EXPENDABLE = ("SESSION", "USER", "HOST", "LAST SEEN", "WRITING", "CHECKPOINTS",
 
 
 def list_runs(
-    project: Annotated[str | None, typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.")] = None,
+    project: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.", autocompletion=completing.projects),
+    ] = None,
     limit: Limit = 50,
     as_json: AsJson = False,
     is_plain: Plain = False,

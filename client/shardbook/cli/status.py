@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from shardbook.cli import durations, names, output
-from shardbook.cli.checkpoints import state_of
+from shardbook.cli import completing, durations, names, output
+from shardbook.cli.checkpoints import state_of, timing_of, versions_of
 from shardbook.cli.durations import told
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.core.names import DEFAULT_PART
+from shardbook.descriptions import Alias
 from shardbook.status import OpenAttempt, PartStatus, RankHost, RunStatus, SavePhase
 
 EXAMPLES = """\b
@@ -21,8 +22,17 @@ Examples:
   shardbook status llm/8b-v3 --max-age 2h || page-somebody"""
 
 
+#: Hosts whose missing ranks are named.
+_HOSTS_SHOWN: Final = 10
+
+
 def show_status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="project/run, or project/run:part for one part.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="project/run, or project/run:part for one part.", autocompletion=completing.runs
+        ),
+    ],
     max_age_s: Annotated[
         float | None,
         typer.Option(
@@ -44,11 +54,18 @@ def show_status(
     name, part = names.run_of(run)
     client, _ = client_of(server, timeout_s)
     status = client.get_run_status(name, part)
+    aliases = [one for one in client.list_aliases(name, part=part) if one.checkpoint]
     stale = [] if max_age_s is None else [one for one in status.parts if not one.is_fresh(max_age_s)]
     if as_json:
-        output.print_json({"status": status.to_json(), "stale": [one.part.part for one in stale]})
+        output.print_json(
+            {
+                "status": status.to_json(),
+                "stale": [one.part.part for one in stale],
+                "aliases": [one.to_json() for one in aliases],
+            }
+        )
     else:
-        _print(status, is_plain=is_plain)
+        _print(status, aliases, is_plain=is_plain)
         for one in stale:
             assert max_age_s is not None  # noqa: S101 - or nothing were stale
             output.print_line(f"{_ref(status, one)}: no commit within {told(max_age_s)}", is_plain=is_plain)
@@ -56,9 +73,12 @@ def show_status(
         raise typer.Exit(NEGATIVE)
 
 
-def _print(status: RunStatus, *, is_plain: bool) -> None:
+def _print(status: RunStatus, aliases: list[Alias], *, is_plain: bool) -> None:
     for one in status.parts:
         facts = [("run", _ref(status, one)), ("writer", _writer(status, one)), ("last commit", _last(one))]
+        if one.last_commit is not None and (versions := versions_of(one.last_commit.writer)):
+            facts.append(("written with", versions))
+        facts += [("alias", text) for text in _aliases(status, one, aliases)]
         if one.last_failure is not None:
             failed = one.last_failure
             why = f": {failed.failure}" if failed.failure else ""
@@ -77,11 +97,24 @@ def _ref(status: RunStatus, one: PartStatus) -> str:
     return status.run if one.part.part == DEFAULT_PART else f"{status.run}:{one.part.part}"
 
 
+def _aliases(status: RunStatus, one: PartStatus, aliases: list[Alias]) -> list[str]:
+    """What the aliases of a part mean, and what they follow."""
+    texts = []
+    for alias in aliases:
+        place, _, name = alias.ref.rpartition("@")
+        if place == _ref(status, one):
+            best = f", best {alias.metric} ({alias.direction.value})" if alias.direction is not None else ""
+            protected = ", protected" if alias.protected else ""
+            texts.append(f"@{name}: {alias.checkpoint_ref}{best}{protected}")
+    return texts
+
+
 def _writer(status: RunStatus, one: PartStatus) -> str:
     part = one.part
     if not part.session:
         return "none: saved offline"
-    who = f"session {part.session}, {output.or_dash(part.user)} on {output.or_dash(part.host)}"
+    job = f", job {part.job_id}" if part.job_id else ""
+    who = f"session {part.session}, {output.or_dash(part.user)} on {output.or_dash(part.host)}{job}"
     if part.last_seen_time is None:
         return who
     ago = told(max(0.0, (status.read_time - part.last_seen_time).total_seconds()))
@@ -106,12 +139,26 @@ def _attempt(attempt: OpenAttempt) -> list[tuple[str, str]]:
         facts.append(("  registered", f"{registered} of {world} ranks{_so_far(attempt.write_s)}"))
     if attempt.registered:
         facts.append(("  there", _ranks(attempt.registered, attempt.registered_count)))
+    if attempt.timing is not None:
+        facts += [(f"  {name}", text) for name, text in timing_of(attempt.timing, is_open=True)]
     if attempt.phase is SavePhase.PLANNING and attempt.unplanned:
-        unplanned = tuple(RankHost(rank, "") for rank in attempt.unplanned)
-        facts.append(("  no plan of", _ranks(unplanned, attempt.world_size - attempt.planned_count)))
+        told_of = attempt.unplanned_ranks or ",".join(map(str, attempt.unplanned))
+        facts.append(("  no plan of", told_of))
+    elif attempt.missing_hosts:
+        facts.append(("  missing", _hosts(attempt)))
     elif attempt.missing:
         facts.append(("  missing", _ranks(attempt.missing, attempt.missing_count)))
     return facts
+
+
+def _hosts(attempt: OpenAttempt) -> str:
+    """Ranks that are missing, by host, as far as a screen has room."""
+    shown = attempt.missing_hosts[:_HOSTS_SHOWN]
+    named = "; ".join(f"{one.ranks} on {one.host}" if one.host else one.ranks for one in shown)
+    ranks = attempt.missing_count - sum(one.rank_count for one in shown)
+    if ranks <= 0:
+        return named
+    return f"{named}; and {output.count(ranks)} more on {output.count(attempt.missing_host_count - len(shown))} hosts"
 
 
 def _so_far(seconds: float | None) -> str:

@@ -43,7 +43,7 @@ def sync(
     client, config = client_of(server, timeout_s)
     results: list[SyncedAttempt] = []
     try:
-        with progress.shown("syncing", is_wanted=not is_plain) as tell:
+        with progress.shown("syncing", is_wanted=not (is_plain or as_json)) as tell:
             for result in sync_directories(client, directories, stores=config.stores):
                 results.append(result)
                 tell(len(results), len(results), "attempts")

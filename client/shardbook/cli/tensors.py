@@ -7,8 +7,19 @@ from typing import Annotated
 import typer
 
 from shardbook.catalog import TensorInfo
-from shardbook.cli import names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
+from shardbook.cli import completing, names, output, progress
+from shardbook.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    Limit,
+    Plain,
+    Server,
+    Timeout,
+    client_of,
+    counted,
+    page_size,
+    take,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -20,7 +31,9 @@ _EXPENDABLE = ("CHUNKS", "DTYPE", "SIZE IN FILES", "SHAPE")
 
 
 def list_tensors(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.")],
+    ref: Annotated[
+        str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", autocompletion=completing.refs)
+    ],
     prefix: Annotated[str, typer.Option("--prefix", "-p", help="Only entries whose name starts with this.")] = "",
     limit: Limit = 50,
     as_json: AsJson = False,
@@ -31,7 +44,9 @@ def list_tensors(
     """List what a committed checkpoint holds, in state-dict order."""
     name = names.checkpoint_of(ref)
     client, _ = client_of(server, timeout_s)
-    tensors, more = take(client.list_tensors(name, prefix, page_size=page_size(limit)), limit)
+    found = client.list_tensors(name, prefix, page_size=page_size(limit))
+    with progress.shown("listing", is_wanted=not (is_plain or as_json)) as tell:
+        tensors, more = take(counted(found, tell, "entries"), limit)
     if as_json:
         output.print_json({"tensors": [tensor.to_json() for tensor in tensors], "more": more})
         return

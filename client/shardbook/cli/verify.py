@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from shardbook._targets import checkpoint_named
-from shardbook.cli import output, progress
+from shardbook.cli import completing, output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
 from shardbook.client import Client
@@ -37,7 +37,12 @@ _TIMEOUT_S = 60.0
 
 def verify_checkpoint(
     target: Annotated[
-        str, typer.Argument(metavar="REF|DIR", help="project/run@1500, @latest; or a checkpoint directory or URL.")
+        str,
+        typer.Argument(
+            metavar="REF|DIR",
+            help="project/run@1500, @latest; or a checkpoint directory or URL.",
+            autocompletion=completing.refs,
+        ),
     ],
     ranks: Annotated[
         list[int] | None, typer.Option("--rank", metavar="N", min=0, help="Only what this rank wrote; repeatable.")
@@ -59,7 +64,7 @@ def verify_checkpoint(
     is flagged: @latest and @best pass over it, until it is verified and all there.
     """
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
-    with asking_storage(), progress.shown("verifying", is_wanted=not is_plain) as tell:
+    with asking_storage(), progress.shown("verifying", is_wanted=not (is_plain or as_json)) as tell:
         report = verify(
             target, ranks=ranks, checksums=checksums, trusted=trusted, config=config, client=client, progress=tell
         )

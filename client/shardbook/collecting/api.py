@@ -13,7 +13,7 @@ from shardbook._described import told_as_ours
 from shardbook._side_by_side import side_by_side
 from shardbook._trees import Tree, open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
-from shardbook.collecting.known import Known, name_of, state_if_needed
+from shardbook.collecting.known import Known, state_if_needed
 from shardbook.collecting.report import LeftAttempt, Verdict, time_of
 from shardbook.core import directory as names
 from shardbook.core.exported import FileFacts
@@ -186,7 +186,7 @@ class _Directory:
             directory=self.path,
             prefix=prefix,
             verdict=verdict,
-            ref=None if identity is None else name_of(identity).ref,
+            ref=None if identity is None else identity.checkpoint_name.ref,
             state=state,
             record_count=0 if found is None else len(found.ranks),
             world_size=None if identity is None else identity.world_size,

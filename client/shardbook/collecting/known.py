@@ -12,7 +12,7 @@ from typing import Final
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
 from shardbook.core.manifest import AttemptIdentity
-from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName, prefix_of
+from shardbook.core.names import CheckpointName, RunName, prefix_of
 from shardbook.errors import CheckpointClosedError, NotFoundError, SessionFencedError, SessionUnknownError
 from shardbook.stores import Stores, normalized
 from shardbook.v1.registration_pb2 import AbortCheckpointRequest
@@ -20,14 +20,6 @@ from shardbook.v1.types_pb2 import AttemptKey
 
 #: How long a listing of the catalogue is good for, seconds: what it is asked about is a day old.
 _LISTED_S: Final = 60.0
-
-
-def name_of(identity: AttemptIdentity) -> CheckpointName:
-    """Returns the name of the attempt that left a file."""
-    part = PartName(RunName.parse(identity.run), identity.part)
-    return CheckpointName(
-        part, CheckpointId.full(identity.step, identity.session, identity.attempt, identity.incarnation)
-    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class Known:
         """Returns the attempts of the catalogue that files may be of, by name, or by where they lie."""
         if identity is not None:
             with suppress(NotFoundError):  # ranks that were cut off did not know their session's number
-                found = self.client.get_checkpoint(name_of(identity))
+                found = self.client.get_checkpoint(identity.checkpoint_name)
                 # A number alone is no identity: after a restore the catalogue may have handed it out again.
                 if found.incarnation == identity.incarnation.hex():
                     return [KnownAttempt(found, is_sure=True)]
@@ -148,4 +140,4 @@ def state_if_needed(one: KnownAttempt, known: Known) -> CheckpointState | None:
     return state
 
 
-__all__ = ["Known", "KnownAttempt", "name_of", "state_if_needed"]
+__all__ = ["Known", "KnownAttempt", "state_if_needed"]

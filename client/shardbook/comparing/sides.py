@@ -13,7 +13,7 @@ import numpy as np
 from shardbook._attempts import TreeFiles
 from shardbook._described import Source, Target, read_directory, told_as_ours
 from shardbook._plain import footprint_of, world_size_of
-from shardbook._targets import checkpoint_named
+from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import open_tree
 from shardbook.catalog import Checkpoint, CheckpointState, StoredMetadata
 from shardbook.client import Client
@@ -26,14 +26,12 @@ from shardbook.core.dtype import dtype_code
 from shardbook.core.fold import FoldedAttempt
 from shardbook.core.footprint import Footprint
 from shardbook.core.head import decode_head
-from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
+from shardbook.core.names import CheckpointName
 from shardbook.errors import FailedPreconditionError
 from shardbook.reading.chunks import TensorChunks
 from shardbook.reading.plain_metadata import read_plain_metadata, read_stand_ins
 from shardbook.stores import normalized
 
-#: What fetching the metadata of a whole checkpoint may take, seconds.
-_METADATA_S: Final = 300.0
 #: A prefix that the fqn of no entry has: names are UTF-8, and this is none.
 _NO_ENTRY: Final = b"\xff"
 
@@ -91,7 +89,7 @@ class CatalogueSide:
 
     @cached_property
     def _stored(self) -> StoredMetadata:
-        return self.client.get_metadata(self.checkpoint.name, deadline_s=_METADATA_S)
+        return self.client.get_metadata(self.checkpoint.name, deadline_s=METADATA_S)
 
     def blocks(self) -> Sequence[bytes]:
         """Returns its entries as they are stored; one call."""
@@ -110,7 +108,7 @@ class CatalogueSide:
         if blocks is None:
             _, located = self._stored.columns()
         else:
-            extents = self.client.get_metadata(self.checkpoint.name, _NO_ENTRY, deadline_s=_METADATA_S)
+            extents = self.client.get_metadata(self.checkpoint.name, _NO_ENTRY, deadline_s=METADATA_S)
             _, located = replace(extents, blocks=list(blocks)).columns()
         return int(located.length.sum())
 
@@ -126,11 +124,11 @@ class ManifestSide:
     def facts(self) -> ComparedCheckpoint:
         """What its manifest says of it."""
         who = self.folded.manifest.identity
-        part = PartName(RunName.parse(who.run), who.part)
-        name = CheckpointName(part, CheckpointId.full(who.step, who.session, who.attempt, who.incarnation))
         digest = structure_digest(self.folded.manifest.structure_digests).hex()
         size_bytes = self.folded.unique_bytes
-        return ComparedCheckpoint(name.ref, self.directory, Source.MANIFEST, who.world_size, size_bytes, digest)
+        return ComparedCheckpoint(
+            who.checkpoint_name.ref, self.directory, Source.MANIFEST, who.world_size, size_bytes, digest
+        )
 
     def blocks(self) -> Sequence[bytes]:
         """Returns its entries as they are stored."""

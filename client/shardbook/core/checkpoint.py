@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
-from shardbook.core.columns import Int64Array
+from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.structure import FileName
 from shardbook.core.table import EntryKind, KeyPaths, UInt8Array
 from shardbook.errors import InvalidArgumentError
+
+#: Columns of a ``CheckpointStructure``: of its entries, besides their names; of a chunk's box; of a chunk besides it.
+ENTRY_COLUMNS: Final = (
+    "kinds",
+    "dtypes",
+    "layouts",
+    "memory_formats",
+    "ndims",
+    "shapes",
+    "winner_entry",
+    "chunk_counts",
+)
+BOX_COLUMNS: Final = ("offsets", "sizes")
+CHUNK_COLUMNS: Final = ("owner", "position", "file", "base", "var_lo", "var_hi", "length")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +127,18 @@ class CheckpointStructure:
     def firsts(self) -> Int64Array:
         """(T + 1,) index of each entry's first chunk, and N."""
         return np.concatenate([[0], np.cumsum(self.chunk_counts)]).astype(np.int64)
+
+
+def chosen(columns: object, names: Sequence[str], rows: slice | BoolArray) -> dict[str, Any]:
+    """Returns some rows of the columns ``names``, as ``dataclasses.replace`` takes them; of a slice they are views."""
+    return {name: getattr(columns, name)[rows] for name in names}
+
+
+def joined(parts: Sequence[CheckpointStructure]) -> CheckpointStructure:
+    """Returns the entries of ``parts``, one or more that follow each other in one checkpoint, as one."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    names = (*ENTRY_COLUMNS, *BOX_COLUMNS, *CHUNK_COLUMNS)
+    columns: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(first, fqns=tuple(fqn for part in parts for fqn in part.fqns), **columns)

@@ -12,14 +12,14 @@ Columns are kept as narrow as their values allow, constant ones as a single valu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.checkpoint import BOX_COLUMNS, CHUNK_COLUMNS, ENTRY_COLUMNS, CheckpointStructure, chosen
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.grid import prove_even
 from shardbook.core.ragged import firsts_of, group_reduce, rows_of, within_group
@@ -28,8 +28,8 @@ from shardbook.core.wanted import widened
 
 Column = npt.NDArray[np.integer[Any]]
 _WIDTHS = (np.uint8, np.uint16, np.uint32)
-#: Columns of a chunk besides its box.
-CHUNK_COLUMNS = ("owner", "position", "file", "base", "var_lo", "var_hi", "length")
+#: What rows of geometry are padded with.
+_PADDING = {"shapes": 1, "offsets": 0, "sizes": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,15 +298,7 @@ def without_chunks_of(entries: BoolArray, structure: CheckpointStructure) -> Che
     return replace(
         structure,
         chunk_counts=np.where(entries, 0, structure.chunk_counts),
-        offsets=structure.offsets[kept],
-        sizes=structure.sizes[kept],
-        owner=structure.owner[kept],
-        position=structure.position[kept],
-        file=structure.file[kept],
-        base=structure.base[kept],
-        var_lo=structure.var_lo[kept],
-        var_hi=structure.var_hi[kept],
-        length=structure.length[kept],
+        **chosen(structure, (*BOX_COLUMNS, *CHUNK_COLUMNS), kept),
         key_paths=None,
     )
 
@@ -316,37 +308,15 @@ def joined(structures: Sequence[CheckpointStructure]) -> CheckpointStructure:
     if len(structures) == 1:
         return structures[0]
     width = max(one.shapes.shape[1] for one in structures)
+
+    def column(name: str) -> Any:
+        columns = [getattr(one, name) for one in structures]
+        if name in _PADDING:
+            columns = [widened(one, width, _PADDING[name]) for one in columns]
+        return np.concatenate(columns)
+
     return replace(
         structures[0],
+        **{name: column(name) for name in (*ENTRY_COLUMNS, *BOX_COLUMNS, *CHUNK_COLUMNS)},
         fqns=tuple(itertools.chain.from_iterable(one.fqns for one in structures)),
-        kinds=np.concatenate([one.kinds for one in structures]),
-        dtypes=np.concatenate([one.dtypes for one in structures]),
-        layouts=np.concatenate([one.layouts for one in structures]),
-        memory_formats=np.concatenate([one.memory_formats for one in structures]),
-        ndims=np.concatenate([one.ndims for one in structures]),
-        shapes=np.concatenate([widened(one.shapes, width, 1) for one in structures]),
-        winner_entry=np.concatenate([one.winner_entry for one in structures]),
-        chunk_counts=np.concatenate([one.chunk_counts for one in structures]),
-        offsets=np.concatenate([widened(one.offsets, width, 0) for one in structures]),
-        sizes=np.concatenate([widened(one.sizes, width, 1) for one in structures]),
-        owner=np.concatenate([one.owner for one in structures]),
-        position=np.concatenate([one.position for one in structures]),
-        file=np.concatenate([one.file for one in structures]),
-        base=np.concatenate([one.base for one in structures]),
-        var_lo=np.concatenate([one.var_lo for one in structures]),
-        var_hi=np.concatenate([one.var_hi for one in structures]),
-        length=np.concatenate([one.length for one in structures]),
     )
-
-
-def bounds_of(counts: Iterable[int], limit: int) -> list[int]:
-    """Returns where to cut consecutive entries into pages of about ``limit`` chunks; the first is 0, the last T."""
-    bounds, held, at = [0], 0, 0
-    for at, count in enumerate(counts, 1):
-        held += count
-        if held >= limit:
-            bounds.append(at)
-            held = 0
-    if bounds[-1] != at:
-        bounds.append(at)
-    return bounds

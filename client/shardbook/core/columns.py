@@ -90,6 +90,11 @@ class ByteWriter:
 
     def names(self, names: Sequence[str]) -> None:
         """Appends names whose number the reader knows: their lengths as a column, then their bytes."""
+        text = "".join(names)
+        if text.isascii():  # then a character is a byte, and one encoding does for all
+            self.column(np.fromiter(map(len, names), dtype=np.int64, count=len(names)), delta=False)
+            self._parts.append(text.encode("ascii"))
+            return
         encoded = [encode_name(name) for name in names]
         self.column(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)), delta=False)
         self._parts.extend(encoded)
@@ -102,6 +107,12 @@ class ByteWriter:
             delta: True to pack differences, for columns that run or climb.
         """
         if len(values) == 0:
+            return
+        if len(values) == 1:
+            # What the lines below would write of it, without some calls of numpy: small questions have many of these.
+            self.signed(int(values[0]))
+            if not delta:
+                self.byte(0)
             return
         column = np.ascontiguousarray(values, dtype=np.int64)
         if delta:
@@ -200,7 +211,11 @@ class ByteReader:
 
     def byte(self) -> int:
         """Returns the next byte."""
-        return self.raw(1)[0]
+        at = self._at
+        if at >= len(self._content):
+            raise malformed("it ends early")
+        self._at = at + 1
+        return self._content[at]
 
     def varint(self, limit: int = _MASK64, what: str = "a count") -> int:
         """Returns the next unsigned integer; refuses one above ``limit``."""

@@ -48,6 +48,7 @@ class Election:
         plan: (H,) plans that hold each item, each once.
         ranks: (R,) ranks that take part, climbing.
         plan_of_rank: (R,) plan of each of them; every plan has a rank.
+        alone: (R,) bytes that each writes because nobody else holds them.
     """
 
     hashes: UInt64Array
@@ -56,24 +57,18 @@ class Election:
     plan: Int64Array
     ranks: Int64Array
     plan_of_rank: Int64Array
+    alone: Int64Array
 
 
-def elect(election: Election, lowest: Int64Array) -> Int64Array:
-    """Returns (K,) the rank that writes each item.
-
-    Args:
-        election: The items.
-        lowest: (K,) lowest rank that holds each item: who writes those with a single holder.
-    """
+def elect(election: Election) -> Int64Array:
+    """Returns (K,) the rank that writes each item."""
     holders = _Holders(election)
-    bounds = holders.fair_shares().astype(np.float64)
-    writer = lowest.copy()
-    contested = holders.counts > 1
-    loads = np.zeros(len(bounds), dtype=np.int64)
-    np.add.at(loads, np.searchsorted(election.ranks, writer[~contested]), election.weights[~contested])
+    bounds = (holders.fair_shares() + election.alone).astype(np.float64)
+    writer = np.zeros(len(election.hashes), dtype=np.int64)
+    loads = election.alone.copy()
     size_class = np.frexp(election.weights.astype(np.float64))[1]
-    for size in np.unique(size_class[contested])[::-1].tolist():
-        pending = np.flatnonzero(contested & (size_class == size))
+    for size in np.unique(size_class)[::-1].tolist():
+        pending = np.flatnonzero(size_class == size)
         slack = _SLACK
         while len(pending):
             # No bound is of use that is smaller than the item itself: some rank has to write it.

@@ -38,46 +38,65 @@ def name_ranks(ranks: Int64Array) -> str:
     return f"rank {named}" if len(ranks) == 1 else f"ranks {named}"
 
 
-def refuse(fqns: tuple[str, ...], faults: UInt8Array, describe: Callable[[int, Fault], str]) -> None:
-    """Raises InvalidGeometryError when an entry has a fault; reason and message are those of the first that has.
+class Findings:
+    """What is wrong with a checkpoint, part by part; as much of it is kept as an error may name."""
 
-    Args:
-        fqns: (T,) names.
-        faults: (T,) Fault of each entry.
-        describe: Says what is wrong with an entry; asked for as many as an error may name.
-    """
-    at_fault = np.flatnonzero(faults)
-    if not len(at_fault):
-        return
-    violations = []
-    for entry in at_fault[: limits.MAX_VIOLATIONS].tolist():
-        fault = Fault(int(faults[entry]))
-        violations.append(FieldViolation(printable(fqns[entry]), f"{fault.reason}: {describe(entry, fault)}"))
-    first = violations[0]
-    metadata = {"tensor": first.field, "tensor_count": str(len(at_fault))}
-    if len(at_fault) > len(violations):
-        metadata["truncated"] = "true"
-    reason, _, description = first.description.partition(": ")
-    others = f"; {len(at_fault) - 1} more tensors are at fault" if len(at_fault) > 1 else ""
-    raise InvalidGeometryError(
-        f"tensor '{first.field}': {description}{others}", reason=reason, violations=violations, metadata=metadata
-    )
+    def __init__(self) -> None:
+        """Nothing is wrong yet."""
+        self._violations: list[FieldViolation] = []
+        self._count = 0
+
+    @property
+    def are_none(self) -> bool:
+        """True while nothing is wrong."""
+        return not self._count
+
+    def add(self, fqns: tuple[str, ...], faults: UInt8Array, describe: Callable[[int, Fault], str]) -> None:
+        """Adds the entries of a part that have a fault.
+
+        Args:
+            fqns: (T,) names.
+            faults: (T,) Fault of each entry.
+            describe: Says what is wrong with an entry; asked for as many as an error may name.
+        """
+        at_fault = np.flatnonzero(faults)
+        self._count += len(at_fault)
+        for entry in at_fault[: limits.MAX_VIOLATIONS - len(self._violations)].tolist():
+            fault = Fault(int(faults[entry]))
+            self._violations.append(FieldViolation(printable(fqns[entry]), f"{fault.reason}: {describe(entry, fault)}"))
+
+    def refuse(self) -> None:
+        """Raises InvalidGeometryError when an entry has a fault; reason and message are those of the first that has."""
+        if self.are_none:
+            return
+        first = self._violations[0]
+        metadata = {"tensor": first.field, "tensor_count": str(self._count)}
+        if self._count > len(self._violations):
+            metadata["truncated"] = "true"
+        reason, _, description = first.description.partition(": ")
+        others = f"; {self._count - 1} more tensors are at fault" if self._count > 1 else ""
+        raise InvalidGeometryError(
+            f"tensor '{first.field}': {description}{others}",
+            reason=reason,
+            violations=self._violations,
+            metadata=metadata,
+        )
 
 
 def describe_unlike(chunks: Chunks, entry: int, unlike: BoolArray) -> str:
     """Returns which ranks hold ``entry`` in another way than the rank whose word counts.
 
     Args:
-        chunks: With every item that ranks keep.
+        chunks: With every item of the entry that ranks keep.
         entry: The entry.
-        unlike: (all items,) True for items declared unlike their entry's winner.
+        unlike: (declared rows,) True for those unlike their entry's winner.
     """
     items = chunks.items_of(entry)
-    others = items[unlike[items]]
+    others = items[unlike[chunks.kept.row[items]]]
     ranks = chunks.world.ranks_with(chunks.structures_of(others))
     declared = chunks.declared
     first = declared.describe(int(chunks.winner_row[entry]))
-    other = declared.describe(int(chunks.row[others[0]]))
+    other = declared.describe(int(chunks.kept.row[others[0]]))
     verb = "has" if len(ranks) == 1 else "have"
     return f"{name_ranks(chunks.owners_of(items[:1]))} has {first}, but {name_ranks(ranks)} {verb} {other}"
 

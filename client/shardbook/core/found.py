@@ -27,7 +27,7 @@ from shardbook.core.columns import (
 )
 from shardbook.core.dtype import DTYPE_COUNT, LAYOUT_COUNT, MEMORY_FORMAT_COUNT
 from shardbook.core.ragged import firsts_of
-from shardbook.core.table import EntryKind, UInt8Array, read_padded
+from shardbook.core.table import EntryKind, UInt8Array, read_padded, write_padded
 from shardbook.core.wanted import Wanted, widened
 
 T = TypeVar("T")
@@ -191,7 +191,7 @@ def merge(wanted: Wanted, parts: Sequence[FoundPart]) -> FoundChunks:
     """
     count = wanted.tensor_count
     tensor = _joined([part.tensor for part in parts])
-    if len(tensor) and (int(tensor.min()) < 0 or int(tensor.max()) >= count or len(np.unique(tensor)) < len(tensor)):
+    if len(tensor) and (int(tensor.min()) < 0 or int(tensor.max()) >= count or _has_twice(tensor)):
         raise malformed("an answer is about what was not asked for, or twice about the same")
     width = max([1, *(part.shapes.shape[1] for part in parts)])
     found = np.zeros(count, dtype=np.bool_)
@@ -245,6 +245,10 @@ def merge(wanted: Wanted, parts: Sequence[FoundPart]) -> FoundChunks:
     )
 
 
+def _has_twice(numbers: Int64Array) -> bool:
+    return not (np.diff(numbers) > 0).all() and len(np.unique(numbers)) < len(numbers)
+
+
 def _scattered(
     out: npt.NDArray[Scalar], tensor: Int64Array, columns: Sequence[npt.NDArray[Scalar]]
 ) -> npt.NDArray[Scalar]:
@@ -289,8 +293,7 @@ def part_content(part: FoundPart) -> bytes:
     writer.bits(part.requires_grad)
     writer.bits(part.pin_memory)
     writer.column(part.ndims, delta=False)
-    for dim in range(int(part.ndims.max(initial=0))):
-        writer.column(part.shapes[part.ndims > dim, dim], delta=False)
+    write_padded(writer, part.shapes, part.ndims)
     writer.column(part.chunk_counts, delta=False)
     writer.varint(len(part.paths))
     writer.names(part.paths)
@@ -299,9 +302,8 @@ def part_content(part: FoundPart) -> bytes:
     for name, climbs in _CHUNK_COLUMNS:
         writer.column(getattr(part, name), delta=climbs)
     ndims = part.ndims[part.at]
-    for matrix in (part.offsets, part.sizes):
-        for dim in range(int(ndims.max(initial=0))):
-            writer.column(matrix[ndims > dim, dim], delta=False)
+    write_padded(writer, part.offsets, ndims)
+    write_padded(writer, part.sizes, ndims)
     return writer.finish()
 
 

@@ -57,6 +57,23 @@ class Verdict:
         return not (self.out_of_bounds.any() or (self.overlap != NONE).any() or self.incomplete.any())
 
 
+class Sweeps:
+    """Comparisons of boxes that no proof settles; those of one checkpoint share what they may take. Not thread-safe."""
+
+    def __init__(self) -> None:
+        """Nothing has been compared."""
+        self._budget = Budget()
+        self._known: dict[bytes, tuple[int, int] | None] = {}
+
+    def find_overlap(self, offsets: Int64Array, sizes: Int64Array) -> tuple[int, int] | None:
+        """Returns as ``shardbook.core.overlap`` does, and raises its error."""
+        # Optimizer moments are cut as their parameter is: the same boxes are swept once.
+        key = digest_of(np.concatenate([offsets, sizes]).tobytes())
+        if key not in self._known:
+            self._known[key] = find_overlap(offsets, sizes, self._budget)
+        return self._known[key]
+
+
 def judge(
     counts: Int64Array,
     shapes: Int64Array,
@@ -64,6 +81,7 @@ def judge(
     sizes: Int64Array,
     *,
     settled: BoolArray | None = None,
+    sweeps: Sweeps | None = None,
 ) -> Verdict:
     """Returns the verdict on every tensor; exact for any arrangement of boxes.
 
@@ -76,6 +94,7 @@ def judge(
         sizes: (N, D) elements.
         settled: (T,) True for tensors to pass over, with which nothing is wrong in the verdict; by default those that
             ``prove_even`` proves whole, which is nearly all of them and costs one pass.
+        sweeps: Of the checkpoint that these tensors are a part of; by default they are all of it.
 
     Raises:
         InvalidArgumentError: Shapes of the arrays do not match, or a tensor has 2**63 elements or more.
@@ -99,7 +118,7 @@ def judge(
     out = out_of_bounds(counts, shapes, offsets, sizes)
     inside = group_count(out, counts) == 0
     try:
-        pairs = _find_overlaps(counts, shapes, offsets, sizes, inside)
+        pairs = _find_overlaps(counts, shapes, offsets, sizes, inside, sweeps or Sweeps())
     except UndecidedError as error:
         raise UndecidedError(int(rest[error.tensor]), error.chunk_count) from error
     verdict.out_of_bounds[rows] = out
@@ -148,7 +167,12 @@ def covered(counts: Int64Array, shapes: Int64Array, sizes: Int64Array) -> Int64A
 
 
 def _find_overlaps(
-    counts: Int64Array, shapes: Int64Array, offsets: Int64Array, sizes: Int64Array, inside: BoolArray
+    counts: Int64Array,
+    shapes: Int64Array,
+    offsets: Int64Array,
+    sizes: Int64Array,
+    inside: BoolArray,
+    sweeps: Sweeps,
 ) -> Int64Array:
     """Returns (T, 2) rows of two overlapping chunks of each tensor that is ``inside``: proofs first, then sweeps."""
     pairs = np.full((len(counts), 2), NONE, dtype=np.int64)
@@ -160,20 +184,13 @@ def _find_overlaps(
         solid_counts = group_count(solid[rows], counts[tensors])
         rows = rows[solid[rows]]
         tensors = tensors[~prove(solid_counts, shapes[tensors], offsets[rows], sizes[rows]).disjoint]
-    known: dict[bytes, tuple[int, int] | None] = {}
-    budget = Budget()
     for tensor in tensors.tolist():
         rows = np.arange(firsts[tensor], firsts[tensor + 1])
         rows = rows[solid[rows]]
-        boxes = np.concatenate([offsets[rows], sizes[rows]])
-        # Optimizer moments are cut as their parameter is: the same boxes are swept once.
-        key = digest_of(boxes.tobytes())
-        if key not in known:
-            try:
-                known[key] = find_overlap(offsets[rows], sizes[rows], budget)
-            except BudgetExceededError as error:
-                raise UndecidedError(tensor, len(rows)) from error
-        pair = known[key]
+        try:
+            pair = sweeps.find_overlap(offsets[rows], sizes[rows])
+        except BudgetExceededError as error:
+            raise UndecidedError(tensor, len(rows)) from error
         if pair is not None:
             pairs[tensor] = rows[list(pair)]
     return pairs

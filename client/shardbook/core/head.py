@@ -37,8 +37,8 @@ class Head:
     warnings: tuple[str, ...]
 
 
-def encode_head(structure: CheckpointStructure) -> bytes:
-    """Returns the payload of the head of ``structure``."""
+def encode_head(structure: CheckpointStructure | Head) -> bytes:
+    """Returns the payload of the head of ``structure``, or of one that stands alone."""
     writer = ByteWriter()
     writer.raw(magic(_KIND, _VERSION))
     index, distinct = structure.rank_files.index, structure.rank_files.distinct

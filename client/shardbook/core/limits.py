@@ -73,6 +73,8 @@ MAX_WARNINGS = 50
 MAX_VIOLATIONS = 50
 #: Most missing ranks named in one answer.
 MAX_NAMED_RANKS = 50
+#: Most ranges of ranks that are told of one host.
+MAX_RANK_RANGES = 20
 #: Most open attempts of a part that are told one by one.
 MAX_OPEN_SHOWN = 10
 #: Most files named in one report.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
-from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.checkpoint import BOX_COLUMNS, CHUNK_COLUMNS, ENTRY_COLUMNS, CheckpointStructure, chosen
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.extents import (
     HINT_POSITION,
@@ -18,8 +20,13 @@ from shardbook.core.extents import (
     decode_volatile,
     volatile_entry_count,
 )
+from shardbook.core.ragged import bounds_of
 from shardbook.core.table import EntryKind
 from shardbook.errors import InvalidArgumentError
+
+#: Columns of ``Located``: of entries, and of chunks.
+_ENTRY_FACTS: Final = ("requires_grad", "pin_memory")
+_CHUNK_FACTS: Final = ("start", "length", "transform_index", "hints", "attributes", "checksum")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +54,34 @@ class Located:
     checksum: Int64Array
     requires_grad: BoolArray
     pin_memory: BoolArray
+
+
+def pages_of(
+    structure: CheckpointStructure, located: Located, limit: int
+) -> Iterator[tuple[slice, CheckpointStructure, Located]]:
+    """Yields consecutive entries with about ``limit`` chunks at a time, as views, and which chunks those are.
+
+    Key paths and warnings, which belong to the whole, are not in them.
+    """
+    firsts = structure.firsts.tolist()
+    for first, end in itertools.pairwise(bounds_of(structure.chunk_counts.tolist(), limit)):
+        rows, entries = slice(firsts[first], firsts[end]), slice(first, end)
+        yield rows, _cut_structure(structure, entries, rows), _cut_located(located, entries, rows)
+
+
+def _cut_structure(columns: CheckpointStructure, entries: slice, rows: slice) -> CheckpointStructure:
+    return replace(
+        columns,
+        **chosen(columns, ENTRY_COLUMNS, entries),
+        **chosen(columns, (*BOX_COLUMNS, *CHUNK_COLUMNS), rows),
+        fqns=columns.fqns[entries],
+        key_paths=None,
+        warnings=(),
+    )
+
+
+def _cut_located(columns: Located, entries: slice, rows: slice) -> Located:
+    return replace(columns, **chosen(columns, _CHUNK_FACTS, rows), **chosen(columns, _ENTRY_FACTS, entries))
 
 
 def locate(structure: CheckpointStructure, registrations: Sequence[tuple[bytes, bytes]]) -> Located:
@@ -167,6 +202,8 @@ def _volatile(structure: CheckpointStructure, volatile: Sequence[bytes]) -> tupl
     """requires_grad and pin_memory of every entry, from the owner of its first chunk."""
     requires_grad = np.zeros(structure.entry_count, dtype=np.bool_)
     pin_memory = np.zeros(structure.entry_count, dtype=np.bool_)
+    if not any(volatile):
+        return requires_grad, pin_memory
     held = np.flatnonzero(structure.chunk_counts > 0)
     winner = _Which(structure.owner[structure.firsts[:-1][held]], len(volatile))
     for rank in np.unique(winner.number).tolist():

@@ -20,7 +20,15 @@ from shardbook.core import limits
 from shardbook.core.columns import ByteReader, ByteWriter, Int64Array
 from shardbook.core.container import pack_list, read_container, unpack_list, write_container
 from shardbook.core.digest import DIGEST_BYTES
-from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_incarnation, prefix_of
+from shardbook.core.names import (
+    DEFAULT_PART,
+    CheckpointId,
+    CheckpointName,
+    PartName,
+    RunName,
+    check_incarnation,
+    prefix_of,
+)
 from shardbook.core.structure import BlobKind
 from shardbook.errors import CorruptManifestError, InvalidArgumentError
 
@@ -106,6 +114,12 @@ class AttemptIdentity:
             raise CorruptManifestError(f"the identity of an attempt is damaged: {exc}") from exc
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
             raise CorruptManifestError("the identity of an attempt is damaged") from exc
+
+    @property
+    def checkpoint_name(self) -> CheckpointName:
+        """What the attempt is called for ever."""
+        full = CheckpointId.full(self.step, self.session, self.attempt, self.incarnation)
+        return CheckpointName(PartName(RunName.parse(self.run), self.part), full)
 
 
 @dataclass(frozen=True)

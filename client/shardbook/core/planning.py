@@ -7,27 +7,29 @@ restart.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from shardbook.core.columns import BoolArray, Int64Array, encode_name
-from shardbook.core.dtype import ITEMSIZES
-from shardbook.core.election import MAX_WEIGHT_BYTES, Election, elect
-from shardbook.core.merge import Declared, declare, distinct_tables, ranked
-from shardbook.core.mixing import UInt64Array, mix
-from shardbook.core.ragged import firsts_of, rows_of
+from shardbook.core.columns import BoolArray, Int64Array
+from shardbook.core.election import Election, elect
+from shardbook.core.merge import distinct_tables, ranked
+from shardbook.core.mixing import UInt64Array
+from shardbook.core.planned import Boxes, Items
+from shardbook.core.ragged import bounds_of, firsts_of, group_reduce, rows_of
 from shardbook.core.structure import RankPlan
-from shardbook.core.table import EntryKind
 
 #: Part of every stored decision's key. Raise it with any change of what ``decide`` returns.
 ALGORITHM_VERSION = 2
 #: Plans that have no name in common are decided about apart, together only as long as they hold no more items:
-#: what a decision takes is for its largest part, not for the world.
+#: what a decision takes is for its largest part, not for the world. Of plans that have, some entries are looked at at a
+#: time, of so many items or a share of all, and only what several ranks hold is remembered.
 _ITEMS_AT_ONCE = 1 << 19
+_PART_COUNT = 16
 
 
 def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_rank: bool = False) -> list[BoolArray]:
@@ -61,6 +63,11 @@ def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_
         for rank, drop in zip(ranks.tolist(), decided, strict=True):
             drops[rank] = drop
     return drops
+
+
+def part_items(item_count: int) -> int:
+    """Returns how many of so many items are looked at at a time, but for an entry that has more by itself."""
+    return min(item_count, max(_ITEMS_AT_ONCE, item_count // _PART_COUNT))
 
 
 _NO_DROPS: BoolArray = np.zeros(0, dtype=np.bool_)
@@ -97,57 +104,122 @@ def _parts(plans: Sequence[RankPlan]) -> list[Int64Array]:
 def _decide(
     plans: Sequence[RankPlan], ranks: Int64Array, plan_of_rank: Int64Array, *, save_to_lowest_rank: bool
 ) -> list[BoolArray]:
-    """Returns what each of ``ranks`` (R,), climbing, drops of its plan; plans are in the order of their lowest rank."""
-    items = _group(plans)
-    lowest = ranks[np.unique(plan_of_rank, return_index=True)[1]]
-    # The first holder of a key is its first plan.
-    writer = lowest[items.plan[items.holders[items.firsts[:-1]]]]
-    if not save_to_lowest_rank:
+    """Returns what each of ranks (R,), climbing, drops of its plan; plans are in the order of their lowest rank."""
+    every = Items.of(plans)
+    contest = _Contest(np.bincount(plan_of_rank, minlength=len(plans)).astype(np.int64))
+    for first, end in pairwise(bounds_of(every.counts.tolist(), part_items(len(every.row)))):
+        contest.add(every.part(first, end))
+    found = contest.result()
+    if save_to_lowest_rank:
+        # The first holder of a key is its first plan.
+        lowest = ranks[np.unique(plan_of_rank, return_index=True)[1]]
+        writer = lowest[found.plan[found.firsts[:-1]]]
+    else:
         election = Election(
-            hashes=items.hashes,
-            weights=items.weights,
-            firsts=items.firsts,
-            plan=items.plan[items.holders],
+            hashes=found.hashes,
+            weights=found.weights,
+            firsts=found.firsts,
+            plan=found.plan,
             ranks=ranks,
             plan_of_rank=plan_of_rank,
+            alone=found.alone[plan_of_rank],
         )
-        writer = elect(election, writer)
-    bounds = firsts_of(np.array([plan.item_count for plan in plans], dtype=np.int64)).tolist()
-    writer_of_item = writer[items.key]
+        writer = elect(election)
+    writer_of_item = np.full(len(every.row), _ANYBODY, dtype=np.int32)
+    writer_of_item[found.items] = np.repeat(writer, np.diff(found.firsts))
+    writer_of_item[found.again] = _NOBODY
+    bounds = every.firsts.tolist()
     drops = []
     for rank, at in zip(ranks.tolist(), plan_of_rank.tolist(), strict=True):
-        own = slice(bounds[at], bounds[at + 1])
-        drops.append((writer_of_item[own] != rank) | items.again[own])
+        own = writer_of_item[bounds[at] : bounds[at + 1]]
+        drops.append((own != rank) & (own != _ANYBODY))
     return drops
 
 
+#: Writers that are no ranks: of an item that one rank alone holds; of one that its plan names a second time.
+_ANYBODY: Final = -1
+_NOBODY: Final = -2
+
+
 @dataclass(frozen=True, eq=False)
-class _Items:
-    """The items of the plans, plan by plan, and the K keys by which they are the same.
+class _Contested:
+    """The K keys that several ranks hold.
 
     Attributes:
-        plan: (N,) plan of each item.
-        key: (N,) key of each item.
-        again: (N,) True where the same plan has named the key before.
-        holders: (H,) items, without those again, key by key, inside one by plan.
-        firsts: (K + 1,) where each key begins in ``holders``, and H.
-        hashes: (K,) hash of each key, the same whatever else there is.
+        hashes: (K,) hash of each, the same whatever else there is.
         weights: (K,) bytes of the first holder's item, 1 where they are not known.
+        firsts: (K + 1,) where the holders of each begin, and H.
+        plan: (H,) plans that hold each, each once, climbing.
+        items: (H,) the item by which they do.
+        again: Items that their plan has named before.
+        alone: (plans,) bytes that the rank of a plan writes because nobody else holds them; 0 for plans of several.
     """
 
+    hashes: UInt64Array
+    weights: Int64Array
+    firsts: Int64Array
     plan: Int64Array
-    key: Int64Array
-    again: BoolArray
+    items: Int64Array
+    again: Int64Array
+    alone: Int64Array
+
+
+class _Contest:
+    """Finds out, some entries at a time, which items several ranks hold; of the others their bytes count alone.
+
+    Args:
+        ranks_of_plan: How many ranks have each plan, 1 or more.
+    """
+
+    def __init__(self, ranks_of_plan: Int64Array) -> None:
+        self._ranks_of_plan = ranks_of_plan
+        self._alone = np.zeros_like(ranks_of_plan)
+        self._parts: list[tuple[npt.NDArray[Any], ...]] = []
+
+    def add(self, boxes: Boxes) -> None:
+        """Looks at a part."""
+        keys = _group(boxes)
+        counts = np.diff(keys.firsts)
+        plan = boxes.plan[keys.holders]
+        rank_counts = group_reduce(np.add, self._ranks_of_plan[plan], counts)
+        contested = rank_counts > 1
+        single = ~contested
+        np.add.at(self._alone, plan[keys.firsts[:-1][single]], keys.weights[single])
+        rows = np.repeat(contested, counts)
+        held = keys.holders[rows]
+        items, again = boxes.items[held], boxes.items[keys.again]
+        self._parts.append(
+            (keys.hashes[contested], keys.weights[contested], counts[contested], plan[rows], items, again)
+        )
+
+    def result(self) -> _Contested:
+        """Returns what was found in all parts."""
+        parts = self._parts or [(np.zeros(0, np.uint64), *[np.zeros(0, np.int64)] * 5)]
+        hashes, weights, counts, plan, items, again = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return _Contested(hashes, weights, firsts_of(counts), plan, items, again, self._alone)
+
+
+@dataclass(frozen=True, eq=False)
+class _Keys:
+    """Keys by which N items are the same.
+
+    Attributes:
+        again: Items of a plan that has named the key before.
+        holders: (H,) items, without those again, key by key, inside one by plan.
+        firsts: (K + 1,) where each key begins in ``holders``, and H.
+        hashes: (K,) hash of each key.
+        weights: (K,) bytes of the first holder's item.
+    """
+
+    again: Int64Array
     holders: Int64Array
     firsts: Int64Array
     hashes: UInt64Array
     weights: Int64Array
 
 
-def _group(plans: Sequence[RankPlan]) -> _Items:
-    boxes = _Boxes.of(plans)
+def _group(boxes: Boxes) -> _Keys:
     hashes = boxes.hashes()
-    count = len(hashes)
     # Most items are named by one plan alone: a sort of bare hashes sets them apart, and only the rest is compared.
     ordered = np.sort(hashes)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -155,22 +227,18 @@ def _group(plans: Sequence[RankPlan]) -> _Items:
     singles, rest = np.flatnonzero(is_single), np.flatnonzero(~is_single)
     order, same = _sort_equal(boxes.columns(rest), hashes[rest])
     order = rest[order]
+    # A stable sort: of equal items those of one plan are neighbours.
+    is_again = np.zeros(len(order), dtype=np.bool_)
+    is_again[1:] = same & (boxes.plan[order[1:]] == boxes.plan[order[:-1]])
     is_first = np.ones(len(order), dtype=np.bool_)
     is_first[1:] = ~same
-    again = np.zeros(count, dtype=np.bool_)
-    # A stable sort: of equal items those of one plan are neighbours.
-    again[order[1:][same & (boxes.plan[order[1:]] == boxes.plan[order[:-1]])]] = True
-    key = np.empty(count, dtype=np.int64)
-    key[singles] = np.arange(len(singles))
-    key[order] = len(singles) - 1 + np.cumsum(is_first)
-    holders = np.concatenate([singles, order[~again[order]]])
     first = np.concatenate([singles, order[is_first]])
-    return _Items(
-        plan=boxes.plan,
-        key=key,
-        again=again,
-        holders=holders,
-        firsts=firsts_of(np.bincount(key[holders], minlength=len(first))),
+    # Of the items that are not there again the first of each key is one.
+    counts = np.diff(np.append(np.flatnonzero(is_first[~is_again]), np.count_nonzero(~is_again)))
+    return _Keys(
+        again=order[is_again],
+        holders=np.concatenate([singles, order[~is_again]]),
+        firsts=firsts_of(np.concatenate([np.ones(len(singles), dtype=np.int64), counts])),
         hashes=hashes[first],
         weights=boxes.weights(first),
     )
@@ -193,74 +261,3 @@ def _equal_neighbours(columns: npt.NDArray[np.integer], order: Int64Array) -> Bo
         ordered = column[order]
         same &= ordered[1:] == ordered[:-1]
     return same
-
-
-@dataclass(frozen=True, eq=False)
-class _Boxes:
-    """The items of all plans, plan by plan.
-
-    Attributes:
-        declared: What their tables declare.
-        plan: (N,) plan of each item.
-        row: (N,) declared row of each item.
-        offsets: (N, D) elements, padded with 0.
-        sizes: (N, D) elements, padded with 1.
-    """
-
-    declared: Declared
-    plan: Int64Array
-    row: Int64Array
-    offsets: Int64Array
-    sizes: Int64Array
-
-    @classmethod
-    def of(cls, plans: Sequence[RankPlan]) -> _Boxes:
-        tables, table_of = distinct_tables([plan.table for plan in plans])
-        declared = declare(tables)
-        counts = np.array([plan.item_count for plan in plans], dtype=np.int64)
-        firsts = firsts_of(counts).tolist()
-        offsets = np.zeros((firsts[-1], declared.shapes.shape[1]), dtype=np.int64)
-        sizes = np.ones_like(offsets)
-        for plan, first, end in zip(plans, firsts, firsts[1:], strict=False):
-            offsets[first:end, : plan.offsets.shape[1]] = plan.offsets
-            sizes[first:end, : plan.sizes.shape[1]] = plan.sizes
-        row = np.concatenate([plan.entry for plan in plans])
-        row += np.repeat(declared.bases[table_of], counts)
-        return cls(declared, np.repeat(np.arange(len(plans)), counts), row, offsets, sizes)
-
-    def columns(self, items: Int64Array) -> Int64Array:
-        """Returns what makes ``items`` the same: entry and kind, and of shards ndim, offsets and sizes."""
-        row = self.row[items]
-        specs = np.stack([self.declared.entry[row], self.declared.kinds[row], self.declared.ndims[row]], axis=1)
-        columns = np.concatenate([specs, self.offsets[items], self.sizes[items]], axis=1, dtype=np.int64)
-        columns[specs[:, 1] != EntryKind.SHARD, 2:] = 0
-        return columns
-
-    def hashes(self) -> UInt64Array:
-        """Returns (N,) hashes of each item's name, kind and own dimensions, of nothing else that ranks hold."""
-        names = np.array([_hash_name(fqn) for fqn in self.declared.fqns], dtype=np.uint64)
-        of_row = mix(names[self.declared.entry] ^ self.declared.kinds.astype(np.uint64))
-        out = of_row[self.row]
-        dims_of_row = np.where(self.declared.kinds == EntryKind.SHARD, self.declared.ndims, 0)
-        dims = dims_of_row[self.row]
-        for dim in range(int(dims_of_row.max(initial=0))):
-            # Not of padded dimensions: how many there are is up to what other ranks hold.
-            own = slice(None) if (dims_of_row > dim).all() else np.flatnonzero(dims > dim)
-            part = mix(out[own] ^ self.offsets[own, dim].view(np.uint64))
-            out[own] = mix(part ^ self.sizes[own, dim].view(np.uint64))
-        return out
-
-    def weights(self, items: Int64Array) -> Int64Array:
-        """Returns the bytes of ``items``, at least 1; 1 for bytes entries, unknown before they are written."""
-        row = self.row[items]
-        kinds = self.declared.kinds[row]
-        weights = ITEMSIZES[self.declared.dtypes[row]].astype(np.float64)
-        for dim in range(self.sizes.shape[1]):
-            size = self.sizes[items, dim]
-            weights *= np.where(kinds == EntryKind.TENSOR, self.declared.shapes[row, dim], size)
-        clipped: Int64Array = np.clip(weights, 1, MAX_WEIGHT_BYTES).astype(np.int64)
-        return clipped
-
-
-def _hash_name(fqn: str) -> int:
-    return int.from_bytes(hashlib.blake2b(encode_name(fqn), digest_size=8).digest(), "little")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardbook.core.checkpoint import CheckpointStructure, RankFiles
-from shardbook.core.chunk_index import ChunkIndex, bounds_of, joined, without_chunks_of
+from shardbook.core.chunk_index import ChunkIndex, joined, without_chunks_of
 from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.found import FoundPart
 from shardbook.core.locate import locate
 from shardbook.core.places import Places, apart, together
-from shardbook.core.ragged import rows_of
+from shardbook.core.ragged import bounds_of, rows_of
 from shardbook.core.table import EntryKind
 from shardbook.core.wanted import Wanted, misfit, widened
 
@@ -146,9 +146,8 @@ def place_apart(parts: Sequence[Hits], rank_files: RankFiles, read: ReadRegistra
         InvalidArgumentError: Extents are damaged, or do not fit the structure.
     """
     found = joined([hits.index.structure_of(hits.entry, hits.at, hits.row) for hits in parts])
-    ranks, owner = np.unique(found.owner, return_inverse=True)
-    owner = owner.astype(np.int64, copy=False)
-    registrations = read(ranks.astype(np.int64, copy=False))
+    ranks, owner = _distinct(found.owner)
+    registrations = read(ranks)
     # Volatile properties are those of the rank that owns the entry's first chunk, which boxes may not meet.
     located = locate(replace(found, owner=owner), [(extents, b"") for extents, _ in registrations])
     requires_grad, pin_memory = _properties(parts, found, owner, registrations)
@@ -203,7 +202,18 @@ def _properties(
 def _paths(rank_files: RankFiles, owner: Int64Array, file: Int64Array) -> tuple[tuple[str, ...], Int64Array]:
     """Returns distinct paths relative to the attempt's directory, and which of them each chunk lies in."""
     width = int(file.max(initial=0)) + 1
-    used, index = np.unique(owner * width + file, return_inverse=True)
+    used, index = _distinct(owner * width + file)
     ranks, numbers = np.divmod(used, width)
     pairs = zip(ranks.tolist(), numbers.tolist(), strict=True)
-    return tuple(rank_files.path(rank, number) for rank, number in pairs), index.astype(np.int64)
+    return tuple(rank_files.path(rank, number) for rank, number in pairs), index
+
+
+def _distinct(values: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Returns the distinct values, which climb, and which of them each is; without sorting where all are the same.
+
+    A rank that loads what it saved finds one rank's chunks in one file.
+    """
+    if len(values) and (values == values[0]).all():
+        return values[:1], np.zeros(len(values), dtype=np.int64)
+    found, which = np.unique(values, return_inverse=True)
+    return found.astype(np.int64, copy=False), which.astype(np.int64, copy=False)

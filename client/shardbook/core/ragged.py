@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -52,3 +53,31 @@ def within_group(counts: Int64Array) -> Int64Array:
 def rows_of(firsts: Int64Array, counts: Int64Array) -> Int64Array:
     """Returns the rows of the ranges ``firsts[i] .. firsts[i] + counts[i]``, one range after the other."""
     return np.repeat(firsts, counts) + within_group(counts)
+
+
+def runs_of(rows: Int64Array, firsts: Int64Array) -> Iterator[tuple[int, slice, slice | Int64Array]]:
+    """Yields, of each group that has some of ``rows`` (N,), which climb: its number, where they are, they within it.
+
+    The rows within the group are a slice where they are neighbours.
+    """
+    cuts = np.searchsorted(rows, firsts)
+    held = np.flatnonzero(cuts[1:] > cuts[:-1])
+    lows, highs = cuts[held], cuts[held + 1]
+    begins, ends = rows[lows] - firsts[held], rows[highs - 1] + 1 - firsts[held]
+    columns = (held, lows, highs, begins, ends)
+    for group, low, high, begin, end in zip(*(column.tolist() for column in columns), strict=True):
+        neighbours = end - begin == high - low
+        yield group, slice(low, high), slice(begin, end) if neighbours else rows[low:high] - firsts[group]
+
+
+def bounds_of(counts: Iterable[int], limit: int) -> list[int]:
+    """Returns where to cut consecutive entries into pages of about ``limit`` chunks; the first is 0, the last T."""
+    bounds, held, at = [0], 0, 0
+    for at, count in enumerate(counts, 1):
+        held += count
+        if held >= limit:
+            bounds.append(at)
+            held = 0
+    if bounds[-1] != at:
+        bounds.append(at)
+    return bounds

@@ -56,7 +56,7 @@ class RetentionPolicy:
     """What to keep: everything that at least one rule keeps. No rule at all is no policy, and deletes nothing.
 
     Attributes:
-        keep_last: The newest by session and step, so many of them.
+        keep_last: The newest by session and step, so many of them; and as many saved offline after the newest.
         keep_every: Those whose step is a multiple of it.
         keep_best: Those with the best values.
         newer_than_s: Those saved within so many seconds.
@@ -147,9 +147,10 @@ class Decision:
 def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int) -> list[Decision]:
     """Decides what to keep of the checkpoints of one part.
 
-    Rules that count (last, every, best) count only what ``@step`` means and whose data is not known to be lost: neither
-    a step that was saved again nor a damaged checkpoint takes the place of a good one. What is aliased or held stays,
-    whatever the rules say, and so does one checkpoint at least. Without a rule nothing is deleted.
+    Rules that count (last, every, best) count only what ``@step`` means: a step that was saved again does not take the
+    place of another. Neither does a damaged checkpoint take that of a good one, yet it stays where it would be counted:
+    who missed a file may have been wrong. What is aliased or held stays, whatever the rules say, and so does one
+    checkpoint at least. Without a rule nothing is deleted, nor by the best of a metric that none has.
 
     Args:
         policy: The rules.
@@ -160,7 +161,7 @@ def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int)
         One decision each, newest session and step first. Whatever is deleted of them, the same is kept again when the
         rest is judged anew at the same time.
     """
-    ordered = _newest_first(candidates)
+    ordered = newest_first(candidates)
     kept: dict[int, list[str]] = {one.key: [] for one in ordered}
 
     def keep(some: Iterable[Candidate], reason: Callable[[Candidate], str]) -> None:
@@ -171,8 +172,7 @@ def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int)
     keep((one for one in ordered if not one.is_committed), lambda _: OPEN)
     keep((one for one in committed if one.aliases), lambda one: f"@{', @'.join(one.aliases)}")
     keep((one for one in committed if one.holders), lambda one: f"held by {', '.join(one.holders)}")
-    counted = [one for one in committed if one.is_live and one.is_whole]
-    _apply(policy, committed, counted, now_us, keep)
+    _apply(policy, committed, now_us, keep)
     _keep_one(committed, kept, keep)
     return [
         Decision(one, bool(kept[one.key]), tuple(kept[one.key]) or (_why_not(one),))
@@ -185,21 +185,38 @@ def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int)
 _Keep = Callable[[Iterable[Candidate], Callable[[Candidate], str]], None]
 
 
-def _apply(
-    policy: RetentionPolicy, committed: Sequence[Candidate], counted: Sequence[Candidate], now_us: int, keep: _Keep
-) -> None:
-    keep(counted[: policy.keep_last], lambda _: f"one of the last {policy.keep_last}")
+def _apply(policy: RetentionPolicy, committed: Sequence[Candidate], now_us: int, keep: _Keep) -> None:
+    live = [one for one in committed if one.is_live]
+    keep(_first(live, policy.keep_last), lambda _: f"one of the last {policy.keep_last}")
+    if policy.keep_last and live and live[0].session:
+        # Recorded after an outage, they come before every session: by time they may be what was saved last.
+        offline = [one for one in live if one.session == 0 and one.time_us > live[0].time_us]
+        keep(_first(offline, policy.keep_last), lambda _: f"one of the last {policy.keep_last} saved offline")
     if policy.keep_every:
         every = policy.keep_every
-        keep((one for one in counted if one.step % every == 0), lambda _: f"every {every} steps")
+        keep((one for one in live if one.step % every == 0), lambda _: f"every {every} steps")
     for best in policy.keep_best:
-        measured = [one for one in counted if best.metric in one.metrics]
-        # Stable: of equal values the newest come first.
-        measured.sort(key=best.place)
-        keep(measured[: best.count], best.reason)
+        _keep_best(best, live, keep)
     if policy.newer_than_s:
         since_us = now_us - policy.newer_than_s * 1_000_000
         keep((one for one in committed if one.time_us > since_us), lambda _: "new enough")
+
+
+def _keep_best(best: KeepBest, live: Sequence[Candidate], keep: _Keep) -> None:
+    measured = [one for one in live if best.metric in one.metrics]
+    if not measured:
+        # A slip of the pen, or nobody has evaluated anything yet.
+        keep(live, lambda _: f"none has a {best.metric}, by which the best are kept")
+    # Stable: of equal values the newest come first.
+    measured.sort(key=best.place)
+    keep(_first(measured, best.count), best.reason)
+
+
+def _first(some: Sequence[Candidate], count: int) -> list[Candidate]:
+    """Returns the first so many, and those that are the first when damaged ones are left out: both are kept."""
+    whole = [one for one in some if one.is_whole]
+    chosen = {one.key for one in (*some[:count], *whole[:count])}
+    return [one for one in some if one.key in chosen]
 
 
 def _keep_one(committed: Sequence[Candidate], kept: Mapping[int, Sequence[str]], keep: _Keep) -> None:
@@ -215,22 +232,18 @@ def _keep_one(committed: Sequence[Candidate], kept: Mapping[int, Sequence[str]],
             return
 
 
-def _newest_first(candidates: Iterable[Candidate]) -> list[Candidate]:
+def newest_first(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Orders by session and step: an abandoned branch never comes before the one that is being written.
 
-    Offline attempts have no session; of their incarnations the one that saved last is the newest.
+    Offline attempts have no session, and no order but time. Nothing here depends on what else there is: so whatever is
+    deleted, the order of the rest stays.
     """
-    found = list(candidates)
-    ends: dict[bytes, int] = {}
-    for one in found:
-        if one.session == 0:
-            ends[one.incarnation] = max(ends.get(one.incarnation, 0), one.time_us)
 
     def place(one: Candidate) -> tuple[Any, ...]:
-        branch = (ends[one.incarnation], one.incarnation) if one.session == 0 else (0, b"")
-        return (one.session, *branch, one.step, one.attempt, one.time_us, one.incarnation)
+        saved_us = one.time_us if one.session == 0 else 0
+        return (one.session, saved_us, one.step, one.attempt, one.time_us, one.incarnation)
 
-    return sorted(found, key=place, reverse=True)
+    return sorted(candidates, key=place, reverse=True)
 
 
 def _why_not(one: Candidate) -> str:
@@ -246,4 +259,4 @@ def _check_number(value: int, name: str, least: int) -> None:
         )
 
 
-__all__ = ["Candidate", "Decision", "KeepBest", "RetentionPolicy", "judge"]
+__all__ = ["Candidate", "Decision", "KeepBest", "RetentionPolicy", "judge", "newest_first"]

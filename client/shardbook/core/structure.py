@@ -36,6 +36,7 @@ from shardbook.core.columns import (
 )
 from shardbook.core.digest import DIGEST_BYTES, digest_of
 from shardbook.core.dtype import ITEMSIZES
+from shardbook.core.interned import interned
 from shardbook.core.table import Encoded, EntryKind, TensorTable, read_padded
 from shardbook.errors import InvalidArgumentError
 
@@ -256,7 +257,7 @@ def decode_plan(payload: bytes, tables: Callable[[bytes], TensorTable]) -> tuple
         rows = ndims > dim
         offsets[rows, dim], sizes[rows, dim] = _read_boxes(reader, table.shapes[entry[rows], dim])
     reader.end()
-    return RankPlan(table, entry, offsets, sizes), digest_of(content)
+    return RankPlan(table, interned(entry), offsets, sizes), digest_of(content)
 
 
 def _read_boxes(reader: ByteReader, shape: Int64Array) -> tuple[Int64Array, Int64Array]:
@@ -333,7 +334,7 @@ def decode_structure(payload: bytes, plans: Callable[[bytes], RankPlan]) -> tupl
     order = reader.column(count, delta=True)
     lengths = _read_lengths(reader, plan, kept)
     reader.end()
-    return RankStructure(plan, kept, files, file_items, order, lengths), digest_of(content)
+    return RankStructure(plan, interned(kept), files, file_items, interned(order), lengths), digest_of(content)
 
 
 def _read_kept(reader: ByteReader, item_count: int) -> Int64Array:

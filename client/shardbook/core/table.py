@@ -155,8 +155,7 @@ def encode_table(table: TensorTable) -> Encoded:
     writer.names(table.fqns)
     for column in (table.kinds, table.dtypes, table.layouts, table.memory_formats, table.ndims):
         writer.column(column, delta=False)
-    for dim in range(int(table.ndims.max(initial=0))):
-        writer.column(table.shapes[table.ndims > dim, dim], delta=False)
+    write_padded(writer, table.shapes, table.ndims)
     write_key_paths(writer, table.key_paths, table.fqns)
     content = writer.finish()
     return Encoded(digest_of(content), frame(content))
@@ -196,10 +195,23 @@ def read_padded(reader: ByteReader, ndims: Int64Array, fill: int) -> Int64Array:
     if count and (int(ndims.min()) < 0 or widest > limits.MAX_NDIM or count * widest > limits.MAX_CELLS):
         raise malformed("impossible dimensions")
     matrix = np.full((count, max(widest, 1)), fill, dtype=np.int64)
+    alike_count = int(ndims.min()) if count else 0
     for dim in range(widest):
-        rows = ndims > dim
-        matrix[rows, dim] = reader.column(int(rows.sum()), delta=False)
+        if dim < alike_count:  # picking rows lets go of the interpreter's lock, and getting it back takes longer
+            matrix[:, dim] = reader.column(count, delta=False)
+        else:
+            rows = ndims > dim
+            matrix[rows, dim] = reader.column(int(rows.sum()), delta=False)
     return matrix
+
+
+def write_padded(writer: ByteWriter, matrix: Int64Array, ndims: Int64Array) -> None:
+    """Appends what ``read_padded`` reads: a plain column a dimension, of the rows that have it."""
+    if not len(ndims):
+        return
+    alike_count = int(ndims.min())
+    for dim in range(int(ndims.max())):
+        writer.column(matrix[:, dim] if dim < alike_count else matrix[ndims > dim, dim], delta=False)
 
 
 def write_key_paths(writer: ByteWriter, key_paths: KeyPaths | None, fqns: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ from shardbook.core.columns import (
     unframe,
 )
 from shardbook.core.ragged import firsts_of
-from shardbook.core.table import read_padded
+from shardbook.core.table import read_padded, write_padded
 from shardbook.errors import InvalidArgumentError
 
 _KIND = b"WQ"
@@ -207,8 +207,8 @@ def encode_wanted(wanted: Wanted) -> bytes:
     writer.column(wanted.box_counts, delta=False)
     box_ndims = wanted.ndims[wanted.tensor_of_box]
     for matrix, ndims in ((wanted.shapes[wanted.stated], wanted.ndims[wanted.stated]), (wanted.offsets, box_ndims)):
-        _write_padded(writer, matrix, ndims)
-    _write_padded(writer, wanted.sizes, box_ndims)
+        write_padded(writer, matrix, ndims)
+    write_padded(writer, wanted.sizes, box_ndims)
     return frame(writer.finish())
 
 
@@ -256,8 +256,3 @@ def widened(matrix: Int64Array, width: int, fill: int) -> Int64Array:
         return matrix[:, :width]
     more = np.full((len(matrix), width - matrix.shape[1]), fill, dtype=np.int64)
     return np.concatenate([matrix, more], axis=1)
-
-
-def _write_padded(writer: ByteWriter, matrix: Int64Array, ndims: Int64Array) -> None:
-    for dim in range(int(ndims.max(initial=0))):
-        writer.column(matrix[ndims > dim, dim], delta=False)

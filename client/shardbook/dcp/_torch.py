@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
@@ -30,6 +31,8 @@ _USUAL_GROUP_TIMEOUT_S: Final = 600.0
 #: What marks a local tensor as parts of a larger one; None before torch 2.14.
 _CHECKPOINTABLE: Final[Any] = getattr(checkpoint, "CheckpointableTensor", None)
 
+#: Returns the mesh and the placements of a DTensor, in one call.
+mesh_and_placements: Final = operator.attrgetter("_spec.mesh", "_spec.placements")
 StorageInfo = _StorageInfo
 StoragePrefix = _StoragePrefix
 
@@ -194,6 +197,7 @@ __all__ = [
     "has_plain_part",
     "highest",
     "identity_of",
+    "mesh_and_placements",
     "plain_fsspec",
     "rebuild_dtensor",
     "rebuild_sharded_tensor",

@@ -28,7 +28,9 @@ from shardbook.core.structure import RankStructure
 from shardbook.dcp._torch import CURRENT_DCP_VERSION, StorageInfo
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.catching_up import Waiting, catch_up
+from shardbook.dcp.describing import milliseconds
 from shardbook.dcp.directory import exporter, publish
+from shardbook.dcp.ending import result_of, tell_outage, unregistered
 from shardbook.dcp.importing import encode_slices
 from shardbook.dcp.items import plan_columns, structure_columns
 from shardbook.dcp.results import SaveResult, SaveState, SaveStats
@@ -40,7 +42,6 @@ from shardbook.errors import (
     SessionFencedError,
     SessionUnknownError,
     ShardbookError,
-    UnregisteredError,
     UnsupportedMetadataError,
 )
 from shardbook.recording import record_attempt
@@ -51,14 +52,16 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CheckedResult(WriteResult):
-    """What a storage writer reported of an item, and a checksum of its bytes.
+class MeasuredResult(WriteResult):
+    """What a storage writer reported of an item, and what was measured meanwhile.
 
     Attributes:
-        checksum: CRC32C, or NO_CHECKSUM.
+        checksum: CRC32C of the item's bytes, or NO_CHECKSUM.
+        took_ms: What the rank took to plan and to write everything, milliseconds; on its first result alone.
     """
 
     checksum: int = NO_CHECKSUM
+    took_ms: tuple[int, ...] = ()
 
 
 class GatheredSave:
@@ -70,6 +73,7 @@ class GatheredSave:
         writer: The storage writer.
         plans: Every rank's part of the global plan.
         is_dcps: The global plan is DCP's own, so that plans and results say all that the metadata does.
+        said: What is said of the checkpoint, see ``shardbook.core.description``.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class GatheredSave:
         plans: Sequence[SavePlan],
         *,
         is_dcps: bool,
+        said: bytes = b"",
     ) -> None:
         self._runtime = runtime
         self._attempt = attempt
@@ -87,6 +92,8 @@ class GatheredSave:
         self._files = CheckpointFiles.of(writer)
         self._plans = plans
         self._is_dcps = is_dcps
+        self._said = said
+        self._phase_ms: list[tuple[int, ...]] = []
         self._budget = runtime.breaker.start_save()
         #: Why the catalogue does not have the save, as it was raised where it was.
         self._error: Exception | None = None
@@ -112,6 +119,7 @@ class GatheredSave:
         try:
             folded = self._folded(metadata, results, 0 if submitter is None else submitter.session)
             problems = self._publish(folded)
+            self._phase_ms = _phases_of_ranks(results, describing_ms=milliseconds(began_s, time.monotonic())[0])
         except Exception as error:  # noqa: BLE001 - plain DCP would have saved what cannot be described here
             self._write_plainly(metadata, error)
             problems = ()
@@ -151,9 +159,9 @@ class GatheredSave:
         """
         identity = self._attempt.identity(session)
         if self._is_dcps:
-            return _fold(identity, _slices_of_ranks(self._plans, results, self._attempt.prefix))
+            return _fold(identity, _slices_of_ranks(self._plans, results, self._attempt.prefix), said=self._said)
         sliced = slice_metadata(_below(metadata, self._attempt.prefix))
-        return _fold(identity, sliced.slices, sliced.header)
+        return _fold(identity, sliced.slices, sliced.header, said=self._said)
 
     def _publish(self, folded: FoldedAttempt) -> tuple[str, ...]:
         attempt = self._attempt
@@ -188,7 +196,11 @@ class GatheredSave:
 
     def _send(self, submitter: Submitter, folded: FoldedAttempt) -> None:
         location = self._attempt.location
-        self._checkpoint = record_attempt(submitter.client, folded.manifest, location, recovered=False)
+        # Of metadata that is cut anew no registration is a rank's.
+        phase_ms = self._phase_ms if self._is_dcps else ()
+        self._checkpoint = record_attempt(
+            submitter.client, folded.manifest, location, recovered=False, phase_ms=phase_ms
+        )
         self._runtime.outage_told = False
 
     def _go_without(self, error: Exception) -> None:
@@ -197,15 +209,8 @@ class GatheredSave:
         if not is_outage(error):
             is_ours = isinstance(error, ShardbookError)
             _LOG.warning("step %d is on storage only: %s", self._attempt.step, self._reason, exc_info=not is_ours)
-        elif not self._runtime.outage_told:
-            self._runtime.outage_told = True
-            _LOG.warning(
-                "step %d and those to come are saved without the service until it answers: %s. The data is safe; the "
-                "first save that reaches the service records what it missed, or run `shardbook sync %s`",
-                self._attempt.step,
-                encodable(str(error)),
-                encodable(self._attempt.path),
-            )
+        else:
+            tell_outage(_LOG, logging.WARNING, self._runtime, self._attempt, error)
 
     def _fail(self, error: Exception) -> None:
         name = error.reason if isinstance(error, ShardbookError) else type(error).__name__
@@ -222,30 +227,16 @@ class GatheredSave:
         catch_up(self._runtime, self._files, attempt.step, is_committed=is_committed, exports=True)
 
     def _result(self, problems: Sequence[str], stats: SaveStats) -> SaveResult:
-        attempt, checkpoint = self._attempt, self._checkpoint
-        return SaveResult(
-            state=SaveState.UNREGISTERED if checkpoint is None else SaveState.COMMITTED,
-            ref=attempt.path if checkpoint is None else checkpoint.ref,
-            reason=encodable("; ".join(filter(None, (self._reason, *problems)))),
-            path=attempt.path,
-            step=attempt.step,
-            name="" if checkpoint is None else checkpoint.name,
-            attempt=attempt.number,
-            prefix=attempt.prefix,
-            stats=stats,
-        )
+        state = SaveState.UNREGISTERED if self._checkpoint is None else SaveState.COMMITTED
+        reason = "; ".join(filter(None, (self._reason, *problems)))
+        return result_of(self._attempt, state, self._checkpoint, reason, stats)
 
     def _raise_unregistered(self, result: SaveResult) -> None:
         if result.state is SaveState.COMMITTED:
             return
         if isinstance(self._error, SessionFencedError):
             raise self._error
-        shown = encodable(result.path)
-        raise UnregisteredError(
-            f"step {result.step} is in {shown}, but not in the catalogue ({result.reason}): run `shardbook sync "
-            f"{shown}` once the server is back",
-            metadata={"path": result.path},
-        ) from self._error
+        raise unregistered(self._attempt, result.reason) from self._error
 
 
 def _since(began_s: float) -> float:
@@ -276,9 +267,18 @@ def _slices_of_ranks(
 
 def _checksums(written: Sequence[WriteResult]) -> Int64Array | None:
     """(len(written),) checksums; None when there is none."""
-    sums = [one.checksum if isinstance(one, CheckedResult) else NO_CHECKSUM for one in written]
+    sums = [one.checksum if isinstance(one, MeasuredResult) else NO_CHECKSUM for one in written]
     found = np.array(sums, dtype=np.int64)
     return found if (found != NO_CHECKSUM).any() else None
+
+
+def _phases_of_ranks(results: Sequence[Sequence[WriteResult]], *, describing_ms: int) -> list[tuple[int, ...]]:
+    """What every rank took to plan, to write and to describe; empty for who wrote nothing."""
+    firsts = [next((one for one in of_rank if isinstance(one, MeasuredResult)), None) for of_rank in results]
+    return [
+        () if one is None or not one.took_ms else (*one.took_ms, 0 if rank else describing_ms)
+        for rank, one in enumerate(firsts)
+    ]
 
 
 def _below(metadata: Metadata, prefix: str) -> Metadata:
@@ -296,14 +296,16 @@ def _below(metadata: Metadata, prefix: str) -> Metadata:
     return moved
 
 
-def _fold(identity: AttemptIdentity, slices: Sequence[MetadataSlice], header: bytes = b"") -> FoldedAttempt:
+def _fold(
+    identity: AttemptIdentity, slices: Sequence[MetadataSlice], header: bytes = b"", *, said: bytes = b""
+) -> FoldedAttempt:
     content = encode_slices(slices, header)
     distinct: dict[bytes, RankStructure] = {}
     for digest, one in zip(content.structure_digests, slices, strict=True):
         distinct.setdefault(digest, one.structure)
     return fold_decoded(
-        identity, list(distinct.values()), content.structure_digests, content.pairs, content.blobs, header
+        identity, list(distinct.values()), content.structure_digests, content.pairs, content.blobs, header, said=said
     )
 
 
-__all__ = ["CheckedResult", "GatheredSave"]
+__all__ = ["GatheredSave", "MeasuredResult"]

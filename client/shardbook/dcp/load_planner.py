@@ -105,8 +105,8 @@ class ShardbookLoadPlanner(DefaultLoadPlanner):
         return boxes, found
 
     def _as_2_3(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        nested = self.original_state_dict.values()
-        if not self.flatten_state_dict or not any(isinstance(value, Mapping | list | tuple) for value in nested):
+        kinds = set(map(type, self.original_state_dict.values()))  # few, of thousands of values
+        if not self.flatten_state_dict or not any(issubclass(kind, (Mapping, list, tuple)) for kind in kinds):
             return {}, {}
         return flattened_as_2_3(self.original_state_dict)
 

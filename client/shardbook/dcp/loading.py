@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -23,7 +23,7 @@ from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, list_attempts
 from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
-from shardbook._targets import checkpoint_named
+from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook.catalog import StoredMetadata
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA, MANIFEST
@@ -42,9 +42,6 @@ from shardbook.sources import ManifestSource, ServiceSource
 from shardbook.stores import encodable
 
 _LOG = logging.getLogger(__name__)
-
-#: What a question about a checkpoint may take, up to that for all of it, seconds.
-_METADATA_S: Final = 300.0
 
 
 def load(
@@ -136,13 +133,13 @@ def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> Chec
         InvalidArgumentError: No server is configured, or the checkpoint's store is not.
     """
     config = current_config() if config is None else config
-    return _columns(Answers.of(config, _METADATA_S).everything(name), config)
+    return _columns(Answers.of(config, METADATA_S).everything(name), config)
 
 
 def source_of(name: CheckpointName, config: ClientConfig) -> ServiceSource:
     """Returns what answers questions about a checkpoint of the catalogue; asks nothing yet."""
-    answers = Answers.of(config, _METADATA_S)
-    return ServiceSource(answers.client, name, config.stores, _METADATA_S, answers.cache)
+    answers = Answers.of(config, METADATA_S)
+    return ServiceSource(answers.client, name, config.stores, METADATA_S, answers.cache)
 
 
 def _columns(stored: StoredMetadata, config: ClientConfig) -> CheckpointColumns:

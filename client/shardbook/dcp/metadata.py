@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,11 +32,21 @@ from shardbook.core.columns import BoolArray, Int64Array
 from shardbook.core.extents import ATTRIBUTE_NULL_TRANSFORMS, HINT_NONE, HINT_POSITION
 from shardbook.core.found import FoundChunks
 from shardbook.core.head import MetadataHeader
-from shardbook.core.locate import Located
+from shardbook.core.locate import Located, pages_of
 from shardbook.core.table import EntryKind
 from shardbook.dcp._names import dtype_of, layout_of, memory_format_of
 from shardbook.dcp._torch import StorageInfo
 from shardbook.dcp.headers import storage_meta_of
+
+#: Objects of a class share the names of their attributes when one that had them was there before: with a dict each,
+#: those that are made by thousands before any has an attribute would take three times the memory.
+_FIRST: Final = (
+    ChunkStorageMetadata(offsets=torch.Size(), sizes=torch.Size()),
+    MetadataIndex("", torch.Size(), 0),
+    StorageInfo("", 0, 0),
+)
+#: Chunks of which objects are made at a time.
+_PAGE_CHUNKS: Final = 1 << 16
 
 
 @contextmanager
@@ -51,7 +61,14 @@ def paused_gc() -> Iterator[None]:
             gc.enable()
 
 
-def build_metadata(structure: CheckpointStructure, located: Located, prefix: str, header: MetadataHeader) -> Metadata:
+def build_metadata(
+    structure: CheckpointStructure,
+    located: Located,
+    prefix: str,
+    header: MetadataHeader,
+    *,
+    page_chunks: int = _PAGE_CHUNKS,
+) -> Metadata:
     """Returns torch's metadata of a checkpoint.
 
     Args:
@@ -59,18 +76,24 @@ def build_metadata(structure: CheckpointStructure, located: Located, prefix: str
         located: Where they lie.
         prefix: Directory of the data files, relative to the checkpoint's; empty when they lie in it.
         header: What belongs to the whole.
+        page_chunks: Chunks of which objects are made at a time, about: what it takes beside the objects themselves.
 
     Raises:
         UnsupportedMetadataError: A dtype or layout that this torch lacks.
     """
+    entries: dict[str, STORAGE_TYPES] = {}
+    storage: dict[MetadataIndex, StorageInfo] = {}
     with paused_gc():
-        offsets = _sizes(structure.offsets, structure)
-        entries = _entries(structure, located, offsets)
-        has_storage = header.has_storage_data
+        names, number = _paths(structure, prefix) if header.has_storage_data else ([], structure.file)
+        for rows, part, places in pages_of(structure, located, page_chunks):
+            offsets = _sizes(part.offsets, part)
+            entries.update(_entries(part, places, offsets))
+            if header.has_storage_data:
+                storage.update(_storage(part, places, map(names.__getitem__, number[rows].tolist()), offsets))
         fields: dict[str, Any] = {
             "state_dict_metadata": entries,
             "planner_data": None if structure.key_paths is None else dict(structure.key_paths),
-            "storage_data": _storage(structure, located, _paths(structure, prefix), offsets) if has_storage else None,
+            "storage_data": storage if header.has_storage_data else None,
             "storage_meta": storage_meta_of(header.storage_meta),
             "version": header.version,
         }
@@ -145,7 +168,7 @@ def sizes_of(matrix: Int64Array, ndims: Int64Array) -> list[torch.Size]:
     rows = np.flatnonzero(~same)
     cut = ndims[rows]
     distinct: list[torch.Size] = [torch.Size()] * len(rows)
-    for ndim in np.unique(cut).tolist():
+    for ndim in set(cut.tolist()):
         at = np.flatnonzero(cut == ndim)
         made = map(torch.Size, matrix[rows[at], :ndim].tolist())
         if len(at) == len(rows):
@@ -245,8 +268,8 @@ def _hints(structure: CheckpointStructure, located: Located) -> list[int | None]
     return hints
 
 
-def _paths(structure: CheckpointStructure, prefix: str) -> Iterable[str]:
-    """(N,) paths relative to the checkpoint; chunks of one file share one string."""
+def _paths(structure: CheckpointStructure, prefix: str) -> tuple[list[str], Int64Array]:
+    """Paths relative to the checkpoint, and (N,) which of them each chunk lies in."""
     file_counts = np.array([len(files) for files in structure.rank_files.distinct], dtype=np.int64)
     first = np.concatenate([[0], np.cumsum(file_counts[structure.rank_files.index])]).astype(np.int64)
     file = first[structure.owner] + structure.file
@@ -258,7 +281,7 @@ def _paths(structure: CheckpointStructure, prefix: str) -> Iterable[str]:
         head + structure.rank_files.path(rank, number)
         for rank, number in zip(ranks.tolist(), (numbers - first[ranks]).tolist(), strict=True)
     ]
-    return map(names.__getitem__, (np.cumsum(used) - 1)[file].tolist())
+    return names, (np.cumsum(used) - 1)[file]
 
 
 @dataclass(frozen=True, eq=False)

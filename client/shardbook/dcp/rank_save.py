@@ -29,6 +29,7 @@ from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.checksums import WrittenChecksums
 from shardbook.dcp.describing import milliseconds
 from shardbook.dcp.directory import write_record
+from shardbook.dcp.ending import result_of, tell_outage, unregistered
 from shardbook.dcp.failing import raise_failure_of_others, tell_failure
 from shardbook.dcp.finishing import Finisher, Outcome
 from shardbook.dcp.items import PlannedItems, kept_items, plan_columns, structure_columns
@@ -45,9 +46,8 @@ from shardbook.errors import (
     SessionFencedError,
     SessionUnknownError,
     ShardbookError,
-    UnregisteredError,
 )
-from shardbook.stores import check_location, encodable
+from shardbook.stores import check_location
 from shardbook.v1.types_pb2 import Checkpoint
 
 _LOG = logging.getLogger(__name__)
@@ -169,16 +169,8 @@ class RankSave:
 
         Said once an outage, and aloud by one rank: thousands of them would say the same, save after save.
         """
-        if not self._runtime.outage_told:
-            self._runtime.outage_told = True
-            _LOG.log(
-                logging.WARNING if self._attempt.member.is_coordinator else logging.INFO,
-                "step %d and those to come are saved without the service until it answers: %s. The data is safe; the "
-                "first save that reaches the service records what it missed, or run `shardbook sync %s`",
-                self._attempt.step,
-                error,
-                encodable(self._attempt.path),
-            )
+        level = logging.WARNING if self._attempt.member.is_coordinator else logging.INFO
+        tell_outage(_LOG, level, self._runtime, self._attempt, error)
         self._unregistered = f"{error.reason}: {error}"
 
     @contextmanager
@@ -369,22 +361,6 @@ class RankSave:
         return finisher.follow(self._unregistered, self._closed, until_committed=options.wait == "committed")
 
     def _result(self, outcome: Outcome, stats: SaveStats) -> SaveResult:
-        attempt, checkpoint = self._attempt, outcome.checkpoint
         if outcome.state is SaveState.UNREGISTERED and self._prepared.options.strict:
-            shown = encodable(attempt.path)
-            raise UnregisteredError(
-                f"step {attempt.step} is in {shown}, but not in the catalogue ({encodable(outcome.reason)}): run "
-                f"`shardbook sync {shown}` once the server is back",
-                metadata={"path": attempt.path},
-            )
-        return SaveResult(
-            state=outcome.state,
-            ref=attempt.path if checkpoint is None else checkpoint.ref,
-            reason=encodable(outcome.reason),
-            path=attempt.path,
-            step=attempt.step,
-            name="" if checkpoint is None else checkpoint.name,
-            attempt=attempt.number,
-            prefix=attempt.prefix,
-            stats=stats,
-        )
+            raise unregistered(self._attempt, outcome.reason)
+        return result_of(self._attempt, outcome.state, outcome.checkpoint, outcome.reason, stats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from shardbook.dcp.metadata import paused_gc, run, set_transforms, sizes_of
 from shardbook.dcp.state_boxes import StateBoxes
 
 _ZERO = torch.Size((0,))
+#: As in ``shardbook.dcp.metadata``, so that items share the names of their attributes.
+_FIRST: Final = ReadItem(LoadItemType.TENSOR, MetadataIndex(""), _ZERO, MetadataIndex(""), _ZERO, _ZERO)
 
 
 def read_items(found: FoundChunks, boxes: StateBoxes) -> tuple[list[ReadItem], list[MetadataIndex]]:
@@ -71,14 +74,20 @@ def _overlaps(found: FoundChunks) -> tuple[Int64Array, Int64Array, Int64Array]:
 
 def _destinations(found: FoundChunks, boxes: StateBoxes, fqns: list[str]) -> list[MetadataIndex]:
     """(N,) where in the state dict each chunk belongs: one object for all chunks of a box."""
-    numbers = found.box.tolist()
-    used = np.unique(found.box[found.box >= 0])
-    tensors = found.wanted.tensor_of_box[used]
-    names = list(map(found.wanted.fqns.__getitem__, tensors.tolist()))
-    offsets = sizes_of(found.wanted.offsets[used], found.wanted.ndims[tensors])
-    made = _indexes(names, offsets, [boxes.box_numbers[box] for box in used.tolist()])
-    of_box: dict[int, MetadataIndex] = dict(zip(used.tolist(), made, strict=True))
-    return [of_box[box] if box >= 0 else MetadataIndex(fqn) for box, fqn in zip(numbers, fqns, strict=True)]
+    is_boxed = found.box >= 0
+    if is_boxed.all() and (np.diff(found.box) > 0).all():
+        return _of_boxes(found, boxes, found.box, fqns)  # every box lies in one chunk, as where nothing is resharded
+    used, which = np.unique(found.box[is_boxed], return_inverse=True)
+    names = list(map(found.wanted.fqns.__getitem__, found.wanted.tensor_of_box[used].tolist()))
+    made = iter(map(_of_boxes(found, boxes, used, names).__getitem__, which.tolist()))
+    return [next(made) if boxed else MetadataIndex(fqn) for boxed, fqn in zip(is_boxed.tolist(), fqns, strict=True)]
+
+
+def _of_boxes(found: FoundChunks, boxes: StateBoxes, box: Int64Array, fqns: list[str]) -> list[MetadataIndex]:
+    """(M,) where in the state dict some wanted boxes are."""
+    wanted = found.wanted
+    offsets = sizes_of(wanted.offsets[box], wanted.ndims[wanted.tensor_of_box[box]])
+    return _indexes(fqns, offsets, list(map(boxes.box_numbers.__getitem__, box.tolist())))
 
 
 def _indexes(fqns: list[str], offsets: list[torch.Size], numbers: list[int]) -> list[MetadataIndex]:

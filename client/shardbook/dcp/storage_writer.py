@@ -14,9 +14,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, SupportsFloat, cast
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -27,12 +29,14 @@ from torch.futures import Future
 from shardbook._steps import step_of
 from shardbook.config import Checksum, ClientConfig, Mode
 from shardbook.core import directory as names
+from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.names import PartName
 from shardbook.dcp._torch import StoragePrefix, silent_overwrite, storage_writer_for
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.carried import CarriedSession, carry, runtime_of
 from shardbook.dcp.checksums import WrittenChecksums, check_available
-from shardbook.dcp.gathered import CheckedResult, GatheredSave
+from shardbook.dcp.describing import Said, milliseconds, said_by
+from shardbook.dcp.gathered import GatheredSave, MeasuredResult
 from shardbook.dcp.items import check_results
 from shardbook.dcp.planner import check_no_caching, plans_as_dcp, warn_of_unsafe_entries
 from shardbook.dcp.results import SaveResult
@@ -63,6 +67,7 @@ class _Save:
         attempt: On the coordinator, once it is counted.
         plans: On the coordinator, every rank's part of the global plan.
         is_dcps: The global plan is DCP's own.
+        began_s: When it began here, by ``time.monotonic``.
     """
 
     runtime: Runtime
@@ -72,6 +77,7 @@ class _Save:
     attempt: Attempt | None = None
     plans: list[SavePlan] = field(default_factory=list)
     is_dcps: bool = False
+    began_s: float = field(default_factory=time.monotonic)
 
 
 class ShardbookWriter(StagedByAnother, StorageWriter):
@@ -92,6 +98,9 @@ class ShardbookWriter(StagedByAnother, StorageWriter):
         strict: Have ``save`` raise where the catalogue does not have the save in the end. torch raises it on every
             rank, in a CheckpointException.
         checksum: ``crc32c`` or ``none``; by default what ``SHARDBOOK_CHECKSUM`` says.
+        labels: What the catalogue is to call the checkpoint, by key; the coordinator's count.
+        metrics: Measured values by name, likewise; those that are NaN or infinite are left out.
+        note: Any JSON value to keep with the checkpoint, likewise.
 
     Attributes:
         result: What became of the last save, on its coordinator; None elsewhere, and where another process saved.
@@ -99,6 +108,7 @@ class ShardbookWriter(StagedByAnother, StorageWriter):
     Raises:
         UnsupportedWriterError: The writer's files cannot be fenced.
         FailedPreconditionError: ``init`` was not called (reason ``NO_SESSION``).
+        InvalidArgumentError: A label, metric or note cannot be kept.
     """
 
     def __init__(
@@ -110,12 +120,16 @@ class ShardbookWriter(StagedByAnother, StorageWriter):
         part: str | None = None,
         strict: bool = False,
         checksum: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+        note: Any = None,
     ) -> None:
         super().__init__()
         self._carried: CarriedSession | None = None
         self._reserved: int | None = None
         self._save: _Save | None = None
         self._step, self._part, self._strict, self._checksum = step, part, strict, checksum
+        self._said = Said.of(labels, metrics, note)
         self.result: SaveResult | None = None
         runtime = self._runtime()
         if runtime is not None:
@@ -213,7 +227,7 @@ class ShardbookWriter(StagedByAnother, StorageWriter):
                 )
             files.make_directory(prefix)
             warn_of_unsafe_entries(planner, plan.items, self._save.runtime.checked_entries)
-            results = self._written(self._save.runtime, plan, planner)
+            results = self._written(self._save, plan, planner)
             check_results(plan.items, results, prefix)
             files.sync_directory(prefix)
         done: Future[list[WriteResult]] = Future()
@@ -227,7 +241,8 @@ class ShardbookWriter(StagedByAnother, StorageWriter):
             self._inner.finish(metadata, results)
             return
         assert save.attempt is not None  # noqa: S101 - the coordinator's, who has counted it
-        gathered = GatheredSave(save.runtime, save.attempt, self._inner, save.plans, is_dcps=save.is_dcps)
+        said = said_by(self._said, save.runtime.session, save.runtime.config.git_commit)
+        gathered = GatheredSave(save.runtime, save.attempt, self._inner, save.plans, is_dcps=save.is_dcps, said=said)
         self._save = None
         self.result = gathered.finish(metadata, results, strict=self._strict)
 
@@ -323,16 +338,26 @@ class ShardbookWriter(StagedByAnother, StorageWriter):
         save.runtime.note_attempt(save.part, save.step, save.location, int(number))
         return prefix
 
-    def _written(self, runtime: Runtime, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        """What the other writer reports, with checksums where some are to be kept."""
-        checksum = runtime.config.checksum if self._checksum is None else Checksum(self._checksum)
+    def _written(self, save: _Save, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        """What the other writer reports, with checksums where some are to be kept, and what this rank took."""
+        planned_s = time.monotonic()
+        checksum = save.runtime.config.checksum if self._checksum is None else Checksum(self._checksum)
         if checksum is Checksum.NONE:
-            return reported(self._inner.write_data(plan, planner))
-        summed = WrittenChecksums(self._inner)
-        with summed.watching():
             results = reported(self._inner.write_data(plan, planner))
-        pairs = zip(results, summed.of(results).tolist(), strict=True)
-        return [CheckedResult(one.index, one.size_in_bytes, one.storage_data, value) for one, value in pairs]
+            sums = [NO_CHECKSUM] * len(results)
+        else:
+            summed = WrittenChecksums(self._inner)
+            with summed.watching():
+                results = reported(self._inner.write_data(plan, planner))
+            sums = summed.of(results).tolist()
+        took_ms = milliseconds(save.began_s, planned_s, time.monotonic())
+        return [
+            # torch gathers results and nothing else: the first one carries the rank's times.
+            MeasuredResult(one.index, one.size_in_bytes, one.storage_data, value, () if at else took_ms)
+            if value != NO_CHECKSUM or not at
+            else one
+            for at, (one, value) in enumerate(zip(results, sums, strict=True))
+        ]
 
 
 def _inside(prefix: str, plan: SavePlan) -> StoragePrefix:

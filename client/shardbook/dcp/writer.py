@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from shardbook._fsspec_tree import facts_of, storage_errors
 from shardbook._side_by_side import side_by_side
-from shardbook._trees import facts_of, in_blocks, storage_errors
+from shardbook._trees import in_blocks
 from shardbook.core.exported import FileFacts
 from shardbook.dcp._torch import FileSystem, plain_fsspec
 from shardbook.errors import UnsupportedWriterError

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardbook._attempts import TreeFiles
 from shardbook._described import told_as_ours
 from shardbook._lost import is_within_reach
+from shardbook._targets import METADATA_S
 from shardbook._trees import Tree, open_tree
 from shardbook.catalog import Checkpoint, StoredMetadata
 from shardbook.client import Client
@@ -20,11 +21,13 @@ from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import CheckpointName, prefix_of
 from shardbook.deleting.note import DeletionNote, check_inside
 from shardbook.deleting.removing import Doomed, Progress, remove
-from shardbook.errors import FailedPreconditionError, NotFoundError
+from shardbook.errors import NotFoundError
 from shardbook.stores import Stores, encodable, normalized
 
-#: What fetching the metadata of a whole checkpoint may take, seconds.
-_METADATA_S: Final = 300.0
+#: In place of a name: something was saved over a checkpoint that plain DCP saved, and has its files.
+SAVED_SINCE: Final = "what was saved there since"
+#: How exact the times of files are, seconds.
+_CLOCK_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class DeletedFiles:
         file_count: Files that are gone, those that were gone already included.
         found_count: Files that were still there.
         size_bytes: Bytes that its extents covered.
-        shared_with: Names of other checkpoints that have some of the files too: then all of them were left.
+        shared_with: Names of other checkpoints that have some of the files too: then all of them were left. Also
+            ``SAVED_SINCE``.
     """
 
     ref: str
@@ -82,7 +86,7 @@ def list_files(name: CheckpointName | str, *, client: Client, config: ClientConf
         NotFoundError: There is no such checkpoint.
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
     """
-    stored = client.get_metadata(name, show_deleted=True, deadline_s=_METADATA_S)
+    stored = client.get_metadata(name, show_deleted=True, deadline_s=METADATA_S)
     directory = config.stores.path_of(stored.checkpoint.location.location)
     footprint = _footprint(stored)
     return FileList(stored.checkpoint.ref, directory, footprint.paths, footprint.size_bytes)
@@ -93,7 +97,6 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
 
     Raises:
         NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
-        FailedPreconditionError: Something else was saved there since (``OVERWRITTEN``).
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
         StorageError, PermissionDeniedError: The storage failed or refused.
     """
@@ -105,9 +108,7 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
         checkpoint = client.get_checkpoint(error.metadata["name"])
     directory = config.stores.path_of(checkpoint.location)
     with told_as_ours(f"cannot look at {directory}"):
-        tree = _tree_of(directory)
-        if tree is not None:
-            _check_unchanged(tree, directory, checkpoint)
+        _tree_of(directory)
 
 
 def delete_files(
@@ -127,8 +128,7 @@ def delete_files(
 
     Raises:
         NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
-        FailedPreconditionError: It is not deleted (``NOT_DELETED``), or purged (``CHECKPOINT_PURGED``); or something
-            else was saved in its place since (``OVERWRITTEN``).
+        FailedPreconditionError: It is not deleted (``NOT_DELETED``), or purged (``CHECKPOINT_PURGED``).
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
         StorageError, PermissionDeniedError: The storage failed or refused; the same again goes on.
         ShardbookError: The service could not be asked.
@@ -140,12 +140,13 @@ def delete_files(
         others = same_locations(config.stores, checkpoint.location, directory)
         # Durable before the first file goes, and from here on there is no way back.
         checkpoint, sharing = client.record_file_deletion(checkpoint.name, locations=others, done=False)
-        footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=_METADATA_S))
+        footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=METADATA_S))
         shared_with = _sharing(client, sharing, checkpoint.prefix, footprint)
+        if tree is not None and _is_saved_again(tree, directory, checkpoint, footprint):
+            shared_with = (*shared_with, SAVED_SINCE)
         doomed: tuple[str, ...] = ()
         count = 0
         if not shared_with and tree is not None:
-            _check_unchanged(tree, directory, checkpoint)
             doomed = _with_leftovers(tree, directory, checkpoint, footprint)
             count = remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
         client.record_file_deletion(checkpoint.name, done=True)
@@ -181,28 +182,6 @@ def _tree_of(directory: str) -> Tree | None:
         return None
 
 
-def _check_unchanged(tree: Tree, directory: str, checkpoint: Checkpoint) -> None:
-    """Refuses to delete what plain DCP wrote after the checkpoint was recorded.
-
-    It saves to a directory again under the same names, and nobody may have told the catalogue. Attempts by Shardbook
-    have directories of their own, which no other save writes to.
-
-    Raises:
-        FailedPreconditionError: A file is newer than the record; reason ``OVERWRITTEN``.
-    """
-    if checkpoint.prefix or checkpoint.commit_time is None:
-        return
-    recorded_s = checkpoint.commit_time.timestamp()
-    for name, facts in sorted(tree.files(directory).items()):
-        if facts.mtime_s is not None and facts.mtime_s > recorded_s:
-            raise FailedPreconditionError(
-                f"{encodable(name)} in {encodable(directory)} was written after {checkpoint.ref} was recorded: "
-                "something else may have been saved there since, and nothing is deleted; "
-                "`shardbook import` records what is there now",
-                reason="OVERWRITTEN",
-            )
-
-
 def _footprint(stored: StoredMetadata) -> Footprint:
     structure, located = stored.columns()
     prefix = stored.checkpoint.location.prefix
@@ -225,27 +204,39 @@ def _with_leftovers(tree: Tree, directory: str, checkpoint: Checkpoint, footprin
     return (*footprint.paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
 
 
-def _sharing(client: Client, others: Iterable[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:
+def _sharing(client: Client, others: Sequence[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:
     """Returns those of the other checkpoints of a directory that have some of the files of one, too."""
     own = set(footprint.paths)
+    if len(others) >= limits.MAX_PAGE_SIZE:
+        return tuple(others)  # and more, of which nobody has said anything
     sharing = []
-    every = tuple(others)
-    if len(every) >= limits.MAX_PAGE_SIZE:
-        return every  # there may be more, and any of them may have the files
-    for name in every:
+    for name in others:
         other = client.get_checkpoint(name)
         if prefix and other.prefix:
             # An attempt's directory is named after it: who has the same one has its files.
             is_sharing = other.prefix == prefix
         elif not other.structure_digest:
-            # It is being written or recorded, and nobody knows its files yet.
-            is_sharing = not other.prefix or any(path.startswith(f"{other.prefix}/") for path in own)
+            is_sharing = (
+                False  # plain DCP's are recorded as a whole, and nothing else lies outside of its own directory
+            )
         else:
-            stored = client.get_metadata(other.name, show_deleted=True, deadline_s=_METADATA_S)
+            stored = client.get_metadata(other.name, show_deleted=True, deadline_s=METADATA_S)
             is_sharing = bool(own & set(_footprint(stored).paths))
         if is_sharing:
             sharing.append(other.name)
     return tuple(sharing)
+
+
+def _is_saved_again(tree: Tree, directory: str, checkpoint: Checkpoint, footprint: Footprint) -> bool:
+    """Returns True when files were written after a checkpoint was: plain DCP saves over what lies in a directory.
+
+    Its ``.metadata`` is written last, and its time is that of the checkpoint. No attempt by Shardbook is written over.
+    """
+    if checkpoint.prefix or checkpoint.create_time is None:
+        return False
+    saved_s = checkpoint.create_time.timestamp() + _CLOCK_S
+    times = (tree.facts(f"{directory}/{name}") for name in (names.DCP_METADATA, *footprint.paths))
+    return any(facts is not None and facts.mtime_s is not None and facts.mtime_s > saved_s for facts in times)
 
 
 def _identity(tree: Tree, directory: str, checkpoint: Checkpoint) -> AttemptIdentity | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
+from typing import Any
 
 from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, is_newer, list_attempts
 from shardbook._described import told_as_ours
@@ -15,8 +16,8 @@ from shardbook.core import directory as names
 from shardbook.core.description import unpack_said
 from shardbook.core.footprint import Footprint, rank_of_file
 from shardbook.core.manifest import AttemptIdentity
-from shardbook.core.names import CheckpointId, CheckpointName, PartName, RunName
-from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge
+from shardbook.core.names import LATEST
+from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge, newest_first
 from shardbook.deleting.api import DeletedFiles
 from shardbook.deleting.note import DeletionNote
 from shardbook.deleting.removing import Doomed, Progress, remove
@@ -32,13 +33,6 @@ class _Whole:
     identity: AttemptIdentity
     footprint: Footprint
     metrics: dict[str, float]
-
-    @property
-    def name(self) -> CheckpointName:
-        """Its name, as the catalogue would have it."""
-        one = self.identity
-        part = PartName(RunName.parse(one.run), one.part)
-        return CheckpointName(part, CheckpointId.full(one.step, one.session, one.attempt, one.incarnation))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +68,7 @@ def plan_directories(
     """Judges all checkpoints by Shardbook in and below some directories, each part by itself; deletes nothing.
 
     Nobody here knows of aliases and holds: those are in the catalogue. What is not whole is kept, and so is everything
-    by plain DCP.
+    by plain DCP, and what a job would resume from.
 
     Args:
         directories: Paths or URLs.
@@ -100,18 +94,30 @@ def plan_directories(
                 for found in find_attempts(files):
                     _sort(found, files, whole, decisions)
     doomed: list[tuple[Tree, str, Doomed, int]] = []
-    for part in sorted({(one.identity.run, one.identity.part) for one in whole}):
-        of_part = [one for one in whole if (one.identity.run, one.identity.part) == part]
-        for made in judge(policy, _candidates(of_part), now_us):
-            chosen = of_part[made.candidate.key]
-            ref, size_bytes = chosen.name.ref, chosen.footprint.size_bytes
-            saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
-            decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
-            if not made.keep:
-                goes = Doomed(chosen.files.directory, chosen.identity, _with_leftovers(chosen))
-                doomed.append((chosen.files.tree, ref, goes, size_bytes))
+    for _, of_part in sorted(_by_part(whole).items()):
+        for made in judge(policy, _with_latest(_candidates([some[0] for some in of_part])), now_us):
+            for chosen in of_part[made.candidate.key]:
+                ref, size_bytes = chosen.identity.checkpoint_name.ref, chosen.footprint.size_bytes
+                saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
+                decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
+                if not made.keep:
+                    goes = Doomed(chosen.files.directory, chosen.identity, _with_leftovers(chosen))
+                    doomed.append((chosen.files.tree, ref, goes, size_bytes))
     begun = tuple((one.directory, ref) for _, ref, one, _ in unfinished)
     return PrunedDirectories(tuple(decisions), begun, (*unfinished, *doomed))
+
+
+def _by_part(whole: Iterable[_Whole]) -> dict[tuple[str, str], list[list[_Whole]]]:
+    """Returns the checkpoints of each (run, part), each with its copies.
+
+    A copy of a directory, or one that is named twice, by another path perhaps, is the same checkpoint: what is kept of
+    it is not deleted as another.
+    """
+    parts: dict[tuple[str, str], dict[Any, list[_Whole]]] = {}
+    for one in whole:
+        part = parts.setdefault((one.identity.run, one.identity.part), {})
+        part.setdefault(one.identity.key, []).append(one)
+    return {name: list(part.values()) for name, part in parts.items()}
 
 
 def _sort(found: FoundAttempt, files: TreeFiles, whole: list[_Whole], decisions: list[PruneDecision]) -> None:
@@ -122,17 +128,13 @@ def _sort(found: FoundAttempt, files: TreeFiles, whole: list[_Whole], decisions:
     except (CorruptManifestError, InvalidGeometryError) as error:
         folded, why = None, f"it is damaged: {error}"
     if folded is None:
-        ref = found.prefix if found.identity is None else _name_of(found.identity)
+        ref = found.prefix if found.identity is None else found.identity.checkpoint_name.ref
         decisions.append(PruneDecision("", ref, True, (why,), 0, None))
         return
     identity = folded.manifest.identity
     _, metrics, _, _ = unpack_said(folded.manifest.said)
     footprint = Footprint.of_columns(folded.structure, folded.located, identity.prefix)
     whole.append(_Whole(files, identity, footprint, metrics))
-
-
-def _name_of(identity: AttemptIdentity) -> str:
-    return f"{identity.run}@{identity.step}.s{identity.session}.a{identity.attempt}"
 
 
 def _candidates(whole: list[_Whole]) -> list[Candidate]:
@@ -155,6 +157,16 @@ def _candidates(whole: list[_Whole]) -> list[Candidate]:
     ]
 
 
+def _with_latest(candidates: list[Candidate]) -> list[Candidate]:
+    """Says which one a job resumes from, as the catalogue's ``latest`` does: no rule lets that go.
+
+    The newest by session and step; and what was saved last, which may be of an incarnation without a session.
+    """
+    live = newest_first(one for one in candidates if one.is_live)
+    latest = {live[0].key, max(live, key=lambda one: one.time_us).key} if live else set()
+    return [replace(one, aliases=(LATEST,)) if one.key in latest else one for one in candidates]
+
+
 def _unfinished(files: TreeFiles) -> list[tuple[Tree, str, Doomed, int]]:
     """Returns the deletions in a directory that were begun and not ended."""
     begun = []
@@ -163,7 +175,7 @@ def _unfinished(files: TreeFiles) -> list[tuple[Tree, str, Doomed, int]]:
         if content is not None:
             note = DeletionNote.of(content, prefix)
             doomed = Doomed(files.directory, note.identity, note.files)
-            begun.append((files.tree, _name_of(note.identity), doomed, 0))
+            begun.append((files.tree, note.identity.checkpoint_name.ref, doomed, 0))
     return begun
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Protocol
 
 from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, TreeFiles
 from shardbook._lost import tell_lost
 from shardbook._newest import incomplete_attempts, read_newest
-from shardbook._targets import checkpoint_named
+from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import open_tree
 from shardbook.client import Client
 from shardbook.config import ClientConfig
@@ -26,9 +26,6 @@ from shardbook.reading.plain_metadata import read_plain_metadata
 from shardbook.reading.ranges import range_reader
 from shardbook.reading.region import Region, Selection, select
 from shardbook.stores import encodable, normalized
-
-#: What fetching metadata may take, seconds.
-_METADATA_S: Final = 300.0
 
 #: A checkpoint: a ref, its name, or a directory or URL.
 Target = str | os.PathLike[str] | CheckpointName
@@ -142,7 +139,7 @@ class _Catalogue:
     def __init__(self, name: CheckpointName, config: ClientConfig, client: Client | None) -> None:
         self._name = name
         self._config = config
-        self._answers = Answers.of(config, _METADATA_S, client)
+        self._answers = Answers.of(config, METADATA_S, client)
         self._full_name = ""
         self.directory = ""
 

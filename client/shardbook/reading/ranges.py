@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from shardbook._fsspec_tree import filesystem_of, storage_errors
 from shardbook._side_by_side import side_by_side
-from shardbook._trees import filesystem_of, storage_errors
 from shardbook.errors import CorruptDataError, NotFoundError
 from shardbook.stores import encodable, normalized
 

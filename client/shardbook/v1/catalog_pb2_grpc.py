@@ -5,6 +5,7 @@ import grpc
 import warnings
 
 from shardbook.v1 import catalog_pb2 as shardbook_dot_v1_dot_catalog__pb2
+from shardbook.v1 import events_pb2 as shardbook_dot_v1_dot_events__pb2
 from shardbook.v1 import retention_pb2 as shardbook_dot_v1_dot_retention__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
@@ -136,6 +137,36 @@ class CatalogServiceStub(object):
                 '/shardbook.v1.CatalogService/RecordFileDeletion',
                 request_serializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.FromString,
+                _registered_method=True)
+        self.WatchCheckpoints = channel.unary_stream(
+                '/shardbook.v1.CatalogService/WatchCheckpoints',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.WatchCheckpointsRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.WatchCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.ClaimCheckpoint = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ClaimCheckpoint',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.ClaimCheckpointRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.ClaimCheckpointResponse.FromString,
+                _registered_method=True)
+        self.RenewClaim = channel.unary_unary(
+                '/shardbook.v1.CatalogService/RenewClaim',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.RenewClaimRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.RenewClaimResponse.FromString,
+                _registered_method=True)
+        self.FinishClaim = channel.unary_unary(
+                '/shardbook.v1.CatalogService/FinishClaim',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.FinishClaimRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.FinishClaimResponse.FromString,
+                _registered_method=True)
+        self.GetSubscription = channel.unary_unary(
+                '/shardbook.v1.CatalogService/GetSubscription',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionResponse.FromString,
+                _registered_method=True)
+        self.DeleteSubscription = channel.unary_unary(
+                '/shardbook.v1.CatalogService/DeleteSubscription',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionResponse.FromString,
                 _registered_method=True)
 
 
@@ -285,6 +316,48 @@ class CatalogServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCheckpoints(self, request, context):
+        """Streams what happens, from a cursor on, for as long as the client listens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClaimCheckpoint(self, request, context):
+        """Claims the next committed checkpoint of a subscription for one watcher.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewClaim(self, request, context):
+        """Keeps a claim while its checkpoint is worked on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishClaim(self, request, context):
+        """Ends a claim: the work is done, failed, or given back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSubscription(self, request, context):
+        """Returns a subscription with what is being worked on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteSubscription(self, request, context):
+        """Forgets a subscription with its cursor and claims.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -387,6 +460,36 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.RecordFileDeletion,
                     request_deserializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.SerializeToString,
+            ),
+            'WatchCheckpoints': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCheckpoints,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.WatchCheckpointsRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.WatchCheckpointsResponse.SerializeToString,
+            ),
+            'ClaimCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClaimCheckpoint,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.ClaimCheckpointRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.ClaimCheckpointResponse.SerializeToString,
+            ),
+            'RenewClaim': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewClaim,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.RenewClaimRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.RenewClaimResponse.SerializeToString,
+            ),
+            'FinishClaim': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishClaim,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.FinishClaimRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.FinishClaimResponse.SerializeToString,
+            ),
+            'GetSubscription': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSubscription,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionResponse.SerializeToString,
+            ),
+            'DeleteSubscription': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteSubscription,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -930,6 +1033,168 @@ class CatalogService(object):
             '/shardbook.v1.CatalogService/RecordFileDeletion',
             shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.SerializeToString,
             shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/WatchCheckpoints',
+            shardbook_dot_v1_dot_events__pb2.WatchCheckpointsRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.WatchCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClaimCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ClaimCheckpoint',
+            shardbook_dot_v1_dot_events__pb2.ClaimCheckpointRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.ClaimCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewClaim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/RenewClaim',
+            shardbook_dot_v1_dot_events__pb2.RenewClaimRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.RenewClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishClaim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/FinishClaim',
+            shardbook_dot_v1_dot_events__pb2.FinishClaimRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.FinishClaimResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSubscription(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/GetSubscription',
+            shardbook_dot_v1_dot_events__pb2.GetSubscriptionRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.GetSubscriptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteSubscription(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/DeleteSubscription',
+            shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionResponse.FromString,
             options,
             channel_credentials,
             insecure,

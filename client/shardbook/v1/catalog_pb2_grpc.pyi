@@ -7,7 +7,7 @@ from typing import type_check_only
 import grpc
 import grpc.aio
 
-from shardbook.v1 import catalog_pb2, retention_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, retention_pb2
 
 class CatalogServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
@@ -31,6 +31,12 @@ class CatalogServiceStub:
     Prune: grpc.UnaryUnaryMultiCallable[retention_pb2.PruneRequest, retention_pb2.PruneResponse]
     ReportMissingData: grpc.UnaryUnaryMultiCallable[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse]
     RecordFileDeletion: grpc.UnaryUnaryMultiCallable[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse]
+    WatchCheckpoints: grpc.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
+    ClaimCheckpoint: grpc.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
+    RenewClaim: grpc.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
+    FinishClaim: grpc.UnaryUnaryMultiCallable[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse]
+    GetSubscription: grpc.UnaryUnaryMultiCallable[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse]
+    DeleteSubscription: grpc.UnaryUnaryMultiCallable[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse]
 
 @type_check_only
 class CatalogServiceAsyncStub:
@@ -55,6 +61,12 @@ class CatalogServiceAsyncStub:
     Prune: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.PruneRequest, retention_pb2.PruneResponse]
     ReportMissingData: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse]
     RecordFileDeletion: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse]
+    WatchCheckpoints: grpc.aio.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
+    ClaimCheckpoint: grpc.aio.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
+    RenewClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
+    FinishClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse]
+    GetSubscription: grpc.aio.UnaryUnaryMultiCallable[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse]
+    DeleteSubscription: grpc.aio.UnaryUnaryMultiCallable[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse]
 
 class CatalogServiceServicer:
     def ListProjects(
@@ -157,6 +169,36 @@ class CatalogServiceServicer:
         request: retention_pb2.RecordFileDeletionRequest,
         context: grpc.aio.ServicerContext[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse],
     ) -> Awaitable[retention_pb2.RecordFileDeletionResponse]: ...
+    def WatchCheckpoints(
+        self,
+        request: events_pb2.WatchCheckpointsRequest,
+        context: grpc.aio.ServicerContext[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse],
+    ) -> AsyncIterator[events_pb2.WatchCheckpointsResponse]: ...
+    def ClaimCheckpoint(
+        self,
+        request: events_pb2.ClaimCheckpointRequest,
+        context: grpc.aio.ServicerContext[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse],
+    ) -> Awaitable[events_pb2.ClaimCheckpointResponse]: ...
+    def RenewClaim(
+        self,
+        request: events_pb2.RenewClaimRequest,
+        context: grpc.aio.ServicerContext[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse],
+    ) -> Awaitable[events_pb2.RenewClaimResponse]: ...
+    def FinishClaim(
+        self,
+        request: events_pb2.FinishClaimRequest,
+        context: grpc.aio.ServicerContext[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse],
+    ) -> Awaitable[events_pb2.FinishClaimResponse]: ...
+    def GetSubscription(
+        self,
+        request: events_pb2.GetSubscriptionRequest,
+        context: grpc.aio.ServicerContext[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse],
+    ) -> Awaitable[events_pb2.GetSubscriptionResponse]: ...
+    def DeleteSubscription(
+        self,
+        request: events_pb2.DeleteSubscriptionRequest,
+        context: grpc.aio.ServicerContext[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse],
+    ) -> Awaitable[events_pb2.DeleteSubscriptionResponse]: ...
 
 def add_CatalogServiceServicer_to_server(
     servicer: CatalogServiceServicer, server: grpc.Server | grpc.aio.Server

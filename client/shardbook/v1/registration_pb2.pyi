@@ -232,20 +232,38 @@ class PartStatus(_message.Message):
     def __init__(self, part: _Optional[_Union[_types_pb2.RunPart, _Mapping[str, _Any]]] = ..., last_commit: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., last_failure: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., open: _Optional[_Iterable[_Union[AttemptStatus, _Mapping[str, _Any]]]] = ..., open_count: _Optional[int] = ...) -> None: ...
 
 class AttemptStatus(_message.Message):
-    __slots__ = ("checkpoint", "progress", "registration_count", "registered", "unplanned", "plan_time")
+    __slots__ = ("checkpoint", "progress", "registration_count", "registered", "unplanned", "plan_time", "timing", "missing_hosts", "missing_host_count", "unplanned_bounds")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     REGISTRATION_COUNT_FIELD_NUMBER: _ClassVar[int]
     REGISTERED_FIELD_NUMBER: _ClassVar[int]
     UNPLANNED_FIELD_NUMBER: _ClassVar[int]
     PLAN_TIME_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    MISSING_HOSTS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_HOST_COUNT_FIELD_NUMBER: _ClassVar[int]
+    UNPLANNED_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _types_pb2.Checkpoint
     progress: _types_pb2.AttemptProgress
     registration_count: int
     registered: _containers.RepeatedCompositeFieldContainer[_types_pb2.RankHost]
     unplanned: _containers.RepeatedScalarFieldContainer[int]
     plan_time: _timestamp_pb2.Timestamp
-    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., progress: _Optional[_Union[_types_pb2.AttemptProgress, _Mapping[str, _Any]]] = ..., registration_count: _Optional[int] = ..., registered: _Optional[_Iterable[_Union[_types_pb2.RankHost, _Mapping[str, _Any]]]] = ..., unplanned: _Optional[_Iterable[int]] = ..., plan_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+    timing: _types_pb2.SaveTiming
+    missing_hosts: _containers.RepeatedCompositeFieldContainer[HostRanks]
+    missing_host_count: int
+    unplanned_bounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., progress: _Optional[_Union[_types_pb2.AttemptProgress, _Mapping[str, _Any]]] = ..., registration_count: _Optional[int] = ..., registered: _Optional[_Iterable[_Union[_types_pb2.RankHost, _Mapping[str, _Any]]]] = ..., unplanned: _Optional[_Iterable[int]] = ..., plan_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., timing: _Optional[_Union[_types_pb2.SaveTiming, _Mapping[str, _Any]]] = ..., missing_hosts: _Optional[_Iterable[_Union[HostRanks, _Mapping[str, _Any]]]] = ..., missing_host_count: _Optional[int] = ..., unplanned_bounds: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class HostRanks(_message.Message):
+    __slots__ = ("host", "rank_count", "bounds")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    RANK_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    rank_count: int
+    bounds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, host: _Optional[str] = ..., rank_count: _Optional[int] = ..., bounds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CommitCheckpointRequest(_message.Message):
     __slots__ = ("key", "wait", "description")

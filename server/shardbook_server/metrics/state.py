@@ -34,12 +34,14 @@ class Sources:
 
     Attributes:
         waiting: How many calls wait.
+        watching: How many streams of events are open, and calls wait for a claim.
         calls: How many calls are queued for a thread or run in one.
         queues: Depth and age of the oldest entry, seconds, by kind.
         is_ready: Whether the server answers ``/readyz``.
     """
 
     waiting: Callable[[], int]
+    watching: Callable[[], int]
     calls: Callable[[], int]
     queues: Callable[[], Mapping[str, tuple[int, float]]]
     is_ready: Callable[[], bool]
@@ -88,6 +90,8 @@ class State(Collector):
     def _queues(self) -> Iterator[Metric]:
         waiting = self._sources.waiting()
         yield _gauge("shardbook_waiting_ranks", "Calls that wait for other ranks, a commit or a lease.", waiting)
+        watching = self._sources.watching()
+        yield _gauge("shardbook_watchers", "Streams of events, and calls that wait for a claim.", watching)
         depth = GaugeMetricFamily("shardbook_queue_depth", "Entries that are queued.", labels=("kind",))
         age = GaugeMetricFamily(
             "shardbook_queue_oldest_age_seconds", "How long the oldest entry has been queued.", labels=("kind",)

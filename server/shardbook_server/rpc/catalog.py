@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
 
 from shardbook.v1 import catalog_pb2 as pb
-from shardbook.v1 import retention_pb2
+from shardbook.v1 import events_pb2, retention_pb2
 from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
-from shardbook_server.rpc import convert, describing, retaining
+from shardbook_server.rpc import convert, describing, events, limits, retaining
 from shardbook_server.rpc.bridge import Bridge
+from shardbook_server.rpc.feed import Feed
 from shardbook_server.service.services import Services
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,7 +21,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CatalogHandlers(CatalogServiceServicer):
     """Handlers of four steps: check, convert, call, convert."""
 
-    def __init__(self, services: Services, bridge: Bridge) -> None:
+    def __init__(self, services: Services, bridge: Bridge, feed: Feed) -> None:
+        self._services = services
+        self._feed = feed
         self._catalog = services.catalog
         self._descriptions = services.descriptions
         self._aliases = services.aliases
@@ -202,3 +206,47 @@ class CatalogHandlers(CatalogServiceServicer):
             "files", self._deletions.record_files, request.name, list(request.locations), done=request.done
         )
         return retention_pb2.RecordFileDeletionResponse(checkpoint=convert.checkpoint(checkpoint), sharing=sharing)
+
+    async def WatchCheckpoints(
+        self, request: events_pb2.WatchCheckpointsRequest, context: Context
+    ) -> AsyncIterator[events_pb2.WatchCheckpointsResponse]:
+        """Streams what happens."""
+        interest = events.interest(request)
+        async for response in self._feed.watch(interest, request.cursor):
+            yield response
+
+    async def ClaimCheckpoint(
+        self, request: events_pb2.ClaimCheckpointRequest, context: Context
+    ) -> events_pb2.ClaimCheckpointResponse:
+        """Claims the next checkpoint of a subscription."""
+        wanted = events.claim_request(request)
+        return events.claim_response(await self._feed.claim(wanted, limits.wait_s(request.wait)))
+
+    async def RenewClaim(
+        self, request: events_pb2.RenewClaimRequest, context: Context
+    ) -> events_pb2.RenewClaimResponse:
+        """Keeps a claim."""
+        lease_s = events.seconds(request.lease, "lease")
+        await self._bridge.write("claim", self._services.claims.renew, request.subscription, request.claim_id, lease_s)
+        return events_pb2.RenewClaimResponse()
+
+    async def FinishClaim(
+        self, request: events_pb2.FinishClaimRequest, context: Context
+    ) -> events_pb2.FinishClaimResponse:
+        """Ends a claim."""
+        wanted = events.finish_request(request)
+        return events.finish_response(await self._bridge.write("claim", self._services.claims.finish, wanted))
+
+    async def GetSubscription(
+        self, request: events_pb2.GetSubscriptionRequest, context: Context
+    ) -> events_pb2.GetSubscriptionResponse:
+        """Returns a subscription."""
+        view = await self._bridge.read(self._services.claims.get, request.name)
+        return events_pb2.GetSubscriptionResponse(subscription=events.subscription(view))
+
+    async def DeleteSubscription(
+        self, request: events_pb2.DeleteSubscriptionRequest, context: Context
+    ) -> events_pb2.DeleteSubscriptionResponse:
+        """Forgets a subscription."""
+        await self._bridge.write("claim", self._services.claims.delete, request.name)
+        return events_pb2.DeleteSubscriptionResponse()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
-from shardbook_server.rpc import convert
+from shardbook_server.rpc import convert, describing
 from shardbook_server.service import status as views
 from shardbook_server.service.views import Progress, RankHost
 
@@ -34,6 +34,12 @@ def _attempt(view: views.AttemptStatus) -> pb.AttemptStatus:
         registered=list(map(_rank, view.registered)),
         unplanned=view.unplanned,
         plan_time=None if view.plan_time_us is None else convert.timestamp(view.plan_time_us),
+        timing=describing.timing(view.timing),
+        missing_hosts=[
+            pb.HostRanks(host=one.host, rank_count=one.rank_count, bounds=one.bounds) for one in view.missing_hosts
+        ],
+        missing_host_count=view.missing_host_count,
+        unplanned_bounds=view.unplanned_bounds,
     )
 
 

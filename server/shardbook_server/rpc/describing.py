@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from shardbook.core import limits
@@ -12,7 +14,7 @@ from shardbook_server.service.describing import Changes, Description, Writer
 
 #: Most paths of an update mask: every label, every metric, and the note.
 _MAX_PATHS = limits.MAX_LABELS + limits.MAX_METRICS + 1
-_WRITER = ("host", "user", "job_id", "client_version", "torch_version", "git_commit")
+_WRITER = tuple(one.name for one in dataclasses.fields(Writer))
 
 
 def description(message: types_pb2.Description) -> Description:

@@ -20,7 +20,6 @@ from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.aliases import AliasRow
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.events import Event, EventKind
-from shardbook_server.storage.runs import PartRow
 
 
 class Direction(IntEnum):
@@ -111,7 +110,7 @@ class AliasService:
         name = _settable(request.name, "alias.name")
         with self._database.write([name.part.run]) as connection:
             now_us = self._database.now_us(connection)
-            part = _part(connection, name)
+            part = present.existing_part(connection, name.part)
             held = alias_rows.find_alias(connection, part.id, name.alias)
             if request.metric:
                 best = alias_rows.best_checkpoint(connection, part.id, request.metric, request.direction)
@@ -145,7 +144,7 @@ class AliasService:
         """
         name = _settable(text, "name")
         with self._database.write([name.part.run]) as connection:
-            part = _part(connection, name)
+            part = present.existing_part(connection, name.part)
             held = alias_rows.find_alias(connection, part.id, name.alias)
             if held is None:
                 raise NotFoundError(f"{name.ref} does not exist; `shardbook alias {name.part.ref}` lists what there is")
@@ -179,13 +178,6 @@ def _settable(text: str, field: str) -> AliasName:
             field=field,
         )
     return name
-
-
-def _part(connection: Connection, name: AliasName) -> PartRow:
-    part = run_rows.find_parts(connection, [name.part]).get(name.part)
-    if part is None:
-        raise NotFoundError(f"{name.part.ref} does not exist: nothing was ever saved to it")
-    return part
 
 
 def _check_unprotected(held: AliasRow, name: AliasName, *, force: bool) -> None:

@@ -56,7 +56,7 @@ def check_part(run: str, part: str) -> PartName:
 
 def check_text(text: str, field: str, limit_bytes: int) -> str:
     """Returns ``text`` when it is short, printable on one line, and has a UTF-8 form."""
-    if any(not char.isprintable() for char in text):
+    if not text.isprintable():
         raise InvalidArgumentError(f"{text[:80]!a} has control or formatting characters", field=field)
     if len(text.encode()) > limit_bytes:
         raise InvalidArgumentError(

@@ -17,7 +17,7 @@ import structlog
 from shardbook.core import limits
 from shardbook.core.decisions import decode_drops, encode_drops
 from shardbook.core.digest import ordered_digest
-from shardbook.core.planning import ALGORITHM_VERSION, decide
+from shardbook.core.planning import ALGORITHM_VERSION, decide, part_items
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
@@ -30,8 +30,10 @@ from shardbook_server.storage.database import Connection, Database
 
 #: Bytes of decisions kept in memory.
 _CACHE_BYTES: Final = 64 << 20
-#: What an item of a plan takes while it is decided about, with the plan itself, bytes.
-_BYTES_PER_ITEM: Final = 256
+#: What an item of a plan takes while it is decided about, with the plan itself, and what one of the part that is being
+#: looked at takes on top, bytes.
+_BYTES_PER_ITEM: Final = 80
+_BYTES_PER_SEEN: Final = 176
 #: What a rank's part costs in memory beside its bits.
 _PER_RANK_BYTES: Final = 64
 
@@ -124,7 +126,8 @@ class DecisionService:
     def _compute(self, question: Question) -> list[bytes]:
         distinct = {digest: at for at, digest in enumerate(dict.fromkeys(question.digests))}
         index = np.fromiter((distinct[digest] for digest in question.digests), np.int64, len(question.digests))
-        with self._memory.hold(self._item_count(question, list(distinct)) * _BYTES_PER_ITEM):
+        items = self._item_count(question, list(distinct))
+        with self._memory.hold(items * _BYTES_PER_ITEM + part_items(items) * _BYTES_PER_SEEN):
             plans = self._blobs.plans(question.project, list(distinct))
             decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
             drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]

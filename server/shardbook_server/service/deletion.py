@@ -52,7 +52,8 @@ class DeletionService:
 
         Raises:
             NotFoundError: There is no such checkpoint.
-            FailedPreconditionError: It is not committed (``NOT_COMMITTED``), somebody holds it (``CHECKPOINT_HELD``),
+            FailedPreconditionError: It is not committed (``NOT_COMMITTED``), somebody holds it or works on it
+                (``CHECKPOINT_HELD``),
                 ``latest`` means it (``LATEST_CHECKPOINT``), or a protected alias (``ALIAS_PROTECTED``).
         """
         parsed = CheckpointName.parse(name, "name")
@@ -68,6 +69,7 @@ class DeletionService:
                     f"{parsed.ref} is {CheckpointState(row.state).name}: only what is committed can be deleted",
                     reason="NOT_COMMITTED",
                 )
+            checkpoint_rows.lock_committed(connection, [row.id])
             check_not_held(connection, row.id, parsed, now_us)
             aliases, events = self._unname(connection, row, parsed, force=force)
             mark(connection, [row], now_us, self._undelete_us, events, files=files)
@@ -194,7 +196,8 @@ class DeletionService:
             done: False before the first file goes, True after the last one.
 
         Returns:
-            The checkpoint, and the names of others there that can be loaded, are being written, or can be brought back.
+            The checkpoint, and the names of others there that can be loaded, are being written, or can be brought back,
+            and may have some of its files; the first ``limits.MAX_PAGE_SIZE``.
 
         Raises:
             NotFoundError: There is no such checkpoint.
@@ -219,7 +222,8 @@ class DeletionService:
             if row.flags & PURGED:
                 raise _purged(parsed)
             rows.set_flags(connection, row.id, row.flags | FILES_GOING | (FILES_GONE if done else 0))
-            sharing = rows.find_sharing(connection, row.id, [row.location, *locations], limits.MAX_PAGE_SIZE)
+            everywhere = [row.location, *locations]
+            sharing = rows.find_sharing(connection, row.id, row.prefix, everywhere, limits.MAX_PAGE_SIZE)
             listed = checkpoint_rows.find_listed(connection, sharing)
             names = [present.checkpoint_of(listed[one]).name for one in sharing]
             return full_info(connection, row.id, now_us), names

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from shardbook.core import limits
 from shardbook.core.names import LATEST, CheckpointName
-from shardbook.errors import InvalidArgumentError, NotFoundError
+from shardbook.errors import InvalidArgumentError
 from shardbook_server.service import aliases, present
 from shardbook_server.service.describing import Changes, Description, Writer
 from shardbook_server.service.timing import timing_from_json
@@ -105,10 +105,7 @@ def described(connection: Connection, listed: Sequence[ListedCheckpoint]) -> lis
 
 def full_info(connection: Connection, checkpoint_id: int, now_us: int) -> CheckpointInfo:
     """Returns a checkpoint with all that is said of it, also what listings leave out; raises NotFoundError."""
-    listed = checkpoint_rows.find_listed(connection, [checkpoint_id]).get(checkpoint_id)
-    if listed is None:
-        raise NotFoundError("there is no such checkpoint")
-    info = described(connection, [listed])[0]
+    info = described(connection, [present.listed_by_id(connection, checkpoint_id)])[0]
     row = description_rows.find_description(connection, checkpoint_id)
     known = json.loads(row.writer) if row.writer else {}
     writer = Writer(**{one.name: known.get(one.name, "") for one in dataclasses.fields(Writer)})

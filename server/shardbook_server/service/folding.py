@@ -13,14 +13,14 @@ from typing import Final
 import numpy as np
 
 from shardbook.core import limits
-from shardbook.core.assembly import assemble
+from shardbook.core.assembly import Assembly, part_items
 from shardbook.core.blocks import encode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import Int64Array, encode_name
 from shardbook.core.digest import structure_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
-from shardbook.core.table import printable
+from shardbook.core.table import EntryKind, printable
 from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError, UnavailableError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService
@@ -35,8 +35,10 @@ from shardbook_server.storage.registrations import RegistrationRow
 from shardbook_server.storage.runs import PartRow
 from shardbook_server.storage.structures import NewStructure, NewTensor
 
-#: What an item of a rank takes while it is assembled, bytes: decoded, merged, judged, placed.
-_BYTES_PER_ITEM: Final = 256
+#: What an item of a rank takes while a checkpoint is assembled, decoded and placed, and what one of the part that is
+#: being judged takes on top, bytes.
+_BYTES_PER_ITEM: Final = 112
+_BYTES_PER_JUDGED: Final = 192
 #: Refusals that are remembered.
 _REFUSAL_COUNT: Final = 1024
 
@@ -76,7 +78,8 @@ class Folder:
             with self._flight.alone((part.project_id, digest)):
                 structure_id = self._find(part, digest)
                 if structure_id is None:
-                    with self._memory.hold(items * _BYTES_PER_ITEM):
+                    judged = part_items(items)
+                    with self._memory.hold(items * _BYTES_PER_ITEM + judged * _BYTES_PER_JUDGED):
                         structure_id = self._assemble(part, digest, blob_ids, digests, index)
         stats = RankStats.of([row.phases for row in rows], [row.size_bytes for row in rows])
         return Folded(structure_id, _segments(rows), _size_bytes(rows), any(row.explicit for row in rows), stats)
@@ -88,17 +91,7 @@ class Folder:
     def _assemble(
         self, part: PartRow, digest: bytes, blob_ids: Int64Array, digests: Sequence[bytes], index: Int64Array
     ) -> int:
-        assembled = self._assembled(part, digest, digests, index)
-        new = NewStructure(
-            digest=digest,
-            tensor_count=assembled.tensor_count,
-            chunk_count=assembled.chunk_count,
-            bytes_entry_count=assembled.bytes_entry_count,
-            warnings=json.dumps([prose(warning, limits.MAX_REASON_CHARS) for warning in assembled.warnings]),
-            rank_structure_ids=blob_ids,
-            head=encode_head(assembled),
-            tensors=_tensors(assembled),
-        )
+        new = self._assembled(part, digest, blob_ids, digests, index)
         # Content-addressed and of no effect until a commit names it, so it needs no lock of the run. Two replicas
         # that store tensors of one project do so one after the other: in unlike orders they would deadlock.
         # And what its packed lists name is not dropped meanwhile: that is done under the same lock.
@@ -116,17 +109,36 @@ class Folder:
             return structure_rows.insert_structure(connection, part.project_id, new, now_us)
 
     def _assembled(
-        self, part: PartRow, digest: bytes, digests: Sequence[bytes], index: Int64Array
-    ) -> CheckpointStructure:
+        self, part: PartRow, digest: bytes, blob_ids: Int64Array, digests: Sequence[bytes], index: Int64Array
+    ) -> NewStructure:
         refusal = self._refusals.get((part.project_id, digest))
         if refusal is not None:
             raise copy.copy(refusal)
         structures = self._blobs.structures(part.name.run.project, digests)
         try:
-            return assemble(structures, index.astype(np.int64))
+            return _new_structure(digest, blob_ids, Assembly(structures, index.astype(np.int64)))
         except (InvalidGeometryError, InvalidArgumentError) as error:
             self._refusals.put((part.project_id, digest), copy.copy(error))
             raise
+
+
+def _new_structure(digest: bytes, blob_ids: Int64Array, assembly: Assembly) -> NewStructure:
+    """Packs what is assembled part by part; chunks of one part are in memory at a time."""
+    tensors: list[NewTensor] = []
+    for part in assembly.parts():
+        tensors += _tensors(part)
+    head = assembly.head
+    bytes_entry_count = sum(new.kind == EntryKind.BYTES for new in tensors)
+    return NewStructure(
+        digest=digest,
+        tensor_count=len(tensors) - bytes_entry_count,
+        chunk_count=sum(new.chunk_count for new in tensors if new.kind != EntryKind.BYTES),
+        bytes_entry_count=bytes_entry_count,
+        warnings=json.dumps([prose(warning, limits.MAX_REASON_CHARS) for warning in head.warnings]),
+        rank_structure_ids=blob_ids,
+        head=encode_head(head),
+        tensors=tensors,
+    )
 
 
 def _segments(rows: Sequence[RegistrationRow]) -> tuple[tuple[int, bytes], ...]:

@@ -20,6 +20,7 @@ from shardbook.core.structure import BlobKind
 from shardbook.errors import UnavailableError
 from shardbook_server.service import closing
 from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import claims as claim_rows
 from shardbook_server.storage import garbage as rows
 from shardbook_server.storage import retention as retention_rows
 from shardbook_server.storage import runs as run_rows
@@ -167,6 +168,8 @@ class GarbageService:
 
     def _purge(self, checkpoint_id: int, run: RunName, now_us: int) -> bool:
         with self._database.write([run]) as connection:
+            if claim_rows.find_held(connection, [checkpoint_id], now_us):
+                return False
             # It may have been brought back since, or its files may be going.
             still = retention_rows.find_purgeable(connection, now_us, checkpoint_id - 1, 1)
             if [one for one, _ in still] != [checkpoint_id]:

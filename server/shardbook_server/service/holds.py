@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shardbook.core import limits
 from shardbook.core.names import CheckpointName, check_segment
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
@@ -9,6 +11,7 @@ from shardbook_server.service import present
 from shardbook_server.service.descriptions import full_info
 from shardbook_server.service.present import utc
 from shardbook_server.service.views import CheckpointInfo, HoldView
+from shardbook_server.storage import claims as claim_rows
 from shardbook_server.storage import holds as hold_rows
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.holds import HoldRow
@@ -69,12 +72,30 @@ class HoldService:
             return full_info(connection, checkpoint_id, self._database.now_us(connection))
 
 
+def find_holders(connection: Connection, ids: Sequence[int], now_us: int) -> dict[int, tuple[str, ...]]:
+    """Returns who keeps some checkpoints from being deleted: holders, and subscriptions whose watchers work on them."""
+    found: dict[int, tuple[str, ...]] = {}
+    for one, held in hold_rows.find_holds(connection, ids, now_us).items():
+        found[one] = tuple(row.holder for row in held)
+    for one, watching in claim_rows.find_held(connection, ids, now_us).items():
+        found[one] = (*found.get(one, ()), *(f"watch {name}" for name in watching))
+    return found
+
+
 def check_not_held(connection: Connection, checkpoint_id: int, name: CheckpointName, now_us: int) -> None:
-    """Refuses to delete what somebody holds.
+    """Refuses to delete what somebody holds, or works on; the checkpoint is locked.
 
     Raises:
         FailedPreconditionError: Somebody does (``CHECKPOINT_HELD``); ``metadata`` has the ``holder``.
     """
+    watching = claim_rows.find_held(connection, [checkpoint_id], now_us).get(checkpoint_id)
+    if watching:
+        raise FailedPreconditionError(
+            f"{name.ref} is worked on by watchers of {watching[0]}: `shardbook watch --name {watching[0]} --status` "
+            "shows until when",
+            reason="CHECKPOINT_HELD",
+            metadata={"holder": watching[0]},
+        )
     held = hold_rows.find_holds(connection, [checkpoint_id], now_us).get(checkpoint_id)
     if held:
         last = max(held, key=lambda one: one.expire_time_us)

@@ -67,8 +67,7 @@ class MetadataService:
         """
         parsed = CheckpointName.parse(name, "name")
         with self._database.read() as connection:
-            row = present.resolve_committed(connection, parsed, show_deleted=show_deleted)
-            info = present.checkpoint_info(connection, row.id)
+            row, info = present.committed_info(connection, parsed, show_deleted=show_deleted)
             head, ids = b"", []
             if info.structure_digest != held_structure_digest:
                 structure_id = _structure_id(row.structure_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from typing import Final
 
 from shardbook.core.names import LATEST, CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import FailedPreconditionError, NotFoundError
@@ -11,11 +12,13 @@ from shardbook_server.service.types import AttemptLocation
 from shardbook_server.service.views import CheckpointInfo, CheckpointState, FileDeletion
 from shardbook_server.storage import aliases as alias_rows
 from shardbook_server.storage import checkpoints as checkpoint_rows
+from shardbook_server.storage import named as named_rows
 from shardbook_server.storage import retention as retention_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import CheckpointRow, ListedCheckpoint
 from shardbook_server.storage.database import Connection
 from shardbook_server.storage.descriptions import NOTHING_SAID, Said
+from shardbook_server.storage.runs import PartRow
 
 
 def utc(time_us: int) -> str:
@@ -25,10 +28,19 @@ def utc(time_us: int) -> str:
 
 def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInfo:
     """Returns a checkpoint as it is answered; raises NotFoundError."""
+    return checkpoint_of(listed_by_id(connection, checkpoint_id))
+
+
+#: As most rows have them: a page need not parse each.
+_NO_WARNINGS: Final = "[]"
+
+
+def listed_by_id(connection: Connection, checkpoint_id: int) -> ListedCheckpoint:
+    """Returns a checkpoint with its names and what its structure says; raises NotFoundError."""
     listed = checkpoint_rows.find_listed(connection, [checkpoint_id]).get(checkpoint_id)
     if listed is None:
         raise NotFoundError("there is no such checkpoint")
-    return checkpoint_of(listed)
+    return listed
 
 
 def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> CheckpointInfo:
@@ -57,7 +69,7 @@ def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> Checkp
         # What was recorded afterwards has two times: people want to know when it was saved.
         create_time_us=row.create_time_us if row.write_time_us is None else row.write_time_us,
         commit_time_us=row.commit_time_us,
-        warnings=tuple(json.loads(listed.warnings)),
+        warnings=() if listed.warnings == _NO_WARNINGS else tuple(json.loads(listed.warnings)),
         failure=row.failure,
         structure_digest=listed.structure_digest,
         recovered=row.recovered,
@@ -78,6 +90,14 @@ def file_deletion(row: CheckpointRow) -> FileDeletion:
     return FileDeletion.BEGUN if row.flags & checkpoint_rows.FILES_GOING else FileDeletion.NONE
 
 
+def existing_part(connection: Connection, name: PartName) -> PartRow:
+    """Returns a part; raises NotFoundError."""
+    part = run_rows.find_parts(connection, [name]).get(name)
+    if part is None:
+        raise NotFoundError(f"{name.ref} does not exist: nothing was ever saved to it")
+    return part
+
+
 def resolve(connection: Connection, name: CheckpointName) -> int:
     """Returns the checkpoint that a name means.
 
@@ -87,9 +107,7 @@ def resolve(connection: Connection, name: CheckpointName) -> int:
     Raises:
         NotFoundError: It means none.
     """
-    part = run_rows.find_parts(connection, [name.part]).get(name.part)
-    if part is None:
-        raise NotFoundError(f"{name.part.ref} does not exist: nothing was ever saved to it")
+    part = existing_part(connection, name.part)
     found = _resolve(connection, part, name.id)
     if found is None:
         deleted = resolve_deleted(connection, part.id, name.id)
@@ -99,7 +117,7 @@ def resolve(connection: Connection, name: CheckpointName) -> int:
     return found
 
 
-def _why_absent(connection: Connection, part: run_rows.PartRow, name: CheckpointName) -> str:
+def _why_absent(connection: Connection, part: PartRow, name: CheckpointName) -> str:
     listing = f"`shardbook ls {name.part.ref}"
     if name.id.alias == LATEST:
         return f"{name.ref} does not exist: nothing of it is committed; {listing} --all` lists every attempt"
@@ -134,8 +152,8 @@ def deleted_error(name: CheckpointName, row: CheckpointRow) -> NotFoundError:
     return NotFoundError(told, reason="CHECKPOINT_DELETED", metadata={"name": str(full)})
 
 
-def resolve_committed(connection: Connection, name: CheckpointName, *, show_deleted: bool = False) -> CheckpointRow:
-    """Returns the committed checkpoint that a name means; with ``show_deleted``, also one deleted and not purged yet.
+def resolve_committed(connection: Connection, name: CheckpointName) -> CheckpointRow:
+    """Returns the committed checkpoint that a name means.
 
     Raises:
         NotFoundError: It means none, or one that was deleted (``CHECKPOINT_DELETED``).
@@ -143,18 +161,33 @@ def resolve_committed(connection: Connection, name: CheckpointName, *, show_dele
     """
     checkpoint_id = resolve(connection, name)
     row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
-    is_kept = row.state == CheckpointState.DELETED and not row.flags & checkpoint_rows.PURGED
-    if not (show_deleted and is_kept):
-        _check_committed(row, name)
+    _check_committed(row, name)
     return row
 
 
-def committed_info(connection: Connection, name: CheckpointName) -> tuple[CheckpointRow, CheckpointInfo]:
-    """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above."""
-    checkpoint_id = resolve(connection, name)
-    listed = checkpoint_rows.find_listed(connection, [checkpoint_id])[checkpoint_id]
-    _check_committed(listed.row, name)
+def committed_info(
+    connection: Connection, name: CheckpointName, *, show_deleted: bool = False
+) -> tuple[CheckpointRow, CheckpointInfo]:
+    """Returns the committed checkpoint that a name means, as a row and as it is answered; raises as above.
+
+    With ``show_deleted`` also one that was deleted and not purged yet.
+    """
+    listed = _find_at_once(connection, name)
+    if listed is None:
+        listed = listed_by_id(connection, resolve(connection, name))
+    is_kept = listed.row.state == CheckpointState.DELETED and not listed.row.flags & checkpoint_rows.PURGED
+    if not (show_deleted and is_kept):
+        _check_committed(listed.row, name)
     return listed.row, checkpoint_of(listed)
+
+
+def _find_at_once(connection: Connection, name: CheckpointName) -> ListedCheckpoint | None:
+    """Returns what the names mean that loaders use, by one statement; None for other names and what is not there."""
+    if name.id.alias == LATEST:
+        return named_rows.find_latest(connection, name.part)
+    if name.id.step is None or name.id.session is not None:
+        return None
+    return named_rows.find_live(connection, name.part, name.id.step)
 
 
 def _check_committed(row: CheckpointRow, name: CheckpointName) -> None:
@@ -173,7 +206,7 @@ def committed_by_id(connection: Connection, checkpoint_id: int) -> CheckpointRow
     return row
 
 
-def _resolve(connection: Connection, part: run_rows.PartRow, name: CheckpointId) -> int | None:
+def _resolve(connection: Connection, part: PartRow, name: CheckpointId) -> int | None:
     if name.alias is not None:
         if name.alias == LATEST:
             return part.latest_id

@@ -7,6 +7,7 @@ row that a database handed out anew after a failover can be taken for another on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -16,7 +17,7 @@ import numpy as np
 from shardbook.core import limits
 from shardbook.core.blocks import decode_blocks
 from shardbook.core.checkpoint import RankFiles
-from shardbook.core.chunk_index import ChunkIndex, bounds_of
+from shardbook.core.chunk_index import ChunkIndex
 from shardbook.core.columns import Int64Array, decode_name, frame
 from shardbook.core.digest import digest_of
 from shardbook.core.extents import decode_segment
@@ -25,6 +26,7 @@ from shardbook.core.head import decode_head
 from shardbook.core.names import CheckpointName
 from shardbook.core.places import encode_places
 from shardbook.core.query import Hits, find, place, place_apart, sliced
+from shardbook.core.ragged import bounds_of
 from shardbook.core.wanted import Wanted, decode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError, UnavailableError
 from shardbook_server.service import present
@@ -160,11 +162,11 @@ class QueryService:
             # Asked for what the name means alone, as every reader does that has the rest in its cache.
             return [], "", _NO_FILES
         contents = self._contents_of(info, structure_id)
-        entry = np.fromiter((contents.entries.get(fqn, -1) for fqn in question.fqns), np.int64, len(question.fqns))
+        entry = np.array(list(map(contents.entries.get, question.fqns, itertools.repeat(-1))), dtype=np.int64)
         page = np.where(entry < 0, -1, np.searchsorted(contents.bounds, entry, side="right") - 1)
         held: list[Hits] = []
         held_count = 0
-        for number in np.unique(page[page >= start[0]]).tolist():
+        for number in sorted({number for number in page.tolist() if number >= start[0]}):
             tensor = np.flatnonzero(page == number)
             index = self._page(contents, number)
             slices = sliced(find(index, question, tensor, entry[tensor] - contents.bounds[number]), PART_CHUNKS)
@@ -180,7 +182,7 @@ class QueryService:
         first_ranks = ranks // limits.SEGMENT_RANKS * limits.SEGMENT_RANKS
         segments: dict[int, Sequence[tuple[bytes, bytes]]] = {}
         absent = []
-        for first in np.unique(first_ranks).tolist():
+        for first in sorted(set(first_ranks.tolist())):
             held = self._segments.get((info.name, first))
             if held is None:
                 absent.append(first)

@@ -13,12 +13,12 @@ from shardbook.core.retention import Candidate, Decision, RetentionPolicy, judge
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook_server.service import present
 from shardbook_server.service.deletion import UNDELETE_S, mark
+from shardbook_server.service.holds import find_holders
 from shardbook_server.service.pages import Tokens, page_count
 from shardbook_server.service.places import Place, parse_parent, part_ids_of
 from shardbook_server.service.views import Page, PolicyView, PruneView
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import descriptions as description_rows
-from shardbook_server.storage import holds as hold_rows
 from shardbook_server.storage import retention as rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.checkpoints import COMMITTED, DATA_MISSING
@@ -151,9 +151,11 @@ class RetentionService:
         with self._database.write([run]) as connection:
             now_us = self._database.now_us(connection)
             wanted = [present.resolve(connection, name) for name in parsed]
+            asked_for = set(wanted)
+            checkpoint_rows.lock_committed(connection, wanted)
             views = self._found(connection, wanted)
             for judged in self._judge(connection, place, policy, now_us):
-                asked = [one for one in judged.decisions if one.candidate.key in set(wanted)]
+                asked = [one for one in judged.decisions if one.candidate.key in asked_for]
                 gone = [one.candidate.key for one in asked if not one.keep]
                 if gone:
                     found = checkpoint_rows.find_by_ids(connection, gone)
@@ -204,7 +206,7 @@ class RetentionService:
 def _candidates(connection: Connection, part: PartRow, now_us: int) -> list[Candidate]:
     found = rows.read_judged(connection, part.id)
     ids = [one.id for one in found]
-    said, holds = description_rows.find_said(connection, ids), hold_rows.find_holds(connection, ids, now_us)
+    said, holders = description_rows.find_said(connection, ids), find_holders(connection, ids, now_us)
     return [
         Candidate(
             key=one.id,
@@ -218,7 +220,7 @@ def _candidates(connection: Connection, part: PartRow, now_us: int) -> list[Cand
             is_whole=not one.flags & DATA_MISSING,
             metrics=said.get(one.id, NOTHING_SAID).metrics,
             aliases=_names(said.get(one.id, NOTHING_SAID), is_latest=one.id == part.latest_id),
-            holders=tuple(hold.holder for hold in holds.get(one.id, ())),
+            holders=holders.get(one.id, ()),
         )
         for one in found
     ]

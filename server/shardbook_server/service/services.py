@@ -9,9 +9,11 @@ from shardbook_server.service.admission import MemoryBudget
 from shardbook_server.service.aliases import AliasService
 from shardbook_server.service.blobs import BlobService
 from shardbook_server.service.catalog import CatalogService
+from shardbook_server.service.claims import ClaimService
 from shardbook_server.service.commit import CommitService
 from shardbook_server.service.deletion import UNDELETE_S, DeletionService
 from shardbook_server.service.descriptions import DescriptionService
+from shardbook_server.service.events import EventService
 from shardbook_server.service.holds import HoldService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
@@ -54,6 +56,8 @@ class Services:
     holds: HoldService
     deletions: DeletionService
     retention: RetentionService
+    events: EventService
+    claims: ClaimService
 
 
 def build_services(
@@ -90,4 +94,6 @@ def build_services(
         holds=HoldService(database),
         deletions=DeletionService(database, undelete_s=undelete_s),
         retention=RetentionService(database, undelete_s=undelete_s),
+        events=EventService(database),
+        claims=ClaimService(database),
     )

@@ -142,8 +142,9 @@ class SessionService:
         While it is away no sign of life arrives. The next round of the reaper makes it good; a job that waits for the
         lease must not be quicker, and fence one that lives.
         """
-        held = session_rows.current_lease(connection, part_id)
+        # In this order: of a round of the reaper between the two reads, what it gave is then seen at least.
         last_us = event_rows.read_reap_time(connection)
+        held = session_rows.current_lease(connection, part_id)
         if held is None or not self._was_away(last_us, now_us) or held[1].expire_time_us <= last_us:
             return held
         session, lease = held
@@ -212,6 +213,8 @@ class SessionService:
                 if checkpoint_rows.expire_record(connection, checkpoint_id):
                     closing.empty_staging(connection, [checkpoint_id])
                     count += 1
+                    event = Event(EventKind.EXPIRED, part_id, checkpoint_id)
+                    event_rows.append(connection, [event], self._database.now_us(connection))
         self._observer.attempts_expired(count)
         return count
 

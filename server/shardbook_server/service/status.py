@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from shardbook.core import limits
 from shardbook.core.names import PartName, RunName
@@ -13,7 +15,15 @@ from shardbook_server.release import release
 from shardbook_server.service import present
 from shardbook_server.service.catalog import CatalogService
 from shardbook_server.service.plans import PlanService
-from shardbook_server.service.views import AttemptCounts, CheckpointInfo, CheckpointState, RankHost, RunPartInfo
+from shardbook_server.service.timing import timing_so_far
+from shardbook_server.service.views import (
+    AttemptCounts,
+    CheckpointInfo,
+    CheckpointState,
+    RankHost,
+    RunPartInfo,
+    SaveTiming,
+)
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import plans as plan_rows
 from shardbook_server.storage import recent as recent_rows
@@ -27,6 +37,21 @@ from shardbook_server.storage.urls import is_postgres
 _FAILED = (CheckpointState.FAILED, CheckpointState.EXPIRED)
 
 
+Ranks = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class HostRanks:
+    """Ranks of one host: how many, and as ranges, first and last by turns, at most ``limits.MAX_RANK_RANGES``.
+
+    The host is empty where it is not known.
+    """
+
+    host: str
+    rank_count: int
+    bounds: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class AttemptStatus:
     """How far an open attempt has come; lists of ranks hold the lowest, at most ``limits.MAX_NAMED_RANKS``.
@@ -37,7 +62,12 @@ class AttemptStatus:
         missing: Ranks that are not registered.
         registered: Ranks that are.
         unplanned: Ranks that submitted no plan.
-        plan_time_us: When all ranks had planned; None while they have not, or when this server did not see it.
+        plan_time_us: When all ranks had planned, by what those say that are registered; while none is, None where this
+            server did not see it.
+        timing: What the ranks that are registered took; None while none said.
+        missing_hosts: Ranks that are not registered, by host, at most ``limits.MAX_NAMED_RANKS`` hosts.
+        missing_host_count: How many hosts there are.
+        unplanned_bounds: Ranks that submitted no plan, in ranges.
     """
 
     checkpoint: CheckpointInfo
@@ -46,6 +76,10 @@ class AttemptStatus:
     registered: tuple[RankHost, ...]
     unplanned: tuple[int, ...]
     plan_time_us: int | None
+    timing: SaveTiming | None
+    missing_hosts: tuple[HostRanks, ...]
+    missing_host_count: int
+    unplanned_bounds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -149,21 +183,34 @@ class StatusService:
         )
 
     def _attempt(self, connection: Connection, row: CheckpointRow, checkpoint: CheckpointInfo) -> AttemptStatus:
-        planned = plan_rows.read_ranks(connection, row.id)
-        registered = registration_rows.read_ranks(connection, row.id)
-        absent, there = _absent(registered, row.registration_count), registered[: limits.MAX_NAMED_RANKS]
-        hosts = plan_rows.read_hosts(connection, row.id, [*absent, *there])
+        hosts = plan_rows.read_planned(connection, row.id)
+        measured = registration_rows.read_measures(connection, row.id)
+        registered = [rank for rank, _, _ in measured]
+        absent, unplanned = _absent(registered, row.registration_count), _absent(list(hosts), row.world_size)
         counts = AttemptCounts(
-            CheckpointState.OPEN, len(planned), len(registered), row.world_size, row.registration_count
+            CheckpointState.OPEN, len(hosts), len(registered), row.world_size, row.registration_count
         )
+        by_host = ranks_by_host(absent, hosts)
+        timing = timing_so_far(measured, hosts)
+        named = limits.MAX_NAMED_RANKS
         return AttemptStatus(
             checkpoint=checkpoint,
             counts=counts,
-            missing=tuple(RankHost(rank, hosts.get(rank, "")) for rank in absent),
-            registered=tuple(RankHost(rank, hosts.get(rank, "")) for rank in there),
-            unplanned=tuple(_absent(planned, row.world_size)),
-            plan_time_us=self._plans.planned_us(row.id, row.create_time_us),
+            missing=tuple(RankHost(rank, hosts.get(rank, "")) for rank in absent[:named].tolist()),
+            registered=tuple(RankHost(rank, hosts.get(rank, "")) for rank in registered[:named]),
+            unplanned=tuple(unplanned[:named].tolist()),
+            plan_time_us=self._planned_us(row, timing, is_planned=not len(unplanned)),
+            timing=timing,
+            missing_hosts=by_host[:named],
+            missing_host_count=len(by_host),
+            unplanned_bounds=bounds_of(unplanned),
         )
+
+    def _planned_us(self, row: CheckpointRow, timing: SaveTiming | None, *, is_planned: bool) -> int | None:
+        """When all ranks had planned: what ranks say of it any replica tells, after a restart too."""
+        if not is_planned or timing is None or not timing.phases:
+            return self._plans.planned_us(row.id, row.create_time_us)
+        return row.create_time_us + 1000 * timing.phases[0].slowest_ms
 
 
 def saved_us(checkpoint: CheckpointInfo) -> int:
@@ -173,9 +220,26 @@ def saved_us(checkpoint: CheckpointInfo) -> int:
     return checkpoint.commit_time_us
 
 
-def _absent(there: list[int], count: int) -> list[int]:
-    """The lowest of ``count`` ranks that are not there, at most ``limits.MAX_NAMED_RANKS``."""
+def ranks_by_host(ranks: Ranks, hosts: Mapping[int, str]) -> tuple[HostRanks, ...]:
+    """Returns ranks by host, those of the lowest ranks first; ranks without a host are one group."""
+    grouped: dict[str, list[int]] = {}
+    for rank in ranks.tolist():
+        grouped.setdefault(hosts.get(rank, ""), []).append(rank)
+    return tuple(HostRanks(host, len(some), bounds_of(np.array(some, np.int64))) for host, some in grouped.items())
+
+
+def bounds_of(ranks: Ranks) -> tuple[int, ...]:
+    """Returns the first and last rank of each range of ascending ranks by turns, of the lowest ranges."""
+    if not len(ranks):
+        return ()
+    ends = np.flatnonzero(np.diff(ranks) > 1)
+    firsts, lasts = ranks[np.concatenate(([0], ends + 1))], ranks[np.concatenate((ends, [len(ranks) - 1]))]
+    bounds: list[int] = np.stack((firsts, lasts), axis=1)[: limits.MAX_RANK_RANGES].ravel().tolist()
+    return tuple(bounds)
+
+
+def _absent(there: list[int], count: int) -> Ranks:
+    """Which of ``count`` ranks are not there."""
     seen = np.zeros(count, dtype=np.bool_)
     seen[there] = True
-    named: list[int] = np.flatnonzero(~seen)[: limits.MAX_NAMED_RANKS].tolist()
-    return named
+    return np.flatnonzero(~seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -82,6 +82,23 @@ class RankStats:
             largest,
             int(np.median(self.size_bytes)),
         )
+
+
+def timing_so_far(measured: Sequence[tuple[int, int, bytes | None]], hosts: Mapping[int, str]) -> SaveTiming | None:
+    """Returns what stands out among the ranks of an open attempt that are registered; None while none said.
+
+    Args:
+        measured: Rank, bytes and packed milliseconds of each, in the order of ranks.
+        hosts: By rank, as far as they are known.
+    """
+    said = [one for one in measured if one[2] is not None]
+    if not said:
+        return None
+    ranks = [rank for rank, _, _ in said]
+    stats = RankStats.of([phases for _, _, phases in said], [size for _, size, _ in said])
+    timing = stats.timing({at: hosts.get(rank, "") for at, rank in enumerate(ranks)}, 0)
+    phases = tuple(replace(one, slowest_rank=ranks[one.slowest_rank]) for one in timing.phases)
+    return replace(timing, phases=phases, largest_rank=ranks[timing.largest_rank])
 
 
 def pack_phases(phase_ms: Sequence[int]) -> bytes | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, func, select, tuple_, update
@@ -149,6 +150,19 @@ def find_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, Checkpo
     return found
 
 
+def lock_committed(connection: Connection, ids: Sequence[int], *, shared: bool = False) -> set[int]:
+    """Locks checkpoints until the transaction ends; returns those that are committed then.
+
+    Who claims one shares its lock, who deletes it has it alone: so neither misses the other. SQLite has one writer.
+    """
+    found: set[int] = set()
+    for some in slices(sorted(ids)):
+        where = (checkpoints.c.id.in_(some), checkpoints.c.state == COMMITTED)
+        statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id)
+        found.update(connection.scalars(statement.with_for_update(read=shared, key_share=not shared)))
+    return found
+
+
 def read_staged(connection: Connection, part_ids: Sequence[int]) -> list[CheckpointRow]:
     """Returns the attempts of parts that may still be completed: few, whatever the parts hold."""
     found: list[CheckpointRow] = []
@@ -272,10 +286,9 @@ def commit(
 def find_listed(connection: Connection, ids: Sequence[int]) -> dict[int, ListedCheckpoint]:
     """Returns checkpoints with their names and structures, by id; unknown ones are left out."""
     found: dict[int, ListedCheckpoint] = {}
+    statement = _listed_by_ids(connection.dialect.name)
     for some in slices(ids):
-        rows = [
-            _listed(row) for row in connection.execute(_LISTED.where(among(connection, checkpoints.c.id, some))).all()
-        ]
+        rows = [listed_of(row) for row in connection.execute(statement, {"ids": list(some)}).all()]
         found.update({listed.row.id: listed for listed in rows})
     return found
 
@@ -324,7 +337,8 @@ _STRUCTURE = (
     func.coalesce(checkpoint_structures.c.warnings, "[]"),
 )
 _SHOWN = (projects.c.name, runs.c.name, parts.c.name, *_STRUCTURE, parts.c.latest_id)
-_LISTED: Select[*tuple[Any, ...]] = (
+#: Checkpoints with their names and structures.
+LISTED: Select[*tuple[Any, ...]] = (
     select(checkpoints, *_SHOWN)
     .select_from(checkpoints)
     .join(parts, parts.c.id == checkpoints.c.part_id)
@@ -332,6 +346,13 @@ _LISTED: Select[*tuple[Any, ...]] = (
     .join(projects, projects.c.id == runs.c.project_id)
     .outerjoin(checkpoint_structures, checkpoint_structures.c.id == checkpoints.c.structure_id)
 )
+
+
+@cache
+def _listed_by_ids(dialect: str) -> Select[*tuple[Any, ...]]:
+    return LISTED.where(among(dialect, checkpoints.c.id))
+
+
 _WIDTH = len(checkpoints.c)
 _FLAGS = [list(checkpoints.c.keys()).index(name) for name in ("live", "staged", "recovered", "explicit")]
 
@@ -343,5 +364,6 @@ def _checkpoint(row: Row[*tuple[Any, ...]]) -> CheckpointRow:
     return CheckpointRow(*values)
 
 
-def _listed(row: Row[*tuple[Any, ...]]) -> ListedCheckpoint:
+def listed_of(row: Row[*tuple[Any, ...]]) -> ListedCheckpoint:
+    """Returns a row of ``LISTED``."""
     return ListedCheckpoint(_checkpoint(row), *list(row)[_WIDTH:])

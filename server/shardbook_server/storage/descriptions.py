@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, delete, insert, literal_column, select, union_all, update
+from sqlalchemy import CompoundSelect, Connection, Table, delete, insert, literal_column, select, union_all, update
 
 from shardbook_server.storage.dialect import among, insert_ignore
 from shardbook_server.storage.lists import slices
@@ -35,20 +36,27 @@ class Said:
 NOTHING_SAID: Final = Said()
 
 
+@cache
+def _said_of(dialect: str) -> CompoundSelect[*tuple[Any, ...]]:
+    columns: list[tuple[Any, ...]] = [
+        (labels, literal_column("1"), labels.c.value, literal_column("0.0")),
+        (metrics, literal_column("2"), literal_column("''"), metrics.c.value),
+        (aliases, literal_column("3"), literal_column("''"), literal_column("0.0")),
+    ]
+    return union_all(
+        *(
+            select(table.c.checkpoint_id, table.c.name, *shown).where(among(dialect, table.c.checkpoint_id))
+            for table, *shown in columns
+        )
+    )
+
+
 def find_said(connection: Connection, checkpoint_ids: Sequence[int]) -> dict[int, Said]:
     """Returns what is said of checkpoints, in one statement; those of which nothing is are left out."""
     found: dict[int, Said] = {}
+    statement = _said_of(connection.dialect.name)
     for some in slices(checkpoint_ids):
-        columns: list[tuple[Any, ...]] = [
-            (labels, literal_column("1"), labels.c.value, literal_column("0.0")),
-            (metrics, literal_column("2"), literal_column("''"), metrics.c.value),
-            (aliases, literal_column("3"), literal_column("''"), literal_column("0.0")),
-        ]
-        parts = [
-            select(table.c.checkpoint_id, table.c.name, *shown).where(among(connection, table.c.checkpoint_id, some))
-            for table, *shown in columns
-        ]
-        for checkpoint_id, name, kind, value, number in connection.execute(union_all(*parts)).all():
+        for checkpoint_id, name, kind, value, number in connection.execute(statement, {"ids": list(some)}).all():
             said = found.setdefault(checkpoint_id, Said())
             if kind == 1:
                 said.labels[name] = value

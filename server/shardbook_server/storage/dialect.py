@@ -6,7 +6,18 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Column, ColumnElement, Connection, Table, func, literal, literal_column, select, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Connection,
+    Table,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from shardbook_server.storage.lists import slices
@@ -30,11 +41,14 @@ def lock_names(connection: Connection, names: Iterable[str]) -> None:
         connection.execute(_LOCK, {"keys": sorted(map(lock_key, names))})
 
 
-def among(connection: Connection, column: ColumnElement[int], values: Sequence[int]) -> ColumnElement[bool]:
-    """Returns the condition that a key is one of some: to Postgres they are one value, which costs far less to send."""
-    if connection.dialect.name == "postgresql":
-        return column == func.any(literal(list(values), postgresql.ARRAY(BigInteger)))
-    return column.in_(values)
+def among(dialect: str, column: ColumnElement[int]) -> ColumnElement[bool]:
+    """Returns the condition that a key is one of a list bound as ``ids``, for a statement that is made once a dialect.
+
+    To Postgres they are one value, which costs far less to send.
+    """
+    if dialect == "postgresql":
+        return column == func.any(bindparam("ids", type_=postgresql.ARRAY(BigInteger)))
+    return column.in_(bindparam("ids", expanding=True))
 
 
 def unindexed(connection: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:

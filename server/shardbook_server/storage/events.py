@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
-from shardbook_server.storage.tables import catalog, events
+from shardbook_server.storage.event_tables import events
+from shardbook_server.storage.tables import catalog
 
 
 class EventKind(IntEnum):
@@ -84,6 +85,32 @@ def read_after(connection: Connection, cursor: int, limit: int) -> list[StoredEv
         StoredEvent(number, time_us, Event(EventKind(kind), part_id, checkpoint_id, alias))
         for number, time_us, kind, part_id, checkpoint_id, alias in connection.execute(statement)
     ]
+
+
+def read_position(connection: Connection) -> tuple[bytes, int]:
+    """Returns the catalogue's epoch and its cursor, that of the last event."""
+    epoch, cursor = connection.execute(select(catalog.c.epoch, catalog.c.cursor)).one()
+    return epoch, cursor
+
+
+def read_oldest(connection: Connection) -> int | None:
+    """Returns the cursor of the oldest event that is kept; None when there is none."""
+    oldest: int | None = connection.scalar(select(func.min(events.c.cursor)))
+    return oldest
+
+
+def drop_before(connection: Connection, before_us: int, limit: int) -> int:
+    """Drops the oldest events, as far as they lie before a time; returns how many, at most ``limit``."""
+    oldest = select(events.c.cursor, events.c.time_us).order_by(events.c.cursor).limit(limit)
+    last, count = None, 0
+    for cursor, time_us in connection.execute(oldest):
+        # Never one behind another that stays: what is kept has no gap.
+        if time_us >= before_us:
+            break
+        last, count = cursor, count + 1
+    if last is not None:
+        connection.execute(delete(events).where(events.c.cursor <= last))
+    return count
 
 
 def read_token_key(connection: Connection) -> bytes:

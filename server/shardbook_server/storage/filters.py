@@ -14,6 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Select, and_, false, func, not_, or_, select, true
 
 from shardbook_server.storage.dialect import unindexed
+from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import SAVE_TIME, checkpoints, labels, metrics, parts, projects, runs
 
 #: Fields by name that are columns of a checkpoint.
@@ -141,6 +142,15 @@ def _compared(connection: Connection, condition: Comparison, values: Values) -> 
         .scalar_subquery()
     )
     return func.coalesce(_judged(connection, condition, value), false())
+
+
+def meeting(connection: Connection, condition: Condition, checkpoint_ids: Sequence[int]) -> set[int]:
+    """Returns those of some checkpoints that meet a condition."""
+    found: set[int] = set()
+    meets = predicate(connection, condition, {})
+    for some in slices(checkpoint_ids):
+        found.update(connection.scalars(select(checkpoints.c.id).where(checkpoints.c.id.in_(some), meets)))
+    return found
 
 
 def parts_where(connection: Connection, conditions: Sequence[Comparison]) -> Select[int]:

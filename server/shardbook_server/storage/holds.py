@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, insert, select, update
 
 from shardbook_server.storage.lists import slices
-from shardbook_server.storage.tables import holds
+from shardbook_server.storage.retention_tables import holds
 
 
 @dataclass(frozen=True)

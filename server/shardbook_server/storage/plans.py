@@ -66,10 +66,11 @@ def read_digests(connection: Connection, checkpoint_id: int) -> list[tuple[bytes
     return [(digest, lowest_rank) for digest, lowest_rank in connection.execute(statement)]
 
 
-def read_ranks(connection: Connection, checkpoint_id: int) -> list[int]:
-    """Returns the ranks of an attempt that planned, in order."""
-    statement = select(plan_submissions.c.rank).where(plan_submissions.c.checkpoint_id == checkpoint_id)
-    return list(connection.scalars(statement.order_by(plan_submissions.c.rank)))
+def read_planned(connection: Connection, checkpoint_id: int) -> dict[int, str]:
+    """Returns the hosts of the ranks of an attempt that planned, by rank, in order."""
+    columns = (plan_submissions.c.rank, plan_submissions.c.host)
+    statement = select(*columns).where(plan_submissions.c.checkpoint_id == checkpoint_id)
+    return dict(connection.execute(statement.order_by(plan_submissions.c.rank)).all())
 
 
 def read_hosts(connection: Connection, checkpoint_id: int, ranks: Sequence[int]) -> dict[int, str]:

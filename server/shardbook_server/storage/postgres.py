@@ -10,13 +10,13 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
 
-from sqlalchemy import Connection, ExceptionContext, create_engine, event, func, select, text
+from sqlalchemy import Connection, ExceptionContext, TextClause, create_engine, event, func, select, text
 from sqlalchemy.pool import QueuePool
 
 from shardbook.core.names import RunName
@@ -52,13 +52,26 @@ _CONNECTION_DEFAULTS: Final = {
     "tcp_user_timeout": "15000",
     "target_session_attrs": "read-write",
 }
-#: What ends a transaction whose server has vanished; times in ms and s, as Postgres has them.
+#: What ends a transaction, with its locks, whose server is frozen or whose machine is gone; times in
+#: ms and s, as Postgres has them.
 _HOLDER_LIMITS: Final = {
     "idle_in_transaction_session_timeout": "15000",
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
+
+
+def _prepared(settings: Mapping[str, str]) -> TextClause:
+    """Returns one statement, text that need not be made anew for each transaction; values are SQL."""
+    holders = {name: f"'{value}'" for name, value in _HOLDER_LIMITS.items()}
+    given = {"statement_timeout": ":statement_timeout"} | holders | dict(settings)
+    return text("SELECT " + ", ".join(f"set_config('{name}', {value}, true)" for name, value in given.items()))
+
+
+#: A page takes milliseconds; where a planner guesses too high, compiling it would take a hundred.
+_BEFORE_READS: Final = _prepared({"jit": "'off'"})
+_BEFORE_WRITES: Final = _prepared({"synchronous_commit": ":synchronous_commit"})
 _NOW_US: Final = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 #: Only members of pg_monitor may list the log's files; anybody may ask how far it has come.
 _MAY_LIST_LOG: Final = text("SELECT has_function_privilege('pg_ls_waldir()', 'execute')")
@@ -75,7 +88,7 @@ _LOCK_SHARED: Final = text(
 # SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html; by class where a class says enough.
 _CONFLICTS: Final = frozenset({"40001", "40P01", "23503", "23505"})
 _TOO_BUSY: Final = frozenset({"53200", "53300", "53400"})
-_AWAY: Final = frozenset({"25006", "57P01", "57P02", "57P03", "57P05", "58000", "58030"})
+_AWAY: Final = frozenset({"25006", "25P03", "25P04", "57P01", "57P02", "57P03", "57P05", "58000", "58030"})
 _READ_ONLY: Final = "25006"
 _PREPARED_ELSEWHERE: Final = frozenset({"26000", "42P05"})
 _NO_SCHEMA: Final = frozenset({"3F000", "42P01", "42703"})
@@ -162,15 +175,10 @@ class PostgresBackend:
         """
         left_s = deadline.remaining_s() - _ANSWER_S
         limit_s = min(self._options.statement_timeout_s, left_s if math.isfinite(left_s) else math.inf)
-        settings = [func.set_config("statement_timeout", str(max(1, round(limit_s * 1000))), True)]
-        # A server that is frozen, or whose machine is gone, must not hold its locks until somebody notices.
-        settings += [func.set_config(name, value, True) for name, value in _HOLDER_LIMITS.items()]
+        values = {"statement_timeout": str(max(1, round(limit_s * 1000)))}
         if writes:
-            settings.append(func.set_config("synchronous_commit", self._options.synchronous_commit, True))
-        else:
-            # A page takes milliseconds; where a planner guesses too high, compiling it would take a hundred.
-            settings.append(func.set_config("jit", "off", True))
-        connection.execute(select(*settings))
+            values["synchronous_commit"] = self._options.synchronous_commit
+        connection.execute(_BEFORE_WRITES if writes else _BEFORE_READS, values)
 
     def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
         """Takes the advisory locks of runs, in one order, as a statement of its own.

@@ -69,6 +69,13 @@ def read_ranks(connection: Connection, checkpoint_id: int) -> list[int]:
     return list(connection.scalars(statement.order_by(registrations.c.rank)))
 
 
+def read_measures(connection: Connection, checkpoint_id: int) -> list[tuple[int, int, bytes | None]]:
+    """Returns rank, bytes and packed milliseconds of the ranks of an attempt that registered, in order."""
+    columns = (registrations.c.rank, registrations.c.size_bytes, registrations.c.phases)
+    statement = select(*columns).where(registrations.c.checkpoint_id == checkpoint_id)
+    return [(rank, size, phases) for rank, size, phases in connection.execute(statement.order_by(registrations.c.rank))]
+
+
 def read_registrations(connection: Connection, checkpoint_id: int) -> list[RegistrationRow]:
     """Returns the registrations of an attempt by rank."""
     statement = select(registrations).where(registrations.c.checkpoint_id == checkpoint_id)

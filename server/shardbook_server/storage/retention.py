@@ -18,6 +18,7 @@ from shardbook_server.storage.checkpoints import (
     PURGED,
 )
 from shardbook_server.storage.lists import slices
+from shardbook_server.storage.retention_tables import holds, retention_policies
 from shardbook_server.storage.tables import (
     IS_LIVE,
     LOCATION_START,
@@ -25,11 +26,9 @@ from shardbook_server.storage.tables import (
     checkpoints,
     descriptions,
     extent_segments,
-    holds,
     labels,
     metrics,
     rank_stats,
-    retention_policies,
 )
 
 #: Characters of a location that the index has.
@@ -115,12 +114,13 @@ def newest_deleted(connection: Connection, part_id: int, step: int, session: int
     return connection.scalar(select(checkpoints.c.id).where(*where).order_by(*order).limit(1))
 
 
-def find_sharing(connection: Connection, checkpoint_id: int, locations: Sequence[str], limit: int) -> list[int]:
+def find_sharing(
+    connection: Connection, checkpoint_id: int, prefix: str, locations: Sequence[str], limit: int
+) -> list[int]:
     """Returns other checkpoints at some locations that can be loaded, written or brought back.
 
-    An attempt's directory is its own: of one that has one, those that have another are left out.
+    With a prefix, the directory of an attempt, those alone that may have files in it.
     """
-    prefix = connection.scalar(select(checkpoints.c.prefix).where(checkpoints.c.id == checkpoint_id))
     going = checkpoints.c.flags.op("&")(FILES_GOING | FILES_GONE | PURGED)
     found: list[int] = []
     for some in slices(sorted(set(locations))):
@@ -128,7 +128,7 @@ def find_sharing(connection: Connection, checkpoint_id: int, locations: Sequence
         usable = or_(checkpoints.c.state.in_((OPEN, COMMITTED)), and_(checkpoints.c.state == DELETED, going == 0))
         where = [LOCATION_START.in_(starts), checkpoints.c.location.in_(some), checkpoints.c.id != checkpoint_id]
         if prefix:
-            where.append(checkpoints.c.prefix.in_(("", prefix)))
+            where.append(checkpoints.c.prefix.in_((prefix, "")))
         statement = select(checkpoints.c.id).where(*where, usable).order_by(checkpoints.c.id).limit(limit)
         found += connection.scalars(statement)
     return found[:limit]

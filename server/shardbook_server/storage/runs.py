@@ -82,6 +82,17 @@ def part_by_id(connection: Connection, part_id: int) -> PartRow:
     return _part(connection.execute(_PARTS.where(parts.c.id == part_id)).one())
 
 
+def names_of_parts(connection: Connection, part_ids: Sequence[int]) -> dict[int, PartName]:
+    """Returns the names of parts by their keys."""
+    found: dict[int, PartName] = {}
+    columns = (parts.c.id, projects.c.name, runs.c.name, parts.c.name)
+    joined = select(*columns).join(runs, runs.c.id == parts.c.run_id).join(projects, projects.c.id == runs.c.project_id)
+    for some in slices(part_ids):
+        for part_id, project, run, part in connection.execute(joined.where(parts.c.id.in_(some))):
+            found[part_id] = PartName(RunName(project, run), part)
+    return found
+
+
 def ensure_part(connection: Connection, name: PartName, now_us: int) -> PartRow:
     """Returns a part; makes it, its run and its project when they are new."""
     found = find_parts(connection, [name])

@@ -1,25 +1,20 @@
-"""Every table. The migrations build the same schema (a test compares them); numbers of states and kinds are stored.
+"""Tables of what is saved; ``metadata`` has those of ``event_tables`` and ``retention_tables`` too.
 
-Keys are integers and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused
-(AUTOINCREMENT, identity columns): packed lists and caches name them. Times are microseconds since the epoch by the
-database's clock.
+The migrations build the same schema (a test compares them); numbers of states and kinds are stored. Keys are integers
+and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused (AUTOINCREMENT,
+identity columns): packed lists and caches name them. Times are microseconds since the epoch by the database's clock.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import (
-    REAL,
-    BigInteger,
     Column,
-    Double,
     ForeignKey,
     Index,
     Integer,
     LargeBinary,
-    MetaData,
-    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -27,31 +22,15 @@ from sqlalchemy import (
     literal_column,
     text,
 )
-from sqlalchemy.types import TypeEngine
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+from shardbook_server.storage import columns, event_tables, retention_tables  # noqa: F401 - ``metadata`` has them
+from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
+from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
+from shardbook_server.storage.columns import STRICT as _STRICT
+from shardbook_server.storage.columns import Digest, Int64, Name, Number, Small
 
-#: 64-bit integer; SQLite's STRICT tables know it as INTEGER.
-Int64 = BigInteger().with_variant(Integer(), "sqlite")
-#: Small number or flag (0 or 1).
-Small = SmallInteger().with_variant(Integer(), "sqlite")
-Digest = LargeBinary(32)
-#: 64-bit floating point number; SQLite's STRICT tables know it as REAL.
-Number: TypeEngine[float] = Double().with_variant(REAL(), "sqlite")
-#: Name that listings are ordered by: by code point, as SQLite does, whatever the database's language.
-Name = Text().with_variant(Text(collation="C"), "postgresql")
-
-_STRICT: Final[dict[str, Any]] = {"sqlite_strict": True}
-#: For narrow rows found by their key only; wide ones would spill to overflow pages.
-_CLUSTERED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_with_rowid": False}
-_NEVER_REUSED: Final[dict[str, Any]] = {"sqlite_strict": True, "sqlite_autoincrement": True}
+#: Of all tables, those of the other modules too.
+metadata = columns.metadata
 
 #: One row: what belongs to the database as a whole.
 catalog = Table(
@@ -265,28 +244,6 @@ aliases = Table(
     **_CLUSTERED,
 )
 
-#: Who needs a checkpoint for a while: it is not deleted meanwhile.
-holds = Table(
-    "holds",
-    metadata,
-    Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
-    Column("holder", Name, primary_key=True),
-    Column("create_time_us", Int64, nullable=False),
-    Column("expire_time_us", Int64, nullable=False),
-    **_CLUSTERED,
-)
-
-#: What `prune` keeps when it is told nothing, as JSON. ``part`` is empty for the parts of a run without their own.
-retention_policies = Table(
-    "retention_policies",
-    metadata,
-    Column("run_id", ForeignKey("runs.id"), primary_key=True, autoincrement=False),
-    Column("part", Name, primary_key=True),
-    Column("policy", Text, nullable=False),
-    Column("update_time_us", Int64, nullable=False),
-    **_CLUSTERED,
-)
-
 #: Blobs of all three kinds (table, plan, structure). The counts are those of ``StructureInfo``; a plan has its
 #: items alone (0 from releases before), a table nothing.
 rank_structures = Table(
@@ -393,20 +350,6 @@ extent_segments = Table(
     Column("checkpoint_id", ForeignKey("checkpoints.id"), primary_key=True, autoincrement=False),
     Column("first_rank", Integer, primary_key=True, autoincrement=False),
     Column("payload", LargeBinary, nullable=False),
-    **_STRICT,
-)
-
-#: Lifecycle only, never registrations. ``cursor`` comes from the one row of ``catalog``. ``alias`` is the name of the
-#: one that was moved.
-events = Table(
-    "events",
-    metadata,
-    Column("cursor", Int64, primary_key=True, autoincrement=False),
-    Column("time_us", Int64, nullable=False),
-    Column("kind", Small, nullable=False),
-    Column("part_id", Int64, nullable=False),
-    Column("checkpoint_id", Int64, nullable=False),
-    Column("alias", Text),
     **_STRICT,
 )
 

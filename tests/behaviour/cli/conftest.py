@@ -73,6 +73,15 @@ def shardbook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 @pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server over an SQLite database of its own; no connection may be left in use."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('server') / 'db'}"
+    with running_server(Settings(listen="127.0.0.1:0", http_listen="", database_url=url, drain_s=5)) as one:
+        yield one
+        wait_until(lambda: 0 == one.database.checked_out())
+
+
+@pytest.fixture(scope="module")
 def either_server(module_databases: Databases) -> Iterator[Server]:
     """A server over a database of its own, of either kind."""
     settings = Settings(listen="127.0.0.1:0", http_listen="", database_url=module_databases.new(), drain_s=5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from safetensors.torch import load_file
 
 from shardbook import dcp
 from shardbook.cli import cat as module
-from shardbook_server.app import Server, running_server
-from shardbook_server.settings import Settings
+from shardbook_server.app import Server
 from tests.behaviour.cli.conftest import Shardbook
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
@@ -30,14 +28,6 @@ STATE = {
     "groups[0]": torch.tensor([True, False]),
     "long": torch.zeros(2000),
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a database of its own."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('server') / 'db'}"
-    with running_server(Settings(listen="127.0.0.1:0", http_listen="", database_url=url, drain_s=5)) as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,19 @@ ROOT = Path(__file__).resolve().parents[3]
 REF, RUN = "llm/8b@10", "llm/8b"
 #: Arguments with which each command asks the server; DIR is a checkpoint directory that needs it.
 ASKING = {
+    "projects": [],
     "runs": [],
     "ls": [RUN],
     "show": [REF],
+    "label": [REF, "stage=eval"],
+    "metric": [REF, "loss=1.5"],
+    "note": [REF, "a note"],
+    "alias": ["production", REF],
     "tensors": [REF],
     "chunks": [REF, "model.w"],
     "diff": [REF, "llm/8b@20"],
     "status": [RUN],
+    "watch": ["--once"],
     "cat": [REF, "model.w"],
     "read": [REF, "model.w"],
     "export": [REF, "-o", "DIR/exported"],
@@ -41,11 +47,6 @@ ASKING = {
     "sync": ["DIR"],
     "import": ["DIR", "--run", RUN],
     "gc": ["DIR", "--dry-run", "--older-than", "1s"],
-    "projects": [],
-    "label": [REF, "stage=eval"],
-    "metric": [REF, "loss=1"],
-    "note": [REF, "text"],
-    "alias": [RUN],
     "hold": [REF, "--ttl", "2h"],
     "release": [REF],
     "prune": [RUN, "--keep-last", "1", "--dry-run"],
@@ -53,8 +54,9 @@ ASKING = {
     "rm": [REF],
     "undelete": [REF],
 }
-#: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on.
-OTHERS = {"doctor", "relay"}
+#: Commands that answer for themselves what a server says or does not say: `doctor` tells it, `relay` passes it on,
+#: `demo` starts one.
+OTHERS = {"doctor", "relay", "demo"}
 
 
 def commands() -> dict[str, Any]:
@@ -196,3 +198,27 @@ def test_exit_codes_are_documented_and_those_of_the_code() -> None:
         getattr(failures, name) for name in dir(failures) if name.isupper() and isinstance(getattr(failures, name), int)
     }
     assert known == documented
+
+
+def test_ctrl_c_ends_a_command_quietly(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: 130, as shells have it, and no traceback."""
+
+    def interrupted(*_args: Any, **_options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardbook.client.Client.list_runs", interrupted)
+    ran = shardbook("runs", "--server", "127.0.0.1:9")
+    assert (failures.INTERRUPTED, "", "") == (ran.code, ran.out, ran.err.strip())
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"]], ids=["at-the-end", "at-once"])
+def test_a_reader_that_goes_away_is_no_failure(words: list[str]) -> None:
+    """Rule: `shardbook ... | head` says nothing on standard error."""
+    gone, pipe = os.pipe()
+    os.close(gone)
+    program = "from shardbook.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(pipe)
+    assert "" == done.stderr

@@ -214,7 +214,7 @@ def test_files_of_unknown_age_are_kept(bucket: str, tmp_path: Path, monkeypatch:
     filesystem = fsspec.filesystem("memory")
     for path, content in everything(killed(tmp_path)).items():
         filesystem.pipe_file(f"/gc-bucket/step-10/{path}", content)
-    monkeypatch.setattr("shardbook._trees._TIMES", ())
+    monkeypatch.setattr("shardbook._fsspec_tree._TIMES", ())
     assert [Verdict.UNDATED] == [one.verdict for one in find_orphans([bucket], known=None, now_s=time.time() + OLD_S)]
 
 

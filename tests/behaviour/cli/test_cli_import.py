@@ -18,6 +18,8 @@ import torch.distributed.checkpoint as torch_dcp
 
 from shardbook import dcp
 from shardbook.client import Client
+from shardbook.core import directory as files
+from shardbook.core.description import pack_said
 from shardbook.core.names import RunName
 from shardbook.errors import AlreadyExistsError
 from shardbook.importing import ImportedCheckpoint, ImportInto, find_directories, import_directories
@@ -273,6 +275,31 @@ class TestOtherCatalogues:
         CheckpointDirectory(tmp_path).add_manifest(who)
         assert [("recorded", "", "")] == outcomes(shardbook, str(tmp_path), "--run", run)
         assert list(manifest(who).segments) == [one for _, one in client.get_metadata(f"{run}@10").segments]
+
+
+@pytest.mark.parametrize("by", ["dcp", "shardbook"])
+def test_labels_metrics_and_a_note_are_given(
+    client: Client, shardbook: Shardbook, tmp_path: Path, run: str, by: str
+) -> None:
+    """Rule: they add to what a save of Shardbook says of itself, which comes along with who wrote it."""
+    if by == "dcp":
+        save_plainly(tmp_path / "5")
+        own, host = {}, ""
+    else:
+        own, host = {"kept": "yes", "stage": "old"}, "node-7"
+        said = pack_said(own, {"loss": 2.0}, '"old"', {"host": host})
+        content = replace(manifest(identity(5, run="elsewhere/run")), said=said).to_bytes()
+        for path in (files.manifest_path(identity(5).prefix), files.MANIFEST):
+            (tmp_path / "5" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "5" / path).write_bytes(content)
+    given = ("--label", "stage=eval", "--metric", "loss=1.5", "--note", "of old")
+    ran = shardbook("import", str(tmp_path), "--run", run, *given)
+    assert (0, "") == (ran.code, ran.err)
+    found = client.get_checkpoint(f"{run}@5")
+    assert ({**own, "stage": "eval"}, {"loss": 1.5}, "of old") == (found.labels, found.metrics, found.note)
+    assert host == found.writer.host
+    for wrong in (("--label", "stage"), ("--metric", "loss=low"), ("--metric", "loss=nan"), ("--label", "a b=c")):
+        assert 2 == shardbook("import", str(tmp_path), "--run", run, *wrong).code
 
 
 def test_nothing_to_import_is_a_negative_answer(client: Client, shardbook: Shardbook, tmp_path: Path, run: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +16,15 @@ import typer
 
 import shardbook
 from shardbook import dcp
-from shardbook.catalog import CheckpointState, FileDeletion
+from shardbook._transport import Transport
+from shardbook.catalog import FileDeletion
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.retention import RetentionPolicy
 from shardbook.deleting import delete_files
 from shardbook.errors import FailedPreconditionError, NotFoundError
 from tests.behaviour.cli.conftest import Shardbook
+from tests.behaviour.cli.test_cli_verify import save_plainly
 from tests.behaviour.client.data_files import FILES, write_checkpoint
 from tests.behaviour.client.directories import identity
 
@@ -108,6 +110,22 @@ class TestRm:
         assert 0 == shardbook("release", f"{run}@2").code
         assert 0 == shardbook("rm", f"{run}@latest", "--force").code
 
+    def test_a_call_that_is_made_again_deletes_no_other(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its answer was lost: `latest` means another one by then."""
+        recorded(shardbook, tmp_path, run, 1, 2, 3)
+        call = Transport.call
+
+        def twice(transport: Transport, rpc: Any, request: Any, **more: Any) -> Any:
+            call(transport, rpc, request, **more)
+            return call(transport, rpc, request, **more)
+
+        monkeypatch.setattr(Transport, "call", twice)
+        assert 3 == client.delete_checkpoint(f"{run}@latest", force=True)[0].step
+        assert 3 == client.delete_checkpoint(f"{run}@3", force=True)[0].step
+        assert [2, 1] == steps(shardbook, run)
+
     def test_shared_files_stay_until_the_last_one_goes(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
     ) -> None:
@@ -119,6 +137,21 @@ class TestRm:
         assert 0 == shardbook("verify", f"{run}-copy@1").code
         assert 0 == shardbook("rm", f"{run}-copy@1", "--force", "--delete-files").code
         assert not first.exists()
+
+    def test_what_plain_dcp_saved_over_it_since_is_left(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """It has the same file names, and no catalogue knows of it; what was not saved over goes."""
+        for name, later_s in (("1", 60.0), ("2", 0.0)):
+            save_plainly(tmp_path / name)
+            assert 0 == shardbook("import", str(tmp_path / name), "--run", run).code
+            save = tmp_path / name / ".metadata"
+            os.utime(save, (save.stat().st_atime, save.stat().st_mtime + later_s))
+        ran = shardbook("rm", f"{run}@1", "--delete-files")
+        assert (0, True) == (ran.code, "what was saved there since has it, too" in ran.out)
+        assert 0 == shardbook("verify", str(tmp_path / "1")).code
+        assert 0 == shardbook("rm", f"{run}@2", "--force", "--delete-files").code
+        assert not (tmp_path / "2").exists()
 
     def test_a_directory_out_of_reach_is_not_taken_for_deleted(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
@@ -171,6 +204,7 @@ class TestPrune:
         shown = shardbook("policy", run, "--json").json["policy"]
         assert {"keep_last": 2, "keep_every": 0, "newer_than_s": 0} == {k: shown[k] for k in shown if k != "keep_best"}
         assert [{"metric": "loss", "count": 1, "largest": False}] == shown["keep_best"]
+        assert 0 == shardbook("metric", f"{run}@3", "loss=1.5").code
         ran = shardbook("prune", run, "--delete-files", "--yes", "--json")
         assert ([f"{run}@1"], [6]) == (
             [one["ref"].partition(".")[0] for one in ran.json["deleted"]],
@@ -307,38 +341,6 @@ class TestLostData:
         with pytest.raises(FileNotFoundError, match="vocabulary"):
             dcp.load({"model": Model()}, f"{run}@1")
         assert not client.get_checkpoint(f"{run}@1").data_missing
-
-
-class TestOverwritten:
-    """Plain DCP saves to one directory again and again."""
-
-    @pytest.mark.filterwarnings("ignore:.*existing checkpoint:UserWarning")
-    def test_what_was_saved_there_since_is_not_deleted(
-        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
-    ) -> None:
-        """Neither by rm nor by prune; what is as it was recorded is."""
-        place = tmp_path / "last"
-        torch_dcp.save({"w": torch.full((4,), 1)}, checkpoint_id=str(place), no_dist=True)
-        assert 0 == shardbook("import", str(place), "--run", run, "--step", "1").code
-        torch_dcp.save({"w": torch.full((4,), 2)}, checkpoint_id=str(place), no_dist=True)
-        later = time.time() + 60
-        for one in place.iterdir():
-            os.utime(one, (later, later))
-        ran = shardbook("rm", f"{run}@1", "--delete-files", "--force")
-        assert "was written after" in ran.err
-        imported = client.get_checkpoint(f"{run}@1")
-        assert CheckpointState.COMMITTED is imported.state
-        client.delete_checkpoint(imported.name, force=True, delete_files=True)
-        with pytest.raises(FailedPreconditionError) as refused:
-            delete_files(imported.name, client=client, config=ClientConfig())
-        assert "OVERWRITTEN" == refused.value.reason
-        state = {"w": torch.zeros(4, dtype=torch.int64)}
-        torch_dcp.load(state, checkpoint_id=str(place), no_dist=True)
-        assert [2, 2, 2, 2] == state["w"].tolist()
-        for one in place.iterdir():
-            os.utime(one, (0, 0))
-        delete_files(imported.name, client=client, config=ClientConfig())
-        assert not place.exists()
 
 
 def shardbook_read(ref: str) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,26 +15,13 @@ from shardbook.errors import InvalidArgumentError, RanksMissingError, SessionFen
 from shardbook.recording import attempt_key
 from shardbook.stores import Stores
 from shardbook.v1 import registration_pb2 as pb
-from shardbook_server.app import Server, running_server
+from shardbook_server.app import Server
 from shardbook_server.service.checks import check_location
-from shardbook_server.settings import Settings
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.directories import CheckpointDirectory, identity, manifest
 from tests.behaviour.client.saves import register, save, start_session
-from tests.behaviour.rpc.api import wait_until
 
 FIRST, SECOND, THIRD = b"1" * 16, b"2" * 16, b"3" * 16
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a database of its own."""
-    folder = tmp_path_factory.mktemp("server")
-    database_url = f"sqlite:///{folder / 'db'}"
-    settings = Settings(listen="127.0.0.1:0", http_listen="", database_url=database_url, drain_s=5)
-    with running_server(settings) as one:
-        yield one
-        wait_until(lambda: 0 == one.database.checked_out())
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_a_stuck_save_says_who_is_missing(client: Client, shardbook: Shardbook, 
     told_ = shardbook("status", "stuck/run")
     assert (0, "") == (told_.code, told_.err)
     assert "stuck/run@10.s1.a1: planning, began " in told_.out
-    assert ["no plan of", "1, 3"] in told_.rows
+    assert ["no plan of", "1,3"] in told_.rows
     [attempt] = shardbook("status", "stuck/run", "--json").json["status"]["parts"][0]["open"]
     assert ("planning", 2, [1, 3], None) == tuple(
         attempt[name] for name in ("phase", "planned_count", "unplanned", "write_s")
@@ -61,12 +61,33 @@ def test_a_stuck_save_says_who_is_missing(client: Client, shardbook: Shardbook, 
     assert ["missing", "1 on gpu-0; 2 on gpu-1"] in rows
     [attempt] = shardbook("status", "stuck/run:default", "--json").json["status"]["parts"][0]["open"]
     assert ("writing", 2, 2) == tuple(attempt[name] for name in ("phase", "registered_count", "missing_count"))
+    assert [("gpu-0", 1, "1"), ("gpu-1", 1, "2")] == [tuple(one.values()) for one in attempt["missing_hosts"]]
+    client.set_alias("stuck/run@good", "stuck/run@5", protected=True)
+    ran = shardbook("status", "stuck/run")
+    assert ["alias", "@good: stuck/run@5.s1.a1, protected"] in ran.rows
+    assert ["alias", "@latest: stuck/run@5.s1.a1"] in ran.rows
     register(client, who, tmp_path, ranks=(1, 2))
     assert "stuck/run@10.s1.a1: committing" in shardbook("status", "stuck/run").out
     client.commit_when_complete(pb.CommitCheckpointRequest(key=attempt_key(who)), timeout_s=10)
     out = shardbook("status", "stuck/run").out
     assert "stuck/run@10, " in out
     assert ["open", "nothing"] in shardbook("status", "stuck/run").rows
+
+
+def test_a_stuck_save_of_thousands_is_a_few_lines(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:
+    """Rule: ranges by host, ten hosts, and how many more; what is not known is told without a host."""
+    session = start_session(client, "stuck/large", WHO).session
+    who = identity(10, run="stuck/large", session=session, incarnation=WHO, world_size=16_384)
+    register(client, who, tmp_path, ranks=(7,))
+    rows = shardbook("status", "stuck/large").rows
+    assert ["missing", "0-6,8-16383"] in rows
+    plan(client, who, tmp_path, *range(0, 40, 2))
+    [told_] = [
+        row[1] for row in shardbook("status", "stuck/large").rows if row[0] == "no plan of" or row[0] == "missing"
+    ]
+    assert told_.startswith("0 on gpu-0; 1,3,5,9,")
+    assert len(told_) < 400
+    assert told_.endswith("; and 11 more on 11 hosts")
 
 
 def test_max_age_answers_for_an_alarm(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,8 +17,7 @@ from shardbook import dcp
 from shardbook.client import Client
 from shardbook.doctor import Finding, Health, examine
 from shardbook.status import ServerInfo
-from shardbook_server.app import Server, running_server
-from shardbook_server.settings import Settings
+from shardbook_server.app import Server
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.directories import identity
 from tests.behaviour.client.saves import register, save, start_session
@@ -32,14 +30,6 @@ STATE = {
     "rope": torch.tensor([1 + 2j]),
     "empty": torch.zeros(0, 3),
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a database of its own."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('server') / 'db'}"
-    with running_server(Settings(listen="127.0.0.1:0", http_listen="", database_url=url, drain_s=5)) as one:
-        yield one
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2, retention_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, metadata_pb2, registration_pb2, retention_pb2
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -96,7 +96,7 @@ class ScriptedServer:
         self._server.stop(grace=None).wait(10)
 
     def _handler(self, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        module = next(file for file in _FILES if hasattr(file, method.input_type.name))
+        module = next(file for file in (*_FILES, events_pb2) if hasattr(file, method.input_type.name))
         request_type = getattr(module, method.input_type.name)
 
         def unary(request: Any, context: grpc.ServicerContext) -> Any:
@@ -147,6 +147,18 @@ def failing_first(count: int, fail: Callable[[grpc.ServicerContext], NoReturn], 
         if failing:
             fail(context)
         return answer
+
+    return handle
+
+
+def answering(*answers: Any) -> Handler:
+    """Returns a handler that gives the answers in turn, and the last one from then on: an answer may be lost."""
+    lock = threading.Lock()
+    left = list(answers)
+
+    def handle(*_: Any) -> Any:
+        with lock:
+            return left.pop(0) if len(left) > 1 else left[0]
 
     return handle
 

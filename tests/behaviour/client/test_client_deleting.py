@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,14 +231,36 @@ class TestDirectories:
         assert sorted([branch, paths[30]]) == sorted(tmp_path.iterdir())
         assert all(verify(one).is_ok for one in tmp_path.iterdir())
 
+    def test_a_directory_that_is_named_twice_is_one_checkpoint(self, tmp_path: Path) -> None:
+        """Also by a link, and a copy: what is kept of one is not deleted as another, nor does it take its place."""
+        for step in (1, 2, 3):
+            saved(tmp_path / "run" / f"step-{step}", identity(step))
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        shutil.copytree(tmp_path / "run" / "step-3", tmp_path / "copy")
+        places = [tmp_path / name for name in ("run", "run/step-3", "link/step-3", "copy")]
+        planned = plan_directories(places, RetentionPolicy(keep_last=2), now_us=NOW_US)
+        assert [1] == [one.file_count and 1 for one in planned.delete()]
+        assert ["step-2", "step-3"] == sorted(one.name for one in (tmp_path / "run").iterdir())
+        assert verify(tmp_path / "run" / "step-3").is_ok
+
+    def test_what_a_job_would_resume_from_stays(self, tmp_path: Path) -> None:
+        """Whatever the rules say, as in the catalogue."""
+        for step in (10, 20, 25):
+            saved(tmp_path / f"step-{step}", identity(step))
+        planned = plan_directories([tmp_path], RetentionPolicy(keep_every=20), now_us=NOW_US)
+        assert [(25, True), (20, True), (10, False)] == [
+            (int(one.ref.partition("@")[2].partition(".")[0]), one.keep) for one in planned.decisions
+        ]
+
     def test_what_is_not_whole_stays(self, tmp_path: Path) -> None:
         """A save that may be going on, or may have to be synced."""
         saved(tmp_path / "step-2", identity(2))
         CheckpointDirectory(tmp_path / "step-1").add_records(identity(1), without=(3,))
         plan = plan_directories([tmp_path], LAST, now_us=NOW_US)
-        assert {"llm/8b@1.s0.a1": ("it is not committed",), "llm/8b@2.s0.a1.010203040506": ("one of the last 1",)} == {
-            one.ref: one.reasons for one in plan.decisions
-        }
+        assert {
+            "llm/8b@1.s0.a1.010203040506": ("it is not committed",),
+            "llm/8b@2.s0.a1.010203040506": ("@latest", "one of the last 1"),
+        } == {one.ref: one.reasons for one in plan.decisions}
         assert [] == plan.delete()
 
     def test_an_interrupted_deletion_is_ended_by_the_next(self, tmp_path: Path) -> None:

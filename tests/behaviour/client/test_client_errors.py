@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -111,19 +112,22 @@ def test_refused_connection_is_unavailable_and_names_the_next_command(free_port:
     started = time.monotonic()
     with pytest.raises(errors.UnavailableError, match="shardbook-server serve") as caught:
         Client(f"127.0.0.1:{free_port}").keep_alive(pb.KeepAliveRequest(), deadline_s=1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 15  # of the 30 s that a call has otherwise
     assert f"127.0.0.1:{free_port}" == caught.value.metadata["target"]
 
 
 def test_silence_is_deadline_exceeded() -> None:
     """A server that does not answer costs the deadline, no more."""
 
+    release = threading.Event()
+
     def handle(_: Any, context: grpc.ServicerContext) -> pb.KeepAliveResponse:
-        time.sleep(2)
+        release.wait(60)
         return pb.KeepAliveResponse()
 
     with scripted_server(KeepAlive=handle) as server:
         started = time.monotonic()
         with pytest.raises(errors.DeadlineExceededError, match="may or may not have happened"):
             Client(server.target).keep_alive(pb.KeepAliveRequest(), deadline_s=0.3)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 15
+        release.set()

@@ -1,42 +1,53 @@
-"""What an outage costs a save, over real sockets: silence, refusal, errors, and finding out that it is over."""
+"""What an outage costs a save, over real sockets: silence, refusal, errors, and finding out that it is over.
+
+What a save may lose is asserted of its own account, which is exact; of the clock on the wall only that the call ended
+far from its deadline of a minute, for a machine may be busy.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import grpc
 import pytest
 
-from shardbook import errors
-from shardbook.breaker import CircuitBreaker
+from shardbook import _saving, errors
+from shardbook.breaker import CircuitBreaker, SaveBudget
 from shardbook.client import Client
 from shardbook.v1 import registration_pb2 as pb
-from tests.behaviour.client.scripted import failing_first, refuse, scripted_server, unavailable
+from tests.behaviour.client.scripted import ScriptedServer, failing_first, refuse, scripted_server, unavailable
+from tests.behaviour.rpc.api import wait_until
 
 OK = pb.RegisterShardsResponse()
 REQUEST = pb.RegisterShardsRequest()
 
 
-def register(client: Client, breaker: CircuitBreaker) -> tuple[float, errors.ShardbookError | None]:
-    """One save that only registers: seconds it took, and its outage."""
+#: Far from a call's deadline, and from any share.
+SOON_S = 20.0
+
+
+def register(client: Client, breaker: CircuitBreaker) -> SaveBudget:
+    """One save that only registers."""
     save = breaker.start_save()
     started = time.monotonic()
     with suppress(errors.ShardbookError):
         client.guarded(save).register_shards(REQUEST, deadline_s=60)
-    return time.monotonic() - started, save.outage
+    assert time.monotonic() - started < SOON_S
+    return save
 
 
 def test_dead_server_costs_the_first_save_more_than_the_later_ones(free_port: int) -> None:
     """Nobody listens: the first save pays the long share, the next ones the short one."""
     breaker = CircuitBreaker(first_s=1.0, later_s=0.2)
     client = Client(f"127.0.0.1:{free_port}")
-    costs = [register(client, breaker) for _ in range(3)]
-    assert 0.4 < costs[0][0] < 1.5
-    assert all(cost_s < 0.5 for cost_s, _ in costs[1:])
-    assert [errors.UnavailableError] * 3 == [type(outage) for _, outage in costs]
+    saves = [register(client, breaker) for _ in range(3)]
+    assert 0.4 < saves[0].spent_s <= 1.0
+    assert all(save.spent_s <= 0.2 for save in saves[1:])
+    assert [errors.UnavailableError] * 3 == [type(save.outage) for save in saves]
 
 
 def test_silent_server_costs_the_same() -> None:
@@ -44,15 +55,15 @@ def test_silent_server_costs_the_same() -> None:
     release = threading.Event()
 
     def hang(*_: Any) -> pb.RegisterShardsResponse:
-        release.wait(20)
+        release.wait(60)
         return OK
 
     breaker = CircuitBreaker(first_s=0.8, later_s=0.1)
     with scripted_server(RegisterShards=hang) as server:
-        costs = [register(Client(server.target), breaker)[0] for _ in range(3)]
+        spent_s = [register(Client(server.target), breaker).spent_s for _ in range(3)]
         release.set()
-    assert 0.7 < costs[0] < 1.3
-    assert all(cost_s < 0.4 for cost_s in costs[1:])
+    assert 0.7 < spent_s[0] <= 0.8
+    assert all(one_s <= 0.1 for one_s in spent_s[1:])
 
 
 def test_second_call_of_a_save_is_refused_once_the_budget_is_spent(free_port: int) -> None:
@@ -66,30 +77,27 @@ def test_second_call_of_a_save_is_refused_once_the_budget_is_spent(free_port: in
     with pytest.raises(errors.UnavailableError, match="goes on without it") as caught:
         client.register_shards(REQUEST)
     assert "CIRCUIT_OPEN" == caught.value.reason
-    assert time.monotonic() - started < 1
+    assert save.spent_s <= 0.3
+    assert time.monotonic() - started < SOON_S
 
 
 def test_late_answer_to_a_probe_is_evidence_for_the_next_save() -> None:
     """A server that is slow after an outage is trusted again by the next save, though no save waits for it."""
-    delays = iter([5.0, 0.5, 0.3])
-    release = threading.Event()
 
     def slow(*_: Any) -> pb.RegisterShardsResponse:
-        release.wait(next(delays))
+        time.sleep(0.4)
         return OK
 
-    breaker = CircuitBreaker(first_s=0.9, later_s=0.1)
+    breaker = CircuitBreaker(first_s=SOON_S, later_s=0.1)
+    breaker.failed("RegisterShards", breaker.start_save())
     with scripted_server(RegisterShards=slow) as server:
         client = Client(server.target)
-        register(client, breaker)
-        cost_s, outage = register(client, breaker)
-        assert cost_s < 0.3
-        assert outage is not None
-        time.sleep(0.6)
-        assert not breaker.is_open
-        # 0.3 s is more than the short share: only the long one lets the answer through.
-        assert None is register(client, breaker)[1]
-        release.set()
+        probed = register(client, breaker)
+        assert probed.outage is not None
+        assert probed.spent_s <= 0.1
+        wait_until(lambda: not breaker.is_open)
+        # 0.4 s is more than the short share: only the long one lets the answer through.
+        assert None is register(client, breaker).outage
 
 
 def test_denied_calls_cost_nothing_and_are_an_outage() -> None:
@@ -100,9 +108,10 @@ def test_denied_calls_cost_nothing_and_are_an_outage() -> None:
 
     breaker = CircuitBreaker()
     with scripted_server(RegisterShards=deny) as server:
-        cost_s, outage = register(Client(server.target), breaker)
-    assert cost_s < 1
-    assert isinstance(outage, errors.UnauthenticatedError)
+        save = register(Client(server.target), breaker)
+        assert 1 == server.count("RegisterShards")
+    assert save.spent_s < breaker.later_s
+    assert isinstance(save.outage, errors.UnauthenticatedError)
     assert breaker.is_open
 
 
@@ -113,6 +122,25 @@ OPEN = pb.GetCheckpointProgressResponse()
 def plan(client: Client, timeout_s: float) -> pb.PlanSaveResponse:
     """Plans and waits for the other ranks."""
     return client.plan_until_decided(pb.PlanSaveRequest(), lambda refs: [], timeout_s=timeout_s)
+
+
+class Clock:
+    """Monotonic seconds, and what was skipped."""
+
+    skipped_s = 0.0
+
+    def __call__(self) -> float:
+        """The time."""
+        return time.monotonic() + self.skipped_s
+
+
+def wait_long(server: ScriptedServer, clock: Clock) -> None:
+    """Has a call wait for longer than any share, while the server says that it lives."""
+    wait_until(lambda: server.count("GetCheckpointProgress") >= 1)
+    clock.skipped_s += 3 * SOON_S
+    seen = server.count("GetCheckpointProgress")
+    # One that began after the clock went on, and another: so the first was answered.
+    wait_until(lambda: server.count("GetCheckpointProgress") >= seen + 2)
 
 
 def test_waiting_server_is_no_outage() -> None:
@@ -161,31 +189,35 @@ def test_probe_asks_for_less_than_its_save_may_lose() -> None:
         assert all(seen.wait.ToTimedelta().total_seconds() < 0.5 for seen in server.of("PlanSave"))
 
 
-def test_server_that_restarts_while_ranks_wait_costs_its_absence_only(free_port: int) -> None:
+def test_server_that_restarts_while_ranks_wait_costs_its_absence_only(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Waiting for longer than the share costs nothing of it, so a short restart is got over within the save."""
+    monkeypatch.setattr(_saving, "_LOOK_EVERY_S", 0.25)
     decided = pb.PlanSaveResponse(state=pb.PlanSaveResponse.STATE_DECIDED)
-    save = CircuitBreaker(first_s=4.0, later_s=0.1).start_save()
+    clock = Clock()
+    save = CircuitBreaker(first_s=SOON_S, later_s=0.1, clock=clock).start_save()
     answers: list[pb.PlanSaveResponse] = []
     released = threading.Event()
 
     def hold(*_: Any) -> pb.PlanSaveResponse:
-        released.wait(30)
+        released.wait(60)
         return WAITING
 
     with scripted_server(free_port, PlanSave=hold, GetCheckpointProgress=lambda *_: OPEN) as server:
         client = Client(server.target).guarded(save)
-        thread = threading.Thread(target=lambda: answers.append(plan(client, 30.0)))
+        thread = threading.Thread(target=lambda: answers.append(plan(client, 60.0)))
         thread.start()
-        time.sleep(5.0)
+        wait_long(server, clock)
         server.stop()
     released.set()
     time.sleep(1.0)
     with scripted_server(free_port, PlanSave=lambda *_: decided, GetCheckpointProgress=lambda *_: OPEN):
-        thread.join(20)
+        thread.join(40)
     assert [decided] == answers
     assert None is save.outage
-    # The five seconds of waiting are no part of what is charged.
-    assert 0.5 < save.spent_s < 4.0
+    # The minute of waiting is no part of what is charged.
+    assert 0.5 < save.spent_s < SOON_S
 
 
 def test_server_that_falls_silent_while_ranks_wait_costs_no_more_than_the_share() -> None:
@@ -193,24 +225,26 @@ def test_server_that_falls_silent_while_ranks_wait_costs_no_more_than_the_share(
     release, silent = threading.Event(), threading.Event()
 
     def hold(*_: Any) -> pb.PlanSaveResponse:
-        release.wait(20)
+        release.wait(60)
         return WAITING
 
     def progress(*_: Any) -> pb.GetCheckpointProgressResponse:
         if silent.is_set():
-            release.wait(20)
+            release.wait(60)
         return OPEN
 
-    save = CircuitBreaker(first_s=1.0, later_s=0.1).start_save()
-    with scripted_server(PlanSave=hold, GetCheckpointProgress=progress) as server:
-        threading.Timer(2.0, silent.set).start()
-        started = time.monotonic()
+    clock = Clock()
+    save = CircuitBreaker(first_s=2.0, later_s=0.1, clock=clock).start_save()
+    with scripted_server(PlanSave=hold, GetCheckpointProgress=progress) as server, ThreadPoolExecutor(1) as pool:
+        planned = pool.submit(plan, Client(server.target).guarded(save), 60.0)
+        wait_long(server, clock)
+        assert not planned.done()
+        silent.set()
         with pytest.raises(errors.DeadlineExceededError):
-            plan(Client(server.target).guarded(save), 30.0)
-        assert 2.5 < time.monotonic() - started < 5.0
+            planned.result(SOON_S)
         release.set()
     assert save.is_exhausted
-    assert save.spent_s <= 1.0
+    assert save.spent_s <= 2.0
 
 
 def test_every_message_of_a_save_is_counted() -> None:
@@ -234,5 +268,5 @@ def test_answers_are_no_outage(reason: str) -> None:
 
     breaker = CircuitBreaker()
     with scripted_server(RegisterShards=handle) as server:
-        assert None is register(Client(server.target), breaker)[1]
+        assert None is register(Client(server.target), breaker).outage
     assert not breaker.is_open

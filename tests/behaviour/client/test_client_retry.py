@@ -54,7 +54,7 @@ def test_retry_honours_retry_info() -> None:
     with scripted_server(KeepAlive=handle) as server:
         Client(server.target).keep_alive(pb.KeepAliveRequest(), deadline_s=10)
     assert 2 == len(arrivals)
-    assert 0.5 <= arrivals[1] - arrivals[0] < 2
+    assert 0.5 <= arrivals[1] - arrivals[0]
 
 
 def test_retry_info_beyond_the_deadline_ends_the_call_at_once() -> None:
@@ -67,7 +67,8 @@ def test_retry_info_beyond_the_deadline_ends_the_call_at_once() -> None:
         started = time.monotonic()
         with pytest.raises(errors.ResourceExhaustedError) as caught:
             Client(server.target).keep_alive(pb.KeepAliveRequest(), deadline_s=20)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 15
+        assert 1 == server.count("KeepAlive")
     assert 60 == caught.value.retry_delay_s
 
 
@@ -105,11 +106,13 @@ def test_a_server_that_is_not_there_is_given_up_long_before_a_long_deadline(
     free_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A call may be allowed minutes of work; nobody waits that long where nobody works. And the wait is said."""
-    client = Client(f"127.0.0.1:{free_port}", outage_s=3.0)
+    client = Client(f"127.0.0.1:{free_port}", outage_s=5.0)
     began_s = time.monotonic()
     with pytest.raises(errors.UnavailableError, match="cannot reach a Shardbook server"):
         client.get_metadata("a/b@1", deadline_s=300)
-    assert 2.0 < time.monotonic() - began_s < 15
+    # A wait of up to 2 s that would end beyond the 5 s is not begun: the last try comes after 3 s at least, and so
+    # after the 2 s from which on the wait is said, however the waits are drawn.
+    assert 3.0 < time.monotonic() - began_s < 15
     assert 1 == sum("no Shardbook server answers" in one.getMessage() for one in caplog.records)
 
 

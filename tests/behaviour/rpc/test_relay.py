@@ -32,6 +32,9 @@ from tests.behaviour.rpc.api import (
 )
 from tests.relays import RelayProcess
 
+#: What a relay carries has nothing to do with the kind of database.
+pytestmark = pytest.mark.soak_with("postgres")
+
 _DECIDED = pb.PlanSaveResponse.STATE_DECIDED
 _PLAN_SAVE = "/shardbook.v1.RegistrationService/PlanSave"
 

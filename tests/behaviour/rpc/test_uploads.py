@@ -10,12 +10,18 @@ import pytest
 
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
-from shardbook_server.rpc.uploads import SENDER_S
+from shardbook_server.rpc import uploads
 from tests.behaviour.rpc.api import DEADLINE_S, Api, Job, Payload, payload, row
 
 UNKNOWN = pb.PlanSaveResponse.STATE_STRUCTURE_UNKNOWN
 WAITING = pb.PlanSaveResponse.STATE_WAITING
 DECIDED = pb.PlanSaveResponse.STATE_DECIDED
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was asked has as long as a slow machine takes: who waits for it waits, and does not give it up."""
+    monkeypatch.setattr(uploads, "SENDER_S", 15.0)
 
 
 @pytest.fixture
@@ -70,25 +76,28 @@ def test_ranks_with_plans_of_their_own_wait_for_their_common_table(api: Api, fre
         assert [DECIDED, DECIDED] == [call.result(10).state for call in others]
 
 
-def test_a_sender_that_never_sends_is_replaced(api: Api, fresh: str) -> None:
+def test_a_sender_that_never_sends_is_replaced(api: Api, fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule: a rank that dies after it was asked holds the others up for a moment, no more."""
+    monkeypatch.setattr(uploads, "SENDER_S", 1.0)
     job = Job.start(api, fresh, world_size=2)
     what = payload([row("w", 0, 1)])
-    assert UNKNOWN == api.registration.PlanSave(job.plan_request(0, what, wait_s=5), timeout=DEADLINE_S).state
+    assert UNKNOWN == api.registration.PlanSave(job.plan_request(0, what, wait_s=15), timeout=DEADLINE_S).state
     began = time.monotonic()
-    answer = api.registration.PlanSave(job.plan_request(1, what, wait_s=5), timeout=DEADLINE_S)
+    answer = api.registration.PlanSave(job.plan_request(1, what, wait_s=15), timeout=DEADLINE_S)
     assert (UNKNOWN, {2}) == (answer.state, _kinds(answer.unknown))
-    assert SENDER_S - 0.5 <= time.monotonic() - began <= SENDER_S + 3
+    assert time.monotonic() - began <= 12
 
 
-def test_a_call_with_little_time_is_asked_at_once(api: Api, fresh: str) -> None:
+def test_a_call_with_little_time_is_asked_at_once(api: Api, fresh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule: an answer that needs another call is better than none."""
+    # Twice this is little.
+    monkeypatch.setattr(uploads, "ANSWER_S", 6.0)
     job = Job.start(api, fresh, world_size=2)
     what = payload([row("w", 0, 1)])
     for rank in range(2):
         began = time.monotonic()
-        assert UNKNOWN == api.registration.PlanSave(job.plan_request(rank, what), timeout=0.9).state
-        assert time.monotonic() - began < 0.9
+        assert UNKNOWN == api.registration.PlanSave(job.plan_request(rank, what), timeout=11).state
+        assert time.monotonic() - began < 4  # of the 5 s that are left for waiting
 
 
 def test_projects_do_not_wait_for_each_other(api: Api, fresh: str) -> None:
@@ -97,8 +106,8 @@ def test_projects_do_not_wait_for_each_other(api: Api, fresh: str) -> None:
     for number in range(3):
         job = Job.start(api, f"{fresh.removesuffix('/runs/r')}-{number}/runs/r", world_size=2)
         began = time.monotonic()
-        assert UNKNOWN == api.registration.PlanSave(job.plan_request(0, what, wait_s=5), timeout=DEADLINE_S).state
-        assert time.monotonic() - began < SENDER_S / 2
+        assert UNKNOWN == api.registration.PlanSave(job.plan_request(0, what, wait_s=15), timeout=DEADLINE_S).state
+        assert time.monotonic() - began < 10
 
 
 def test_structures_that_ranks_share_travel_once_too(api: Api, fresh: str) -> None:

@@ -71,7 +71,7 @@ def test_a_local_change_wakes_at_once() -> None:
         numbers.counts[7] = _counts(4)
         waits.changed([7, 99])
         assert _counts(4) == await call
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 10
         assert [[7]] == numbers.asked
         await waits.close()
 

@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from shardbook.core.assembly import assemble
-from shardbook.core.checkpoint import CheckpointStructure
+from shardbook.core.assembly import Assembly
 from shardbook.core.columns import Int64Array
 from shardbook.core.structure import RankStructure
 from shardbook.errors import InvalidGeometryError
@@ -119,11 +118,11 @@ def test_a_refusal_is_remembered(job: Job, monkeypatch: pytest.MonkeyPatch) -> N
     """Rule: a layout that does not fit together is judged once, however often it is saved; each save is FAILED."""
     assembled = []
 
-    def counted(structures: Sequence[RankStructure], rank_index: Int64Array) -> CheckpointStructure:
+    def counted(structures: Sequence[RankStructure], rank_index: Int64Array) -> Assembly:
         assembled.append(1)
-        return assemble(structures, rank_index)
+        return Assembly(structures, rank_index)
 
-    monkeypatch.setattr(folding, "assemble", counted)
+    monkeypatch.setattr(folding, "Assembly", counted)
     torn = Job(job.services, Model(2, hole=1), run="projects/llm/runs/torn")
     torn.start()
     refusals = []

@@ -150,4 +150,4 @@ def test_plans_are_loaded_within_the_memory_that_they_take(
     monkeypatch.setattr(BlobService, "plans", noted_load)
     _drops(job, restarted, 1)
     items = sum(job.model.plan(rank).item_count for rank in range(job.model.world_size))
-    assert [[items * decisions._BYTES_PER_ITEM]] == at_load
+    assert [[items * (decisions._BYTES_PER_ITEM + decisions._BYTES_PER_SEEN)]] == at_load

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import func, select
 
+from shardbook.core import limits
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.service.aliases import AliasRequest, Direction
 from shardbook_server.service.describing import Description
@@ -18,7 +19,8 @@ from shardbook_server.service.views import CheckpointInfo, CheckpointState, File
 from shardbook_server.storage import events as event_rows
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.events import EventKind
-from shardbook_server.storage.tables import checkpoints, extent_segments, holds, labels, metrics
+from shardbook_server.storage.retention_tables import holds
+from shardbook_server.storage.tables import checkpoints, extent_segments, labels, metrics
 from tests.behaviour.service.conftest import Clock
 from tests.behaviour.service.saves import Job, Model, whole
 
@@ -173,7 +175,7 @@ def test_holds_block_until_they_end(job: Job, clock: Clock) -> None:
     services.deletions.delete("llm/8b@latest", force=True)
 
 
-def test_holds_are_bounded(job: Job) -> None:
+def test_holds_are_bounded(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """In time, in number, and in who they are of."""
     job.save(1)
     hold = job.services.holds.hold
@@ -185,10 +187,11 @@ def test_holds_are_bounded(job: Job) -> None:
         with pytest.raises(InvalidArgumentError) as refused:
             hold("llm/8b@1", holder, 1)
         assert "holder" == refused.value.violations[0].field
-    for at in range(64):
+    monkeypatch.setattr(limits, "MAX_HOLDS", 4)
+    for at in range(4):
         hold("llm/8b@1", f"eval-{at}", 1_000_000)
-    assert "LIMIT_EXCEEDED" == reason(hold, "llm/8b@1", "eval-64", 1_000_000)
-    hold("llm/8b@1", "eval-63", 2_000_000)
+    assert "LIMIT_EXCEEDED" == reason(hold, "llm/8b@1", "eval-4", 1_000_000)
+    hold("llm/8b@1", "eval-3", 2_000_000)
 
 
 def test_what_is_not_committed_is_not_deleted(job: Job) -> None:
@@ -226,6 +229,9 @@ def test_from_the_first_file_on_nothing_comes_back(job: Job) -> None:
     other.start()
     other.location = lambda step, attempt=1: Job.location(job, 1)  # type: ignore[method-assign]
     copy = other.save(1)
+    beside = Job(services, Model(2), run="projects/llm/runs/beside")
+    beside.start()
+    beside.save(1)  # in the same directory, with files in one of its own
     services.deletions.delete("llm/8b@1")
     info, sharing = services.deletions.record_files(first.name, [], done=False)
     assert (FileDeletion.BEGUN, [copy.name]) == (info.file_deletion, sharing)

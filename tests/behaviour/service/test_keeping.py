@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -163,10 +164,11 @@ class Keeping(RuleBasedStateMachine):
             assert min(one.metrics["loss"] for one in measured) == best.metrics["loss"]
 
 
+@pytest.mark.soak_with("postgres")
 def test_rules_hold_in_any_order(services: Services, clock: Clock) -> None:
     """A state machine of sessions, saves, holds, deletions, prunes and losses."""
     some = settings(
-        max_examples=12,
+        max_examples=6,
         stateful_step_count=18,
         deadline=None,
         phases=(Phase.explicit, Phase.generate, Phase.shrink),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from shardbook.errors import CheckpointClosedError, RunBusyError, SessionFencedError
 from shardbook_server.service.types import OnLive
 from shardbook_server.service.views import CheckpointState
+from shardbook_server.storage import events as event_rows
+from shardbook_server.storage import sessions as session_rows
+from shardbook_server.storage.database import Database
+from shardbook_server.storage.urls import is_postgres
 from tests.behaviour.service.conftest import Clock
 from tests.behaviour.service.saves import Job, whole
 
@@ -109,6 +114,35 @@ def test_a_job_that_waits_is_not_quicker_than_the_credit(job: Job, other_job: Ca
     assert 0 == reap(job)
     run_reaper(job, clock, 90)
     assert 2 == other.start(on_live=OnLive.WAIT).session
+
+
+def test_a_round_of_the_reaper_in_between_does_not_take_the_credit_away(
+    job: Job, other_job: Callable[[], Job], database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule: the live job is not fenced when the reaper is round while another one is judged."""
+    reap(job)
+    run_reaper(job, clock, 30)
+    clock.advance(300)
+    rounds: list[int] = []
+
+    def then_reap(read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(*arguments: Any) -> Any:
+            found = read(*arguments)
+            if not rounds:
+                rounds.append(-1)  # the reaper looks, too
+                rounds[0] = reap(job)
+            return found
+
+        return reading
+
+    if is_postgres(database.url):
+        monkeypatch.setattr(session_rows, "current_lease", then_reap(session_rows.current_lease))
+        monkeypatch.setattr(event_rows, "read_reap_time", then_reap(event_rows.read_reap_time))
+    else:  # SQLite's writers go one after the other
+        rounds.append(reap(job))
+    with pytest.raises(RunBusyError):
+        other_job().start(on_live=OnLive.FAIL)
+    assert [0] == rounds
 
 
 def test_a_lease_that_ended_before_the_outage_gets_no_credit(job: Job, clock: Clock) -> None:

@@ -71,6 +71,30 @@ def test_chunks_come_with_their_places(job: Job) -> None:
     assert ([6112, 1532, 1532], [900, 1532, 1532]) == (found.start.tolist(), found.length.tolist())
 
 
+@pytest.mark.parametrize("name", ["@1", "@latest", "@1.s1", "@1.s1.a1"])
+def test_a_name_means_the_same_to_a_question_as_to_the_catalogue(job: Job, reads: list[str], name: str) -> None:
+    """What loaders ask by is found by one statement, and answered as by the catalogue; so are the other names."""
+    job.save(1)
+    ask(job.services.queries, f"llm/8b{name}", Wanted.all_of(()))
+    reads.clear()
+    (view,) = parts(job.services.queries, f"llm/8b{name}", Wanted.all_of(()))
+    statements = [one for one in reads if one.startswith("SELECT") and "checkpoints" in one]
+    expected, found = job.services.catalog.get_checkpoint(f"llm/8b{name}"), view.checkpoint
+    assert (expected.name, expected.ref, expected.state) == (found.name, found.ref, found.state)
+    assert (expected.location, expected.live) == (found.location, found.live)
+    assert (expected.structure_digest, expected.commit_time_us) == (found.structure_digest, found.commit_time_us)
+    if name in ("@1", "@latest"):
+        assert 1 == len(statements)
+
+
+@pytest.mark.parametrize("name", ["llm/8b@2", "llm/8b@latest", "llm/other@latest", "llm/8b:part@1"])
+def test_a_name_of_nothing_committed_is_told_as_one(job: Job, name: str) -> None:
+    """An attempt that is open is no checkpoint yet, whatever names it."""
+    job.register(2, whole(job.model)[:1])
+    with pytest.raises(NotFoundError):
+        parts(job.services.queries, name, Wanted.all_of(()))
+
+
 def test_nothing_is_found_of_nothing(job: Job) -> None:
     """Names that are not there are no error, and neither is a question about nothing."""
     job.save(1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
+from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook_server.service.services import Services
 from shardbook_server.service.types import OnLive
 from shardbook_server.service.vitals import VitalsService
@@ -64,6 +65,7 @@ def test_no_growing_table_is_walked_through(services: Services, database: Databa
     for name in ("llm/8b@1", "llm/8b@1.s1", "llm/8b@1.s1.a1", "llm/8b@latest"):
         services.catalog.get_checkpoint(name)
         assert list(services.metadata.get_metadata(name, b"model"))
+        assert services.queries.query_chunks(name, encode_wanted(Wanted.all_of(("extra",)))).found
     for show_all in (True, False):
         parent = "projects/llm/runs/8b/parts/default"
         page = services.catalog.list_checkpoints(parent, page_size=2, show_all=show_all)

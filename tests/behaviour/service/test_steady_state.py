@@ -29,7 +29,7 @@ def _nothing_new() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decisions, "decide", refuse)
-        patch.setattr(folding, "assemble", refuse)
+        patch.setattr(folding, "Assembly", refuse)
         patch.setattr(blob_rows, "read_payloads", refuse)
         patch.setattr(blob_rows, "insert_blobs", _only_nothing)
         yield

@@ -38,7 +38,9 @@ from tests.torch.layouts import truth
 from tests.torch.reading.written import DTYPES, NOT_IN_SAFETENSORS, noise, same_bits
 from tests.unit.test_pickled_metadata import Canary
 
+#: What is read of files has nothing to do with the kind of database.
 pytestmark = [
+    pytest.mark.soak_with("postgres"),
     pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning"),
     # torch says it once a process, with the first complex32 tensor that it makes.
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
