@@ -26,6 +26,7 @@ from shardbook.descriptions import Alias, Hold, PhaseTiming, Project, PruneDecis
 from shardbook.doctor import Finding
 from shardbook.events import Claim, Event, Subscription
 from shardbook.importing import ImportedCheckpoint
+from shardbook.lineage import Lineage, LineageEdge, LineageNode
 from shardbook.status import HostRanks, OpenAttempt, PartStatus, RankHost, RunStatus
 from shardbook.sync import SyncedAttempt
 from shardbook.usage import PartUsage
@@ -86,6 +87,7 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref], "deleted": [decision], \
 "files": [deleted files], "failures": [{"ref": ref, "message": text}]}` |
 | `shardbook policy` | `{"policy": policy, or null}` |
+| `shardbook lineage` | `{"lineage": lineage}`, with KIND and OBJECT as it is now |
 | `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
 | `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
@@ -122,6 +124,9 @@ _OBJECTS = (
     ("decision", PruneDecision),
     ("policy", RetentionPolicy),
     ("project", Project),
+    ("lineage", Lineage),
+    ("edge of lineage", LineageEdge),
+    ("end of an edge", LineageNode),
     ("event", Event),
     ("subscription", Subscription),
     ("claim", Claim),

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from shardbook.config import ClientConfig, Mode
     from shardbook.core.names import Ref
     from shardbook.events import Event, EventKind
+    from shardbook.lineage import Lineage, LineageEdge, LineageKind, LineageNode
     from shardbook.reading import read, read_many
     from shardbook.verifying import VerifyReport, verify
 
@@ -70,6 +71,10 @@ _HOME = {
     "TensorInfo": "shardbook.catalog",
     "Event": "shardbook.events",
     "EventKind": "shardbook.events",
+    "Lineage": "shardbook.lineage",
+    "LineageEdge": "shardbook.lineage",
+    "LineageKind": "shardbook.lineage",
+    "LineageNode": "shardbook.lineage",
     "read": "shardbook.reading",
     "read_many": "shardbook.reading",
     "CheckpointDiff": "shardbook.comparing",
@@ -92,6 +97,10 @@ __all__ = [
     "TensorInfo",
     "Event",
     "EventKind",
+    "Lineage",
+    "LineageEdge",
+    "LineageKind",
+    "LineageNode",
     "read",
     "read_many",
     "CheckpointDiff",

@@ -6,6 +6,7 @@ from typing import Final
 
 from shardbook._address import ServerAddress
 from shardbook._describing import DescribingCalls
+from shardbook._lineage import LineageCalls
 from shardbook._reading import ReadingCalls
 from shardbook._retaining import RetainingCalls
 from shardbook._saving import SavingCalls
@@ -18,7 +19,7 @@ from shardbook.errors import InvalidArgumentError
 DEFAULT_TIMEOUT_S: Final = 30.0
 
 
-class Client(SavingCalls, ReadingCalls, DescribingCalls, RetainingCalls, WatchingCalls):
+class Client(SavingCalls, ReadingCalls, DescribingCalls, RetainingCalls, LineageCalls, WatchingCalls):
     """Speaks to a Shardbook server, or to any of several replicas over one database.
 
     Cheap to make: nothing is opened before the first call, and all clients of a process that name the same server

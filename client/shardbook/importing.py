@@ -22,9 +22,17 @@ from shardbook._steps import step_of
 from shardbook._trees import open_tree
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
-from shardbook.core.description import check_labels, check_metrics, encode_note, pack_said, unpack_said
+from shardbook.core.description import (
+    check_labels,
+    check_metrics,
+    encode_note,
+    origins_in,
+    pack_said,
+    unpack_said,
+)
 from shardbook.core.directory import DCP_METADATA
 from shardbook.core.fold import FoldedAttempt
+from shardbook.core.lineage import LineageKind, Origin, check_end
 from shardbook.core.names import DEFAULT_PART, CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import (
     DeadlineExceededError,
@@ -121,6 +129,8 @@ class ImportInto:
         labels: Added to what the save says of itself, by key.
         metrics: Likewise, by name.
         note: Any JSON value, instead of the one that the save has.
+        converted_from: What the checkpoints are another form of: a ref, or the name of something else. What another
+            run's job saved by Shardbook comes from that job's checkpoint unless this says otherwise.
     """
 
     run: RunName
@@ -133,6 +143,7 @@ class ImportInto:
     labels: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     note: Any = None
+    converted_from: str | None = None
 
     def __post_init__(self) -> None:
         PartName(self.run, DEFAULT_PART if self.part is None else self.part)
@@ -140,20 +151,28 @@ class ImportInto:
             step_of(self.step, "")
         if self.attempt < 1:
             raise InvalidArgumentError(f"attempt is {self.attempt}, not 1 or more", field="attempt")
+        if self.converted_from is not None:
+            check_end(self.converted_from, "converted_from")
         self.described(b"")
 
-    def described(self, said: bytes) -> bytes:
+    def described(self, said: bytes, saved_as: CheckpointName | None = None) -> bytes:
         """Returns what is said of a checkpoint, with what is added here; see ``shardbook.core.description``.
+
+        Args:
+            said: By the save.
+            saved_as: What it was saved as, when that is not what it is recorded as.
 
         Raises:
             InvalidArgumentError: It cannot be kept, or is too much.
         """
         labels, metrics, note, writer = unpack_said(said)
+        source = str(saved_as or "") if self.converted_from is None else self.converted_from
         return pack_said(
             check_labels({**labels, **self.labels}),
             check_metrics({**metrics, **self.metrics}),
             encode_note(self.note) or note,
             writer,
+            [Origin(LineageKind.CONVERTED_FROM, source)] if source else origins_in(said),
         )
 
 
@@ -281,14 +300,14 @@ def _of_attempt(found: FoldedAttempt, location: str, into: ImportInto) -> _Found
         part=identity.part if into.part is None else into.part,
         step=identity.step if into.step is None else into.step,
     )
+    content, saved_as = RecordedContent.of(found.manifest), None
     if moved != identity:
-        moved = replace(moved, session=0)
-    content = RecordedContent.of(found.manifest)
+        moved, saved_as = replace(moved, session=0), identity.checkpoint_name
     return _Found(
         "manifest",
         attempt_key(moved),
         AttemptLocation(location=location, prefix=moved.prefix),
-        replace(content, said=into.described(_legible(content.said))),
+        replace(content, said=into.described(_legible(content.said), saved_as)),
         found.structure.entry_count,
         found.unique_bytes,
         moved.write_time_s,

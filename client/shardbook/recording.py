@@ -8,7 +8,7 @@ from typing import Final
 
 from shardbook.client import Client
 from shardbook.core.columns import unframe
-from shardbook.core.description import unpack_said
+from shardbook.core.description import origins_in, unpack_said
 from shardbook.core.extents import decode_segment
 from shardbook.core.limits import MAX_BLOB_BYTES, MAX_RECORD_REGISTRATIONS
 from shardbook.core.manifest import AttemptIdentity, Manifest, StoredBlob
@@ -17,9 +17,10 @@ from shardbook.core.structure import BlobKind, reference_of
 from shardbook.errors import CorruptManifestError, InternalError, InvalidArgumentError
 from shardbook.stores import check_location
 from shardbook.v1 import registration_pb2 as pb
-from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, Blob, BlobRef, Description, Writer
+from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation, Blob, BlobRef, Description, LineageKind, Writer
 from shardbook.v1.types_pb2 import BlobKind as BlobKindNumber
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
+from shardbook.v1.types_pb2 import Origin as OriginMessage
 
 #: Most bytes of a part: its registrations and every blob they need, so that one more call always completes it.
 _PART_BYTES: Final = 12 << 20
@@ -81,7 +82,8 @@ def description_of(said: bytes) -> Description:
     try:
         labels, metrics, note, writer = unpack_said(said)
         known = {name: value for name, value in writer.items() if name in Writer.DESCRIPTOR.fields_by_name}
-        return Description(labels=labels, metrics=metrics, note=note, writer=Writer(**known))
+        origins = [OriginMessage(kind=LineageKind.Name(one.kind), source=one.source) for one in origins_in(said)]
+        return Description(labels=labels, metrics=metrics, note=note, writer=Writer(**known), origins=origins)
     except InvalidArgumentError:
         return Description()
 

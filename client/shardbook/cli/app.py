@@ -25,6 +25,7 @@ from shardbook.cli import (
     failures,
     gc,
     imports,
+    lineage,
     projects,
     pruning,
     read,
@@ -79,6 +80,7 @@ app.command("label", epilog=describing.LABEL_EXAMPLES)(describing.label)
 app.command("metric", epilog=describing.METRIC_EXAMPLES)(describing.metric)
 app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
 app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
+app.command("lineage", epilog=lineage.EXAMPLES)(lineage.lineage)
 app.command("watch", epilog=watch.EXAMPLES)(watch.watch)
 app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
 app.command("chunks", epilog=chunks.EXAMPLES)(chunks.list_chunks)

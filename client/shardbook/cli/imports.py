@@ -25,7 +25,8 @@ Examples:
   shardbook import /lustre/old/ckpt --run llm/8b-v2 --dry-run
   shardbook import /lustre/old/ckpt/final --run llm/8b-v2 --step 90000
   shardbook import s3://bucket/ckpt --run llm/8b-v2 --part weights --json
-  shardbook import /lustre/old/ckpt --run llm/8b-v2 --label stage=pretrain --metric val_loss=1.9"""
+  shardbook import /lustre/old/ckpt --run llm/8b-v2 --label stage=pretrain --metric val_loss=1.9
+  shardbook import /lustre/old/hf --run llm/8b-hf --step 90000 --converted-from llm/8b-v2@90000"""
 _COLUMNS = (
     ("OUTCOME", False),
     ("REF", False),
@@ -72,6 +73,12 @@ def import_checkpoints(
         list[str] | None, typer.Option("--metric", metavar="NAME=VALUE", help="A metric of each; may be repeated.")
     ] = None,
     note: Annotated[str | None, typer.Option("--note", metavar="TEXT", help="A note to keep with each.")] = None,
+    converted_from: Annotated[
+        str | None,
+        typer.Option(
+            "--converted-from", metavar="REF|NAME", help="What they are another form of (`shardbook lineage`)."
+        ),
+    ] = None,
     is_dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be recorded; record nothing.")] = False,
     trusted: Trusted = False,
     as_json: AsJson = False,
@@ -104,6 +111,7 @@ def import_checkpoints(
         given_labels(labels),
         given_metrics(metrics),
         note,
+        converted_from,
     )
     with asking_storage():
         found = find_directories(directories)

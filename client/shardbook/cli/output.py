@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 #: Width of tables that no terminal shows: wide enough that nothing is cut or wrapped on its way into a pipe.
 _PIPE_WIDTH: Final = 4096
@@ -88,6 +89,12 @@ def print_facts(facts: Iterable[tuple[str, str]], *, is_plain: bool = False) -> 
     for name, value in facts:
         table.add_row(name, Text(plain(value)))
     _console(is_plain=is_plain).print(table)
+
+
+def print_tree(tree: Tree) -> None:
+    """Prints a tree for people; its labels are ``Text``, made of what ``plain`` returns."""
+    console = _console()
+    console.print(tree, soft_wrap=True)
 
 
 def print_line(text: str, *, is_plain: bool = False) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat
 
 from shardbook.core import limits
+from shardbook.core.lineage import Origin, pack_origins, unpack_origins
 from shardbook.errors import InvalidArgumentError
 
 #: Key of a label, or name of a metric.
@@ -103,9 +104,16 @@ def check_note(text: str, field: str = "note") -> str:
     return "" if note is None else stored
 
 
-def pack_said(labels: Mapping[str, str], metrics: Mapping[str, float], note: str, writer: Mapping[str, str]) -> bytes:
+def pack_said(
+    labels: Mapping[str, str],
+    metrics: Mapping[str, float],
+    note: str,
+    writer: Mapping[str, str],
+    origins: Sequence[Origin] = (),
+) -> bytes:
     """Returns what is said of a checkpoint as records and manifests hold it; empty when nothing is."""
-    values = {"labels": dict(labels), "metrics": dict(metrics), "note": note, "writer": dict(writer)}
+    values: dict[str, Any] = {"labels": dict(labels), "metrics": dict(metrics), "note": note, "writer": dict(writer)}
+    values["origins"] = pack_origins(origins)
     known = {name: value for name, value in values.items() if value}
     return json.dumps(known, sort_keys=True).encode() if known else b""
 
@@ -129,6 +137,24 @@ def unpack_said(content: bytes) -> tuple[dict[str, str], dict[str, float], str, 
         )
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgumentError(f"what is said of the checkpoint is damaged: {error}", field="said") from error
+
+
+def origins_in(content: bytes) -> tuple[Origin, ...]:
+    """Returns the origins that ``pack_said`` packed; none where they are damaged."""
+    try:
+        known = json.loads(content) if content else {}
+    except (ValueError, RecursionError):
+        return ()
+    return unpack_origins(known.get("origins")) if isinstance(known, dict) else ()
+
+
+def with_origins(content: bytes, origins: Sequence[Origin]) -> bytes:
+    """Returns what is said of a checkpoint with other origins; what is damaged says nothing but those."""
+    try:
+        said = unpack_said(content)
+    except InvalidArgumentError:
+        said = {}, {}, "", {}
+    return pack_said(*said, origins)
 
 
 def decode_note(text: str) -> Any:

@@ -51,6 +51,17 @@ MAX_METRICS = 64
 MAX_LABEL_NAME_CHARS = 63
 #: Most bytes of the JSON text of a note.
 MAX_NOTE_BYTES = 64 << 10
+#: Most origins that a job tells of a checkpoint, most edges of lineage about one, and the longest name, in bytes of
+#: UTF-8, of what is not in the catalogue.
+MAX_ORIGINS = 16
+MAX_LINEAGE_EDGES = 1000
+MAX_LINEAGE_NAME_BYTES = 1024
+#: How far lineage is followed in one answer: edges away, when nobody says and at most, and edges in each direction.
+DEFAULT_LINEAGE_DEPTH = 10
+MAX_LINEAGE_DEPTH = 100
+MAX_LINEAGE_SHOWN = 1000
+#: Most checkpoints that one may come from: so many are looked at before an edge is taken for no cycle.
+MAX_ANCESTORS = 10_000
 #: Longest filter and order of a listing, most comparisons in a filter, how deep parentheses and NOT may nest, and most
 #: fields of an order.
 MAX_FILTER_CHARS = 2048

@@ -45,7 +45,7 @@ class CarriedSession:
 def carry(runtime: Runtime) -> CarriedSession:
     """Returns a session for one save by another process."""
     return CarriedSession(
-        session=runtime.session,
+        session=replace(runtime.session, origins=runtime.origins.waiting),
         config=replace(runtime.config, token=None),
         alone=runtime.alone,
         joined=runtime.joined,
@@ -86,6 +86,7 @@ def runtime_of(carried: CarriedSession) -> Runtime:
                 began_s=carried.began_s,
             )
     runtime.adopt_sessions(carried.numbers, carried.lease_ttl_s)
+    runtime.origins.tell(carried.session.origins)
     return runtime
 
 

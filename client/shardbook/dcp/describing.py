@@ -12,6 +12,7 @@ import torch
 
 from shardbook._version import __version__
 from shardbook.core.description import check_labels, encode_note, finite_metrics, pack_said
+from shardbook.core.lineage import Origin
 from shardbook.dcp.session import Session, host_name, label, user_name
 
 _LOG = logging.getLogger(__name__)
@@ -25,14 +26,22 @@ class Said:
         labels: By key.
         metrics: By name, finite.
         note: JSON text; empty for none.
+        origins: Where it comes from.
     """
 
     labels: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    origins: tuple[Origin, ...] = ()
 
     @classmethod
-    def of(cls, labels: Mapping[str, str] | None, metrics: Mapping[str, SupportsFloat] | None, note: Any) -> Said:
+    def of(
+        cls,
+        labels: Mapping[str, str] | None,
+        metrics: Mapping[str, SupportsFloat] | None,
+        note: Any,
+        origins: tuple[Origin, ...] = (),
+    ) -> Said:
         """Returns what the arguments of ``save`` say.
 
         A metric that is NaN or infinite is left out, with a warning: a diverged loss is no reason to lose a save.
@@ -43,7 +52,7 @@ class Said:
         finite, lost = finite_metrics(metrics or {})
         if lost:
             _LOG.warning("metrics that are not finite are not kept with the checkpoint: %s", ", ".join(sorted(lost)))
-        return cls(check_labels(labels or {}), finite, encode_note(note))
+        return cls(check_labels(labels or {}), finite, encode_note(note), origins)
 
 
 #: The caller said nothing.
@@ -65,4 +74,5 @@ def said_by(said: Said, session: Session, git_commit: str) -> bytes:
         "torch_version": label(str(torch.__version__)),
         "git_commit": label(git_commit),
     }
-    return pack_said(said.labels, said.metrics, said.note, {name: value for name, value in writer.items() if value})
+    known = {name: value for name, value in writer.items() if value}
+    return pack_said(said.labels, said.metrics, said.note, known, said.origins)

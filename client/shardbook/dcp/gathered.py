@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from shardbook.breaker import is_outage
 from shardbook.core import directory as names
 from shardbook.core.columns import Int64Array
+from shardbook.core.description import with_origins
 from shardbook.core.extents import NO_CHECKSUM
 from shardbook.core.fold import FoldedAttempt, fold_decoded
 from shardbook.core.manifest import AttemptIdentity
@@ -95,6 +96,7 @@ class GatheredSave:
         self._said = said
         self._phase_ms: list[tuple[int, ...]] = []
         self._budget = runtime.breaker.start_save()
+        self._origins = runtime.origins_of(attempt.part)
         #: Why the catalogue does not have the save, as it was raised where it was.
         self._error: Exception | None = None
         self._reason = ""
@@ -158,10 +160,11 @@ class GatheredSave:
             ShardbookError: It cannot be described exactly.
         """
         identity = self._attempt.identity(session)
+        said = with_origins(self._said, self._origins) if self._origins else self._said
         if self._is_dcps:
-            return _fold(identity, _slices_of_ranks(self._plans, results, self._attempt.prefix), said=self._said)
+            return _fold(identity, _slices_of_ranks(self._plans, results, self._attempt.prefix), said=said)
         sliced = slice_metadata(_below(metadata, self._attempt.prefix))
-        return _fold(identity, sliced.slices, sliced.header, said=self._said)
+        return _fold(identity, sliced.slices, sliced.header, said=said)
 
     def _publish(self, folded: FoldedAttempt) -> tuple[str, ...]:
         attempt = self._attempt
@@ -202,6 +205,7 @@ class GatheredSave:
             submitter.client, folded.manifest, location, recovered=False, phase_ms=phase_ms
         )
         self._runtime.outage_told = False
+        self._runtime.origins.note_recorded(self._origins)
 
     def _go_without(self, error: Exception) -> None:
         """Notes why the catalogue lacks the save; an outage is told once."""

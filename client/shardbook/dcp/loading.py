@@ -35,7 +35,8 @@ from shardbook.dcp.load_planner import ShardbookLoadPlanner
 from shardbook.dcp.load_report import LoadReport
 from shardbook.dcp.metadata import CheckpointColumns
 from shardbook.dcp.pickled import read_pickled_metadata
-from shardbook.dcp.runtime import current_config, is_distributed
+from shardbook.dcp.runtime import current, current_config, is_distributed
+from shardbook.dcp.telling import origin_kind, tell_loaded
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook.sources import ManifestSource, ServiceSource
@@ -56,6 +57,7 @@ def load(
     weights_only: bool = True,
     strict: bool = True,
     allow_dtype_change: bool = False,
+    lineage: str | None = None,
 ) -> LoadReport:
     """Loads a checkpoint into a state dict in place, as ``torch.distributed.checkpoint.load`` does.
 
@@ -76,6 +78,8 @@ def load(
             programs. Planners of your own decide for themselves.
         strict: False loads what fits: names that the checkpoint lacks, tensors of another shape and values that are
             tensors there are left as they are, tensors of another dtype are converted, and all of them are reported.
+        lineage: ``resumed_from``, ``fine_tuned_from`` or ``converted_from``: the next checkpoint that this session
+            commits to its part says that it comes from what was loaded. Nothing that comes of it fails a load.
         allow_dtype_change: True converts tensors of another dtype although ``strict``, as DCP does.
 
     Returns:
@@ -86,11 +90,13 @@ def load(
             and nothing was read. A RuntimeError and ValueError too, as DCP's planner raises them.
         NotFoundError: There is no such checkpoint.
         FailedPreconditionError: An entry is not plain data (reason ``UNSAFE_ENTRY``), or ``.metadata`` is not
-            DCP's metadata alone (``UNSAFE_METADATA``).
+            DCP's metadata alone (``UNSAFE_METADATA``); or ``lineage`` without a session (``NO_SESSION``).
         ShardbookError: The service could not be asked; loading by path needs no service.
     """
     if ref_or_path is not None and checkpoint_id is not None:
         raise InvalidArgumentError("pass the checkpoint once, not as checkpoint_id too", field="checkpoint_id")
+    kind = None if lineage is None else origin_kind(lineage)
+    told = None if kind is None else current().origins
     target = checkpoint_id if ref_or_path is None else ref_or_path
     if target is None and storage_reader is None:
         raise InvalidArgumentError("pass a ref, a path or a storage_reader", field="checkpoint_id")
@@ -108,6 +114,8 @@ def load(
     _load_into(state_dict, reader, metadata, planner, rank, tell_lost if storage_reader is None else None)
     if name is None and rank == 0:
         repair_directory(reader)
+    if kind is not None and told is not None:
+        tell_loaded(told, kind, metadata, target)
     report = planner.report if isinstance(planner, ShardbookLoadPlanner) else None
     return report or LoadReport()
 

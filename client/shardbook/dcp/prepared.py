@@ -25,6 +25,7 @@ from shardbook.dcp.checksums import check_available
 from shardbook.dcp.describing import NOTHING_SAID, Said, said_by
 from shardbook.dcp.failing import give_up
 from shardbook.dcp.planner import check_planner
+from shardbook.dcp.results import SaveState
 from shardbook.dcp.runtime import Member, Runtime, current
 from shardbook.dcp.writer import CheckpointFiles, check_writer
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError
@@ -117,6 +118,11 @@ class PreparedSave:
         if not self.attempt.member.is_coordinator:
             return b""
         return said_by(self.said, self.runtime.session, self.runtime.config.git_commit)
+
+    def note_end(self, state: SaveState) -> None:
+        """Notes what need not be said again: the checkpoint that has said it is committed."""
+        if state is SaveState.COMMITTED and self.said.origins:
+            self.runtime.origins.note_recorded(self.said.origins)
 
     def give_up(self, error: BaseException) -> None:
         """Says that this rank's save ended before it began, so that nobody waits for it. Never raises."""
@@ -225,7 +231,8 @@ def _prepared(
 ) -> PreparedSave:
     checked = check_planner(DefaultSavePlanner() if planner is None else planner)
     writer = check_writer(storage_writer_for(None, checkpoint_id) if storage_writer is None else storage_writer)
-    said = Said.of(options.labels, options.metrics, options.note)
+    origins = runtime.origins_of(attempt.part) if attempt.member.is_coordinator else ()
+    said = Said.of(options.labels, options.metrics, options.note, origins)
     claim = Claim(storage_writer=writer, planner=checked)
     files = files_of(writer, attempt.path)
     prepared = PreparedSave(runtime, attempt, writer, checkpoint_id, checked, options, files, claim, said=said)

@@ -92,12 +92,12 @@ def await_end(prepared: PreparedSave, handed: HandedOver) -> SaveResult:
     """
     try:
         try:
-            return handed.future.result()
+            result = handed.future.result()
         except SaveProcessError:
             if handed.is_taken:
                 raise
-        handed = _send(prepared, handed.packed)
-        return handed.future.result()
+            handed = _send(prepared, handed.packed)
+            result = handed.future.result()
     except SaveProcessError as error:
         if not handed.is_taken:
             handed.take()  # nobody else will
@@ -105,3 +105,5 @@ def await_end(prepared: PreparedSave, handed: HandedOver) -> SaveResult:
             phase = "register" if handed.is_registered else "write"
             give_up(prepared.runtime, prepared.attempt, prepared.files, phase, error, has_begun=True)
         raise
+    prepared.note_end(result.state)
+    return result

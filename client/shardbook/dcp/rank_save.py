@@ -363,4 +363,5 @@ class RankSave:
     def _result(self, outcome: Outcome, stats: SaveStats) -> SaveResult:
         if outcome.state is SaveState.UNREGISTERED and self._prepared.options.strict:
             raise unregistered(self._attempt, outcome.reason)
+        self._prepared.note_end(outcome.state)
         return result_of(self._attempt, outcome.state, outcome.checkpoint, outcome.reason, stats)

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from shardbook.breaker import SaveBudget
 from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
+from shardbook.core.lineage import Origin
 from shardbook.dcp.best_effort import best_effort
 from shardbook.dcp.catching_up import CatchingUp
 from shardbook.dcp.lease import LeaseKeeper
 from shardbook.dcp.session import Session, ask_for_session
+from shardbook.dcp.telling import ToldOrigins
 from shardbook.errors import (
     FailedPreconditionError,
     ForkedClientError,
@@ -109,6 +111,8 @@ class Runtime:
         #: What ends with the session, and whether it has.
         self.is_closed = False
         self.at_close: list[Callable[[], None]] = []
+        #: Where the checkpoints of the session's own part come from.
+        self.origins = ToldOrigins(session.origins)
         self.began_s = time.monotonic() if began_s is None else began_s
         self._lock = threading.Lock()
         self._numbers = {session.part: session.number} if session.number else {}
@@ -223,6 +227,10 @@ class Runtime:
         """A client that charges nobody; None when the service is not to be asked."""
         return self._client
 
+    def origins_of(self, part: str) -> tuple[Origin, ...]:
+        """Returns what a save of a part has to say of where it comes from."""
+        return self.origins.waiting if part == self.session.part else ()
+
     def session_number(self, part: str, client: Client) -> int:
         """Returns the number of this incarnation's session of ``part``, starting it when it is not yet.
 
@@ -244,6 +252,7 @@ class Runtime:
         if part in self._numbered:
             request.resumed_from = ""  # done once; what was committed since counts
         answer = ask_for_session(client, request, self.began_s)
+        self.origins.name_resumed(request.resumed_from, answer.latest)
         with self._lock:
             number = self._numbers.setdefault(part, answer.session)
             self._numbered.add(part)

@@ -6,6 +6,7 @@ Nothing here talks to torch: a controller process may start a session and hand i
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import socket
 import time
@@ -19,9 +20,18 @@ from typing import Final
 from shardbook.client import Client
 from shardbook.config import ClientConfig, Mode
 from shardbook.core import limits
-from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_incarnation
-from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, RunBusyError
+from shardbook.core.lineage import LineageKind, Origin, check_end
+from shardbook.core.names import DEFAULT_PART, CheckpointName, PartName, RunName, check_incarnation
+from shardbook.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    RunBusyError,
+    ShardbookError,
+)
 from shardbook.v1 import registration_pb2 as pb
+
+_LOG = logging.getLogger(__name__)
 
 #: Where schedulers say which job this is, the most telling first. A restarted job keeps its id.
 _JOB_ID_VARIABLES: Final = (
@@ -75,6 +85,7 @@ class Session:
         mode: How far saves depend on the server.
         on_live: What to do when another job's lease is alive, for sessions of other parts.
         resumed_from: Checkpoint that the job resumed from; may be empty.
+        origins: Where the checkpoints come from that the session is to save to its part, as ``init`` was told.
         latest: Resource name of what ``@latest`` meant when the session started; empty when nothing was committed.
         lease_ttl_s: The lease ends this long after the last sign of life, seconds; 0 without a number.
     """
@@ -88,6 +99,7 @@ class Session:
     mode: Mode = Mode.ONLINE
     on_live: OnLive = OnLive.FAIL
     resumed_from: str = ""
+    origins: tuple[Origin, ...] = ()
     latest: str = ""
     lease_ttl_s: float = 0.0
 
@@ -128,6 +140,7 @@ def new_session(
     *,
     part: str = DEFAULT_PART,
     resumed_from: str | None = None,
+    fine_tuned_from: str | None = None,
     on_live: str = OnLive.FAIL,
     job_id: str | None = None,
 ) -> Session:
@@ -140,6 +153,7 @@ def new_session(
         raise InvalidArgumentError(
             f"on_live is {on_live!r}, not one of {', '.join(map(repr, map(str, OnLive)))}", field="on_live"
         )
+    told = ((LineageKind.RESUMED_FROM, resumed_from), (LineageKind.FINE_TUNED_FROM, fine_tuned_from))
     return Session(
         run=run,
         part=part,
@@ -149,7 +163,34 @@ def new_session(
         mode=config.mode,
         on_live=OnLive(on_live),
         resumed_from=resumed_from or "",
+        origins=tuple(_origin(kind, source) for kind, source in told if source),
     )
+
+
+def _origin(kind: LineageKind, source: str) -> Origin:
+    try:
+        return Origin(kind, source)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(error.message, reason=error.reason, field=kind.label) from error
+
+
+def _named(session: Session, client: Client, latest: str, deadline_s: float) -> tuple[Origin, ...]:
+    """Returns the session's origins by names that mean the same for ever, as far as the server knows them.
+
+    A rollback has moved ``latest`` to what the job resumed from. What the server does not know is told as it was.
+    """
+    named = []
+    for origin in session.origins:
+        source = origin.source
+        if origin.kind is LineageKind.RESUMED_FROM:
+            source = latest or source
+        elif isinstance(meant := check_end(source, "source"), CheckpointName):
+            try:
+                source = client.get_checkpoint(meant, deadline_s=deadline_s).name
+            except ShardbookError as error:
+                _LOG.warning("%s %s: recorded by that name, for %s", origin.kind.words, meant.ref, error)
+        named.append(Origin(origin.kind, source))
+    return tuple(named)
 
 
 def start_session(session: Session, client: Client, *, wait_s: float, deadline_s: float) -> Session:
@@ -184,6 +225,7 @@ def start_session(session: Session, client: Client, *, wait_s: float, deadline_s
                 session,
                 number=answer.session,
                 latest=answer.latest,
+                origins=_named(session, client, answer.latest, deadline_s),
                 lease_ttl_s=answer.lease_ttl.ToTimedelta().total_seconds(),
             )
 

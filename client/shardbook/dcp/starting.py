@@ -33,6 +33,7 @@ def init(
     *,
     part: str = DEFAULT_PART,
     resumed_from: str | None = None,
+    fine_tuned_from: str | None = None,
     on_live: str = OnLive.FAIL,
     live_wait_s: float = DEFAULT_LIVE_WAIT_S,
     process_group: dist.ProcessGroup | None = None,
@@ -54,7 +55,10 @@ def init(
         run: ``project/run``; made when it is new.
         part: Part that saves go to unless they name one.
         resumed_from: Ref of the checkpoint that the job resumed from. After a rollback this moves ``@latest`` back to
-            it, so that the next restart does not undo the rollback.
+            it, so that the next restart does not undo the rollback. The first checkpoint of the session that is
+            committed says so, see ``shardbook lineage``.
+        fine_tuned_from: What the job's weights come from: the ref of a checkpoint of any run, or the name or URL of
+            something else. Said likewise; no reason for a session not to begin, be it there or not.
         on_live: What to do when another job writes the run: ``fail``, ``wait`` or ``takeover``. A job with the same
             ``job_id`` is taken over at once.
         live_wait_s: With ``wait``, for how long, seconds; at most half the process group's timeout.
@@ -88,7 +92,15 @@ def init(
             return _Beginning(config, alone, is_shared, session)
         if run is None:
             raise InvalidArgumentError("name the run: init(run='project/run')", field="run")
-        mine = new_session(run, config, part=part, resumed_from=resumed_from, on_live=on_live, job_id=job_id)
+        mine = new_session(
+            run,
+            config,
+            part=part,
+            resumed_from=resumed_from,
+            fine_tuned_from=fine_tuned_from,
+            on_live=on_live,
+            job_id=job_id,
+        )
         if mode is None and config.mode is Mode.OFFLINE and _member_or(alone, process_group).is_coordinator:
             _warn_of_no_server(mine.run)
         limit_s = min(live_wait_s, group_timeout_s(process_group) / 2) if is_distributed() else live_wait_s

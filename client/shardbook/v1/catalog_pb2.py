@@ -27,64 +27,65 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from shardbook.v1 import events_pb2 as shardbook_dot_v1_dot_events__pb2
 from shardbook.v1 import retention_pb2 as shardbook_dot_v1_dot_retention__pb2
+from shardbook.v1 import lineage_pb2 as shardbook_dot_v1_dot_lineage__pb2
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashardbook/v1/catalog.proto\x12\x0cshardbook.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19shardbook/v1/events.proto\x1a\x1cshardbook/v1/retention.proto\x1a\x18shardbook/v1/types.proto\"*\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\trun_count\x18\x02 \x01(\x03\"<\n\x13ListProjectsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListProjectsResponse\x12\'\n\x08projects\x18\x01 \x03(\x0b\x32\x15.shardbook.v1.Project\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\rGetRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"0\n\x0eGetRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.shardbook.v1.Run\"H\n\x0fListRunsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.shardbook.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"\x83\x01\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x10\n\x08show_all\x18\x04 \x01(\x08\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12\x10\n\x08order_by\x18\x06 \x01(\t\"a\n\x17ListCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"x\n\x17UpdateCheckpointRequest\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"H\n\x18UpdateCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"I\n\x10ListRanksRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"g\n\x11ListRanksResponse\x12%\n\x05ranks\x18\x01 \x03(\x0b\x32\x16.shardbook.v1.RankInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"d\n\x08RankInfo\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0f\n\x07plan_ms\x18\x03 \x01(\x03\x12\x10\n\x08write_ms\x18\x04 \x01(\x03\x12\x13\n\x0bregister_ms\x18\x05 \x01(\x03\"\xfd\x01\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0e\n\x06metric\x18\x03 \x01(\t\x12\x30\n\tdirection\x18\x04 \x01(\x0e\x32\x1d.shardbook.v1.Alias.Direction\x12\x11\n\tprotected\x18\x05 \x01(\x08\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x11\n\rDIRECTION_MIN\x10\x01\x12\x11\n\rDIRECTION_MAX\x10\x02\"K\n\x12ListAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x13ListAliasesResponse\x12$\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x13.shardbook.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x0fSetAliasRequest\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Alias\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"6\n\x10SetAliasResponse\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Alias\"1\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x15\n\x13\x44\x65leteAliasResponse2\xd1\x12\n\x0e\x43\x61talogService\x12U\n\x0cListProjects\x12!.shardbook.v1.ListProjectsRequest\x1a\".shardbook.v1.ListProjectsResponse\x12\x43\n\x06GetRun\x12\x1b.shardbook.v1.GetRunRequest\x1a\x1c.shardbook.v1.GetRunResponse\x12I\n\x08ListRuns\x12\x1d.shardbook.v1.ListRunsRequest\x1a\x1e.shardbook.v1.ListRunsResponse\x12X\n\rGetCheckpoint\x12\".shardbook.v1.GetCheckpointRequest\x1a#.shardbook.v1.GetCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.shardbook.v1.ListCheckpointsRequest\x1a%.shardbook.v1.ListCheckpointsResponse\x12\x61\n\x10UpdateCheckpoint\x12%.shardbook.v1.UpdateCheckpointRequest\x1a&.shardbook.v1.UpdateCheckpointResponse\x12L\n\tListRanks\x12\x1e.shardbook.v1.ListRanksRequest\x1a\x1f.shardbook.v1.ListRanksResponse\x12R\n\x0bListAliases\x12 .shardbook.v1.ListAliasesRequest\x1a!.shardbook.v1.ListAliasesResponse\x12I\n\x08SetAlias\x12\x1d.shardbook.v1.SetAliasRequest\x1a\x1e.shardbook.v1.SetAliasResponse\x12R\n\x0b\x44\x65leteAlias\x12 .shardbook.v1.DeleteAliasRequest\x1a!.shardbook.v1.DeleteAliasResponse\x12\x61\n\x10\x44\x65leteCheckpoint\x12%.shardbook.v1.DeleteCheckpointRequest\x1a&.shardbook.v1.DeleteCheckpointResponse\x12g\n\x12UndeleteCheckpoint\x12\'.shardbook.v1.UndeleteCheckpointRequest\x1a(.shardbook.v1.UndeleteCheckpointResponse\x12[\n\x0eHoldCheckpoint\x12#.shardbook.v1.HoldCheckpointRequest\x1a$.shardbook.v1.HoldCheckpointResponse\x12\x64\n\x11ReleaseCheckpoint\x12&.shardbook.v1.ReleaseCheckpointRequest\x1a\'.shardbook.v1.ReleaseCheckpointResponse\x12g\n\x12GetRetentionPolicy\x12\'.shardbook.v1.GetRetentionPolicyRequest\x1a(.shardbook.v1.GetRetentionPolicyResponse\x12g\n\x12SetRetentionPolicy\x12\'.shardbook.v1.SetRetentionPolicyRequest\x1a(.shardbook.v1.SetRetentionPolicyResponse\x12U\n\x0cPreviewPrune\x12!.shardbook.v1.PreviewPruneRequest\x1a\".shardbook.v1.PreviewPruneResponse\x12@\n\x05Prune\x12\x1a.shardbook.v1.PruneRequest\x1a\x1b.shardbook.v1.PruneResponse\x12\x64\n\x11ReportMissingData\x12&.shardbook.v1.ReportMissingDataRequest\x1a\'.shardbook.v1.ReportMissingDataResponse\x12g\n\x12RecordFileDeletion\x12\'.shardbook.v1.RecordFileDeletionRequest\x1a(.shardbook.v1.RecordFileDeletionResponse\x12\x63\n\x10WatchCheckpoints\x12%.shardbook.v1.WatchCheckpointsRequest\x1a&.shardbook.v1.WatchCheckpointsResponse0\x01\x12^\n\x0f\x43laimCheckpoint\x12$.shardbook.v1.ClaimCheckpointRequest\x1a%.shardbook.v1.ClaimCheckpointResponse\x12O\n\nRenewClaim\x12\x1f.shardbook.v1.RenewClaimRequest\x1a .shardbook.v1.RenewClaimResponse\x12R\n\x0b\x46inishClaim\x12 .shardbook.v1.FinishClaimRequest\x1a!.shardbook.v1.FinishClaimResponse\x12^\n\x0fGetSubscription\x12$.shardbook.v1.GetSubscriptionRequest\x1a%.shardbook.v1.GetSubscriptionResponse\x12g\n\x12\x44\x65leteSubscription\x12\'.shardbook.v1.DeleteSubscriptionRequest\x1a(.shardbook.v1.DeleteSubscriptionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashardbook/v1/catalog.proto\x12\x0cshardbook.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19shardbook/v1/events.proto\x1a\x1cshardbook/v1/retention.proto\x1a\x1ashardbook/v1/lineage.proto\x1a\x18shardbook/v1/types.proto\"*\n\x07Project\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\trun_count\x18\x02 \x01(\x03\"<\n\x13ListProjectsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x14ListProjectsResponse\x12\'\n\x08projects\x18\x01 \x03(\x0b\x32\x15.shardbook.v1.Project\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\rGetRunRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"0\n\x0eGetRunResponse\x12\x1e\n\x03run\x18\x01 \x01(\x0b\x32\x11.shardbook.v1.Run\"H\n\x0fListRunsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x10ListRunsResponse\x12\x1f\n\x04runs\x18\x01 \x03(\x0b\x32\x11.shardbook.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14GetCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\x15GetCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"\x83\x01\n\x16ListCheckpointsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x10\n\x08show_all\x18\x04 \x01(\x08\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12\x10\n\x08order_by\x18\x06 \x01(\t\"a\n\x17ListCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"x\n\x17UpdateCheckpointRequest\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"H\n\x18UpdateCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"I\n\x10ListRanksRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"g\n\x11ListRanksResponse\x12%\n\x05ranks\x18\x01 \x03(\x0b\x32\x16.shardbook.v1.RankInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\ntotal_size\x18\x03 \x01(\x05\"d\n\x08RankInfo\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0f\n\x07plan_ms\x18\x03 \x01(\x03\x12\x10\n\x08write_ms\x18\x04 \x01(\x03\x12\x13\n\x0bregister_ms\x18\x05 \x01(\x03\"\xfd\x01\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0e\n\x06metric\x18\x03 \x01(\t\x12\x30\n\tdirection\x18\x04 \x01(\x0e\x32\x1d.shardbook.v1.Alias.Direction\x12\x11\n\tprotected\x18\x05 \x01(\x08\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"L\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x11\n\rDIRECTION_MIN\x10\x01\x12\x11\n\rDIRECTION_MAX\x10\x02\"K\n\x12ListAliasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"T\n\x13ListAliasesResponse\x12$\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x13.shardbook.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x0fSetAliasRequest\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Alias\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"6\n\x10SetAliasResponse\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.shardbook.v1.Alias\"1\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x15\n\x13\x44\x65leteAliasResponse2\xa1\x15\n\x0e\x43\x61talogService\x12U\n\x0cListProjects\x12!.shardbook.v1.ListProjectsRequest\x1a\".shardbook.v1.ListProjectsResponse\x12\x43\n\x06GetRun\x12\x1b.shardbook.v1.GetRunRequest\x1a\x1c.shardbook.v1.GetRunResponse\x12I\n\x08ListRuns\x12\x1d.shardbook.v1.ListRunsRequest\x1a\x1e.shardbook.v1.ListRunsResponse\x12X\n\rGetCheckpoint\x12\".shardbook.v1.GetCheckpointRequest\x1a#.shardbook.v1.GetCheckpointResponse\x12^\n\x0fListCheckpoints\x12$.shardbook.v1.ListCheckpointsRequest\x1a%.shardbook.v1.ListCheckpointsResponse\x12\x61\n\x10UpdateCheckpoint\x12%.shardbook.v1.UpdateCheckpointRequest\x1a&.shardbook.v1.UpdateCheckpointResponse\x12L\n\tListRanks\x12\x1e.shardbook.v1.ListRanksRequest\x1a\x1f.shardbook.v1.ListRanksResponse\x12R\n\x0bListAliases\x12 .shardbook.v1.ListAliasesRequest\x1a!.shardbook.v1.ListAliasesResponse\x12I\n\x08SetAlias\x12\x1d.shardbook.v1.SetAliasRequest\x1a\x1e.shardbook.v1.SetAliasResponse\x12R\n\x0b\x44\x65leteAlias\x12 .shardbook.v1.DeleteAliasRequest\x1a!.shardbook.v1.DeleteAliasResponse\x12\x61\n\x10\x44\x65leteCheckpoint\x12%.shardbook.v1.DeleteCheckpointRequest\x1a&.shardbook.v1.DeleteCheckpointResponse\x12g\n\x12UndeleteCheckpoint\x12\'.shardbook.v1.UndeleteCheckpointRequest\x1a(.shardbook.v1.UndeleteCheckpointResponse\x12[\n\x0eHoldCheckpoint\x12#.shardbook.v1.HoldCheckpointRequest\x1a$.shardbook.v1.HoldCheckpointResponse\x12\x64\n\x11ReleaseCheckpoint\x12&.shardbook.v1.ReleaseCheckpointRequest\x1a\'.shardbook.v1.ReleaseCheckpointResponse\x12g\n\x12GetRetentionPolicy\x12\'.shardbook.v1.GetRetentionPolicyRequest\x1a(.shardbook.v1.GetRetentionPolicyResponse\x12g\n\x12SetRetentionPolicy\x12\'.shardbook.v1.SetRetentionPolicyRequest\x1a(.shardbook.v1.SetRetentionPolicyResponse\x12U\n\x0cPreviewPrune\x12!.shardbook.v1.PreviewPruneRequest\x1a\".shardbook.v1.PreviewPruneResponse\x12@\n\x05Prune\x12\x1a.shardbook.v1.PruneRequest\x1a\x1b.shardbook.v1.PruneResponse\x12\x64\n\x11ReportMissingData\x12&.shardbook.v1.ReportMissingDataRequest\x1a\'.shardbook.v1.ReportMissingDataResponse\x12g\n\x12RecordFileDeletion\x12\'.shardbook.v1.RecordFileDeletionRequest\x1a(.shardbook.v1.RecordFileDeletionResponse\x12O\n\nAddLineage\x12\x1f.shardbook.v1.AddLineageRequest\x1a .shardbook.v1.AddLineageResponse\x12X\n\rRemoveLineage\x12\".shardbook.v1.RemoveLineageRequest\x1a#.shardbook.v1.RemoveLineageResponse\x12R\n\x0bListLineage\x12 .shardbook.v1.ListLineageRequest\x1a!.shardbook.v1.ListLineageResponse\x12O\n\nGetLineage\x12\x1f.shardbook.v1.GetLineageRequest\x1a .shardbook.v1.GetLineageResponse\x12\x63\n\x10WatchCheckpoints\x12%.shardbook.v1.WatchCheckpointsRequest\x1a&.shardbook.v1.WatchCheckpointsResponse0\x01\x12^\n\x0f\x43laimCheckpoint\x12$.shardbook.v1.ClaimCheckpointRequest\x1a%.shardbook.v1.ClaimCheckpointResponse\x12O\n\nRenewClaim\x12\x1f.shardbook.v1.RenewClaimRequest\x1a .shardbook.v1.RenewClaimResponse\x12R\n\x0b\x46inishClaim\x12 .shardbook.v1.FinishClaimRequest\x1a!.shardbook.v1.FinishClaimResponse\x12^\n\x0fGetSubscription\x12$.shardbook.v1.GetSubscriptionRequest\x1a%.shardbook.v1.GetSubscriptionResponse\x12g\n\x12\x44\x65leteSubscription\x12\'.shardbook.v1.DeleteSubscriptionRequest\x1a(.shardbook.v1.DeleteSubscriptionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.catalog_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROJECT']._serialized_start=194
-  _globals['_PROJECT']._serialized_end=236
-  _globals['_LISTPROJECTSREQUEST']._serialized_start=238
-  _globals['_LISTPROJECTSREQUEST']._serialized_end=298
-  _globals['_LISTPROJECTSRESPONSE']._serialized_start=300
-  _globals['_LISTPROJECTSRESPONSE']._serialized_end=388
-  _globals['_GETRUNREQUEST']._serialized_start=390
-  _globals['_GETRUNREQUEST']._serialized_end=419
-  _globals['_GETRUNRESPONSE']._serialized_start=421
-  _globals['_GETRUNRESPONSE']._serialized_end=469
-  _globals['_LISTRUNSREQUEST']._serialized_start=471
-  _globals['_LISTRUNSREQUEST']._serialized_end=543
-  _globals['_LISTRUNSRESPONSE']._serialized_start=545
-  _globals['_LISTRUNSRESPONSE']._serialized_end=621
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=623
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=659
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=661
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=730
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=733
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=864
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=866
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=963
-  _globals['_UPDATECHECKPOINTREQUEST']._serialized_start=965
-  _globals['_UPDATECHECKPOINTREQUEST']._serialized_end=1085
-  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_start=1087
-  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_end=1159
-  _globals['_LISTRANKSREQUEST']._serialized_start=1161
-  _globals['_LISTRANKSREQUEST']._serialized_end=1234
-  _globals['_LISTRANKSRESPONSE']._serialized_start=1236
-  _globals['_LISTRANKSRESPONSE']._serialized_end=1339
-  _globals['_RANKINFO']._serialized_start=1341
-  _globals['_RANKINFO']._serialized_end=1441
-  _globals['_ALIAS']._serialized_start=1444
-  _globals['_ALIAS']._serialized_end=1697
-  _globals['_ALIAS_DIRECTION']._serialized_start=1621
-  _globals['_ALIAS_DIRECTION']._serialized_end=1697
-  _globals['_LISTALIASESREQUEST']._serialized_start=1699
-  _globals['_LISTALIASESREQUEST']._serialized_end=1774
-  _globals['_LISTALIASESRESPONSE']._serialized_start=1776
-  _globals['_LISTALIASESRESPONSE']._serialized_end=1860
-  _globals['_SETALIASREQUEST']._serialized_start=1862
-  _globals['_SETALIASREQUEST']._serialized_end=1930
-  _globals['_SETALIASRESPONSE']._serialized_start=1932
-  _globals['_SETALIASRESPONSE']._serialized_end=1986
-  _globals['_DELETEALIASREQUEST']._serialized_start=1988
-  _globals['_DELETEALIASREQUEST']._serialized_end=2037
-  _globals['_DELETEALIASRESPONSE']._serialized_start=2039
-  _globals['_DELETEALIASRESPONSE']._serialized_end=2060
-  _globals['_CATALOGSERVICE']._serialized_start=2063
-  _globals['_CATALOGSERVICE']._serialized_end=4448
+  _globals['_PROJECT']._serialized_start=222
+  _globals['_PROJECT']._serialized_end=264
+  _globals['_LISTPROJECTSREQUEST']._serialized_start=266
+  _globals['_LISTPROJECTSREQUEST']._serialized_end=326
+  _globals['_LISTPROJECTSRESPONSE']._serialized_start=328
+  _globals['_LISTPROJECTSRESPONSE']._serialized_end=416
+  _globals['_GETRUNREQUEST']._serialized_start=418
+  _globals['_GETRUNREQUEST']._serialized_end=447
+  _globals['_GETRUNRESPONSE']._serialized_start=449
+  _globals['_GETRUNRESPONSE']._serialized_end=497
+  _globals['_LISTRUNSREQUEST']._serialized_start=499
+  _globals['_LISTRUNSREQUEST']._serialized_end=571
+  _globals['_LISTRUNSRESPONSE']._serialized_start=573
+  _globals['_LISTRUNSRESPONSE']._serialized_end=649
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=651
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=687
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=689
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=758
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=761
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=892
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=894
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=991
+  _globals['_UPDATECHECKPOINTREQUEST']._serialized_start=993
+  _globals['_UPDATECHECKPOINTREQUEST']._serialized_end=1113
+  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_start=1115
+  _globals['_UPDATECHECKPOINTRESPONSE']._serialized_end=1187
+  _globals['_LISTRANKSREQUEST']._serialized_start=1189
+  _globals['_LISTRANKSREQUEST']._serialized_end=1262
+  _globals['_LISTRANKSRESPONSE']._serialized_start=1264
+  _globals['_LISTRANKSRESPONSE']._serialized_end=1367
+  _globals['_RANKINFO']._serialized_start=1369
+  _globals['_RANKINFO']._serialized_end=1469
+  _globals['_ALIAS']._serialized_start=1472
+  _globals['_ALIAS']._serialized_end=1725
+  _globals['_ALIAS_DIRECTION']._serialized_start=1649
+  _globals['_ALIAS_DIRECTION']._serialized_end=1725
+  _globals['_LISTALIASESREQUEST']._serialized_start=1727
+  _globals['_LISTALIASESREQUEST']._serialized_end=1802
+  _globals['_LISTALIASESRESPONSE']._serialized_start=1804
+  _globals['_LISTALIASESRESPONSE']._serialized_end=1888
+  _globals['_SETALIASREQUEST']._serialized_start=1890
+  _globals['_SETALIASREQUEST']._serialized_end=1958
+  _globals['_SETALIASRESPONSE']._serialized_start=1960
+  _globals['_SETALIASRESPONSE']._serialized_end=2014
+  _globals['_DELETEALIASREQUEST']._serialized_start=2016
+  _globals['_DELETEALIASREQUEST']._serialized_end=2065
+  _globals['_DELETEALIASRESPONSE']._serialized_start=2067
+  _globals['_DELETEALIASRESPONSE']._serialized_end=2088
+  _globals['_CATALOGSERVICE']._serialized_start=2091
+  _globals['_CATALOGSERVICE']._serialized_end=4812
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from shardbook.v1 import events_pb2 as _events_pb2
 from shardbook.v1 import retention_pb2 as _retention_pb2
+from shardbook.v1 import lineage_pb2 as _lineage_pb2
 from shardbook.v1 import types_pb2 as _types_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

@@ -6,6 +6,7 @@ import warnings
 
 from shardbook.v1 import catalog_pb2 as shardbook_dot_v1_dot_catalog__pb2
 from shardbook.v1 import events_pb2 as shardbook_dot_v1_dot_events__pb2
+from shardbook.v1 import lineage_pb2 as shardbook_dot_v1_dot_lineage__pb2
 from shardbook.v1 import retention_pb2 as shardbook_dot_v1_dot_retention__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
@@ -137,6 +138,26 @@ class CatalogServiceStub(object):
                 '/shardbook.v1.CatalogService/RecordFileDeletion',
                 request_serializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.FromString,
+                _registered_method=True)
+        self.AddLineage = channel.unary_unary(
+                '/shardbook.v1.CatalogService/AddLineage',
+                request_serializer=shardbook_dot_v1_dot_lineage__pb2.AddLineageRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_lineage__pb2.AddLineageResponse.FromString,
+                _registered_method=True)
+        self.RemoveLineage = channel.unary_unary(
+                '/shardbook.v1.CatalogService/RemoveLineage',
+                request_serializer=shardbook_dot_v1_dot_lineage__pb2.RemoveLineageRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_lineage__pb2.RemoveLineageResponse.FromString,
+                _registered_method=True)
+        self.ListLineage = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ListLineage',
+                request_serializer=shardbook_dot_v1_dot_lineage__pb2.ListLineageRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_lineage__pb2.ListLineageResponse.FromString,
+                _registered_method=True)
+        self.GetLineage = channel.unary_unary(
+                '/shardbook.v1.CatalogService/GetLineage',
+                request_serializer=shardbook_dot_v1_dot_lineage__pb2.GetLineageRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_lineage__pb2.GetLineageResponse.FromString,
                 _registered_method=True)
         self.WatchCheckpoints = channel.unary_stream(
                 '/shardbook.v1.CatalogService/WatchCheckpoints',
@@ -316,6 +337,36 @@ class CatalogServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddLineage(self, request, context):
+        """Says where a checkpoint comes from, or what evaluated it. The same again
+        changes nothing; an edge that would close a cycle is refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveLineage(self, request, context):
+        """Takes an edge back; one that is not there is no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLineage(self, request, context):
+        """Lists the edges of a checkpoint itself, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLineage(self, request, context):
+        """Returns all that a checkpoint comes from and all that came of it, as far
+        as asked, in one answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchCheckpoints(self, request, context):
         """Streams what happens, from a cursor on, for as long as the client listens.
         """
@@ -460,6 +511,26 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.RecordFileDeletion,
                     request_deserializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.SerializeToString,
+            ),
+            'AddLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddLineage,
+                    request_deserializer=shardbook_dot_v1_dot_lineage__pb2.AddLineageRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_lineage__pb2.AddLineageResponse.SerializeToString,
+            ),
+            'RemoveLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveLineage,
+                    request_deserializer=shardbook_dot_v1_dot_lineage__pb2.RemoveLineageRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_lineage__pb2.RemoveLineageResponse.SerializeToString,
+            ),
+            'ListLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLineage,
+                    request_deserializer=shardbook_dot_v1_dot_lineage__pb2.ListLineageRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_lineage__pb2.ListLineageResponse.SerializeToString,
+            ),
+            'GetLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLineage,
+                    request_deserializer=shardbook_dot_v1_dot_lineage__pb2.GetLineageRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_lineage__pb2.GetLineageResponse.SerializeToString,
             ),
             'WatchCheckpoints': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchCheckpoints,
@@ -1033,6 +1104,114 @@ class CatalogService(object):
             '/shardbook.v1.CatalogService/RecordFileDeletion',
             shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionRequest.SerializeToString,
             shardbook_dot_v1_dot_retention__pb2.RecordFileDeletionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/AddLineage',
+            shardbook_dot_v1_dot_lineage__pb2.AddLineageRequest.SerializeToString,
+            shardbook_dot_v1_dot_lineage__pb2.AddLineageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/RemoveLineage',
+            shardbook_dot_v1_dot_lineage__pb2.RemoveLineageRequest.SerializeToString,
+            shardbook_dot_v1_dot_lineage__pb2.RemoveLineageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ListLineage',
+            shardbook_dot_v1_dot_lineage__pb2.ListLineageRequest.SerializeToString,
+            shardbook_dot_v1_dot_lineage__pb2.ListLineageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/GetLineage',
+            shardbook_dot_v1_dot_lineage__pb2.GetLineageRequest.SerializeToString,
+            shardbook_dot_v1_dot_lineage__pb2.GetLineageResponse.FromString,
             options,
             channel_credentials,
             insecure,

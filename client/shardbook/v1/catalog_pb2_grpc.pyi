@@ -7,7 +7,7 @@ from typing import type_check_only
 import grpc
 import grpc.aio
 
-from shardbook.v1 import catalog_pb2, events_pb2, retention_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, lineage_pb2, retention_pb2
 
 class CatalogServiceStub:
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
@@ -31,6 +31,10 @@ class CatalogServiceStub:
     Prune: grpc.UnaryUnaryMultiCallable[retention_pb2.PruneRequest, retention_pb2.PruneResponse]
     ReportMissingData: grpc.UnaryUnaryMultiCallable[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse]
     RecordFileDeletion: grpc.UnaryUnaryMultiCallable[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse]
+    AddLineage: grpc.UnaryUnaryMultiCallable[lineage_pb2.AddLineageRequest, lineage_pb2.AddLineageResponse]
+    RemoveLineage: grpc.UnaryUnaryMultiCallable[lineage_pb2.RemoveLineageRequest, lineage_pb2.RemoveLineageResponse]
+    ListLineage: grpc.UnaryUnaryMultiCallable[lineage_pb2.ListLineageRequest, lineage_pb2.ListLineageResponse]
+    GetLineage: grpc.UnaryUnaryMultiCallable[lineage_pb2.GetLineageRequest, lineage_pb2.GetLineageResponse]
     WatchCheckpoints: grpc.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
     ClaimCheckpoint: grpc.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
     RenewClaim: grpc.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
@@ -61,6 +65,10 @@ class CatalogServiceAsyncStub:
     Prune: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.PruneRequest, retention_pb2.PruneResponse]
     ReportMissingData: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.ReportMissingDataRequest, retention_pb2.ReportMissingDataResponse]
     RecordFileDeletion: grpc.aio.UnaryUnaryMultiCallable[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse]
+    AddLineage: grpc.aio.UnaryUnaryMultiCallable[lineage_pb2.AddLineageRequest, lineage_pb2.AddLineageResponse]
+    RemoveLineage: grpc.aio.UnaryUnaryMultiCallable[lineage_pb2.RemoveLineageRequest, lineage_pb2.RemoveLineageResponse]
+    ListLineage: grpc.aio.UnaryUnaryMultiCallable[lineage_pb2.ListLineageRequest, lineage_pb2.ListLineageResponse]
+    GetLineage: grpc.aio.UnaryUnaryMultiCallable[lineage_pb2.GetLineageRequest, lineage_pb2.GetLineageResponse]
     WatchCheckpoints: grpc.aio.UnaryStreamMultiCallable[events_pb2.WatchCheckpointsRequest, events_pb2.WatchCheckpointsResponse]
     ClaimCheckpoint: grpc.aio.UnaryUnaryMultiCallable[events_pb2.ClaimCheckpointRequest, events_pb2.ClaimCheckpointResponse]
     RenewClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
@@ -169,6 +177,26 @@ class CatalogServiceServicer:
         request: retention_pb2.RecordFileDeletionRequest,
         context: grpc.aio.ServicerContext[retention_pb2.RecordFileDeletionRequest, retention_pb2.RecordFileDeletionResponse],
     ) -> Awaitable[retention_pb2.RecordFileDeletionResponse]: ...
+    def AddLineage(
+        self,
+        request: lineage_pb2.AddLineageRequest,
+        context: grpc.aio.ServicerContext[lineage_pb2.AddLineageRequest, lineage_pb2.AddLineageResponse],
+    ) -> Awaitable[lineage_pb2.AddLineageResponse]: ...
+    def RemoveLineage(
+        self,
+        request: lineage_pb2.RemoveLineageRequest,
+        context: grpc.aio.ServicerContext[lineage_pb2.RemoveLineageRequest, lineage_pb2.RemoveLineageResponse],
+    ) -> Awaitable[lineage_pb2.RemoveLineageResponse]: ...
+    def ListLineage(
+        self,
+        request: lineage_pb2.ListLineageRequest,
+        context: grpc.aio.ServicerContext[lineage_pb2.ListLineageRequest, lineage_pb2.ListLineageResponse],
+    ) -> Awaitable[lineage_pb2.ListLineageResponse]: ...
+    def GetLineage(
+        self,
+        request: lineage_pb2.GetLineageRequest,
+        context: grpc.aio.ServicerContext[lineage_pb2.GetLineageRequest, lineage_pb2.GetLineageResponse],
+    ) -> Awaitable[lineage_pb2.GetLineageResponse]: ...
     def WatchCheckpoints(
         self,
         request: events_pb2.WatchCheckpointsRequest,

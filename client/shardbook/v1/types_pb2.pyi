@@ -30,6 +30,14 @@ class FileDeletion(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FILE_DELETION_UNSPECIFIED: _ClassVar[FileDeletion]
     FILE_DELETION_BEGUN: _ClassVar[FileDeletion]
     FILE_DELETION_DONE: _ClassVar[FileDeletion]
+
+class LineageKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LINEAGE_KIND_UNSPECIFIED: _ClassVar[LineageKind]
+    LINEAGE_KIND_RESUMED_FROM: _ClassVar[LineageKind]
+    LINEAGE_KIND_FINE_TUNED_FROM: _ClassVar[LineageKind]
+    LINEAGE_KIND_CONVERTED_FROM: _ClassVar[LineageKind]
+    LINEAGE_KIND_EVALUATED_BY: _ClassVar[LineageKind]
 BLOB_KIND_UNSPECIFIED: BlobKind
 BLOB_KIND_TABLE: BlobKind
 BLOB_KIND_PLAN: BlobKind
@@ -43,6 +51,11 @@ CHECKPOINT_STATE_DELETED: CheckpointState
 FILE_DELETION_UNSPECIFIED: FileDeletion
 FILE_DELETION_BEGUN: FileDeletion
 FILE_DELETION_DONE: FileDeletion
+LINEAGE_KIND_UNSPECIFIED: LineageKind
+LINEAGE_KIND_RESUMED_FROM: LineageKind
+LINEAGE_KIND_FINE_TUNED_FROM: LineageKind
+LINEAGE_KIND_CONVERTED_FROM: LineageKind
+LINEAGE_KIND_EVALUATED_BY: LineageKind
 
 class AttemptKey(_message.Message):
     __slots__ = ("run", "part", "step", "session", "incarnation", "attempt", "world_size")
@@ -177,7 +190,7 @@ class Hold(_message.Message):
     def __init__(self, holder: _Optional[str] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., expire_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("labels", "metrics", "note", "writer")
+    __slots__ = ("labels", "metrics", "note", "writer", "origins")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -196,11 +209,21 @@ class Description(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     WRITER_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.ScalarMap[str, str]
     metrics: _containers.ScalarMap[str, float]
     note: str
     writer: Writer
-    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ...) -> None: ...
+    origins: _containers.RepeatedCompositeFieldContainer[Origin]
+    def __init__(self, labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ..., origins: _Optional[_Iterable[_Union[Origin, _Mapping[str, _Any]]]] = ...) -> None: ...
+
+class Origin(_message.Message):
+    __slots__ = ("kind", "source")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    kind: LineageKind
+    source: str
+    def __init__(self, kind: _Optional[_Union[LineageKind, str]] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Writer(_message.Message):
     __slots__ = ("host", "user", "job_id", "client_version", "torch_version", "git_commit")

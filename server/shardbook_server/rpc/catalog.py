@@ -8,9 +8,9 @@ from typing import Any
 import grpc.aio
 
 from shardbook.v1 import catalog_pb2 as pb
-from shardbook.v1 import events_pb2, retention_pb2
+from shardbook.v1 import events_pb2, lineage_pb2, retention_pb2
 from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
-from shardbook_server.rpc import convert, describing, events, limits, retaining
+from shardbook_server.rpc import convert, describing, events, limits, lineage, retaining
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
 from shardbook_server.service.services import Services
@@ -206,6 +206,48 @@ class CatalogHandlers(CatalogServiceServicer):
             "files", self._deletions.record_files, request.name, list(request.locations), done=request.done
         )
         return retention_pb2.RecordFileDeletionResponse(checkpoint=convert.checkpoint(checkpoint), sharing=sharing)
+
+    async def AddLineage(
+        self, request: lineage_pb2.AddLineageRequest, context: Context
+    ) -> lineage_pb2.AddLineageResponse:
+        """Says where a checkpoint comes from, or what evaluated it."""
+        edge = await self._bridge.write("lineage", self._services.lineage.add, lineage.edge_request(request))
+        return lineage_pb2.AddLineageResponse(edge=lineage.edge(edge))
+
+    async def RemoveLineage(
+        self, request: lineage_pb2.RemoveLineageRequest, context: Context
+    ) -> lineage_pb2.RemoveLineageResponse:
+        """Takes an edge back."""
+        removed = await self._bridge.write("lineage", self._services.lineage.remove, lineage.edge_request(request))
+        return lineage_pb2.RemoveLineageResponse(removed=removed)
+
+    async def ListLineage(
+        self, request: lineage_pb2.ListLineageRequest, context: Context
+    ) -> lineage_pb2.ListLineageResponse:
+        """Lists the edges of a checkpoint itself."""
+        page = await self._bridge.read(
+            self._services.lineage.list,
+            request.parent,
+            direction=lineage.direction(request.direction),
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return lineage_pb2.ListLineageResponse(
+            edges=[lineage.edge(view) for view in page.items], next_page_token=page.next_page_token
+        )
+
+    async def GetLineage(
+        self, request: lineage_pb2.GetLineageRequest, context: Context
+    ) -> lineage_pb2.GetLineageResponse:
+        """Returns all that a checkpoint comes from and all that came of it."""
+        found = await self._bridge.read(
+            self._services.lineage.get,
+            request.name,
+            direction=lineage.direction(request.direction),
+            max_depth=request.max_depth,
+            max_edges=request.max_edges,
+        )
+        return lineage.response(found)
 
     async def WatchCheckpoints(
         self, request: events_pb2.WatchCheckpointsRequest, context: Context

@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import catalog_pb2, types_pb2
+from shardbook_server.rpc import lineage
 from shardbook_server.service import aliases, views
 from shardbook_server.service.describing import Changes, Description, Writer
 
@@ -20,7 +21,8 @@ _WRITER = tuple(one.name for one in dataclasses.fields(Writer))
 def description(message: types_pb2.Description) -> Description:
     """Returns what a coordinator says of a checkpoint."""
     writer = Writer(**{name: getattr(message.writer, name) for name in _WRITER})
-    return Description(dict(message.labels), dict(message.metrics), message.note, writer)
+    labels, metrics = dict(message.labels), dict(message.metrics)
+    return Description(labels, metrics, message.note, writer, lineage.origins(message))
 
 
 def changes(request: catalog_pb2.UpdateCheckpointRequest) -> Changes:

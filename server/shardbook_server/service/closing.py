@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardbook.errors import FailedPreconditionError
+from shardbook_server.service import origins
 from shardbook_server.service.aliases import follow
 from shardbook_server.service.describing import Description
 from shardbook_server.service.descriptions import describe
@@ -109,6 +110,8 @@ def commit_attempt(
     live = checkpoint_rows.find_live(connection, part.id, checkpoint.step)
     check_not_superseded(checkpoint, live, recovered=recovered)
     events = [Event(EventKind.COMMITTED, part.id, checkpoint.id)]
+    # Before it takes the place of what it may come from.
+    origins.tell(connection, checkpoint, description.origins, now_us, recovered=recovered)
     takes_over = live is None or is_newer(checkpoint, live)
     if live is not None and takes_over:
         checkpoint_rows.supersede(connection, live.id)
@@ -125,6 +128,7 @@ def commit_attempt(
         size_bytes=folded.size_bytes,
         now_us=now_us,
     )
+    origins.adopt(connection, part.name, checkpoint, live=takes_over)
     if takes_over and moves_latest(connection, part, checkpoint):
         run_rows.set_latest(connection, part.id, checkpoint.id)
         events.append(Event(EventKind.LATEST_MOVED, part.id, checkpoint.id))

@@ -19,7 +19,7 @@ from shardbook.errors import (
     ShardbookError,
 )
 from shardbook_server.observer import SILENT, Observer
-from shardbook_server.service import present
+from shardbook_server.service import origins, present
 from shardbook_server.service.admission import MemoryBudget
 from shardbook_server.service.attempts import closed_error, disagreement, find_current, renew, row_key
 from shardbook_server.service.blobs import BlobService
@@ -126,6 +126,7 @@ class CommitService:
             part, row = _find(connection, key, recovered=recovered)
             is_new = row.state not in _PROVED
             if is_new:
+                origins.lock_for_commit(connection, part.name, row, description.origins)
                 self._judge(connection, key, row, now_us, recovered=recovered)
                 _require_complete(connection, row)
                 commit_attempt(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shardbook.core.description import check_labels, check_metrics, check_name, check_note
+from shardbook.core.lineage import Origin, check_origins
 from shardbook.errors import InvalidArgumentError
 from shardbook_server.service import checks
 
@@ -42,17 +43,20 @@ class Description:
         metrics: By name, finite.
         note: JSON text; empty for none.
         writer: Who and what wrote it.
+        origins: Where it comes from, each once.
     """
 
     labels: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     writer: Writer = NO_WRITER
+    origins: tuple[Origin, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", check_labels(self.labels))
         object.__setattr__(self, "metrics", check_metrics(self.metrics))
         object.__setattr__(self, "note", check_note(self.note))
+        object.__setattr__(self, "origins", check_origins(self.origins))
         for one in dataclasses.fields(self.writer):
             checks.check_label(getattr(self.writer, one.name), f"writer.{one.name}")
 

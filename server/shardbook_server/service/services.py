@@ -15,6 +15,7 @@ from shardbook_server.service.deletion import UNDELETE_S, DeletionService
 from shardbook_server.service.descriptions import DescriptionService
 from shardbook_server.service.events import EventService
 from shardbook_server.service.holds import HoldService
+from shardbook_server.service.lineage import LineageService
 from shardbook_server.service.metadata import MetadataService
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.progress import ProgressService
@@ -56,6 +57,7 @@ class Services:
     holds: HoldService
     deletions: DeletionService
     retention: RetentionService
+    lineage: LineageService
     events: EventService
     claims: ClaimService
 
@@ -94,6 +96,7 @@ def build_services(
         holds=HoldService(database),
         deletions=DeletionService(database, undelete_s=undelete_s),
         retention=RetentionService(database, undelete_s=undelete_s),
+        lineage=LineageService(database),
         events=EventService(database),
         claims=ClaimService(database),
     )

@@ -34,6 +34,7 @@ ASKING = {
     "metric": [REF, "loss=1.5"],
     "note": [REF, "a note"],
     "alias": ["production", REF],
+    "lineage": [REF],
     "tensors": [REF],
     "chunks": [REF, "model.w"],
     "diff": [REF, "llm/8b@20"],

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from shardbook.v1 import catalog_pb2, events_pb2, metadata_pb2, registration_pb2, retention_pb2
+from shardbook.v1 import catalog_pb2, events_pb2, lineage_pb2, metadata_pb2, registration_pb2, retention_pb2
 
 Handler = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -96,7 +96,7 @@ class ScriptedServer:
         self._server.stop(grace=None).wait(10)
 
     def _handler(self, method: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        module = next(file for file in (*_FILES, events_pb2) if hasattr(file, method.input_type.name))
+        module = next(file for file in (*_FILES, events_pb2, lineage_pb2) if hasattr(file, method.input_type.name))
         request_type = getattr(module, method.input_type.name)
 
         def unary(request: Any, context: grpc.ServicerContext) -> Any:
