@@ -6,13 +6,17 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from shardbook._side_by_side import side_by_side
 from shardbook.core.directory import DCP_METADATA, ROOT, is_prefix
 from shardbook.core.exported import FileFacts
 from shardbook.errors import InvalidArgumentError, ShardbookError, StorageError
 from shardbook.stores import encodable, normalized
+
+#: Filesystems of fsspec that have directories, and refuse to remove one that is not empty. Others have none, or remove
+#: what is in it as well: Arrow's, and so HDFS; and some take a bucket for one.
+_REFUSING: Final = frozenset({"file", "local", "memory", "sftp", "ssh", "smb", "ftp"})
 
 
 @contextmanager
@@ -97,11 +101,9 @@ class FsspecTree:
         return {str(name)[len(inside) + 1 :]: facts_of(info) for name, info in below.items()}
 
     def remove_empty(self, path: str) -> None:
-        # Object stores have no directories; others have those that somebody made.
         with suppress(Exception):
             for folder, _, _ in self._fs.walk(self._inside(path), topdown=False):
-                with suppress(Exception):
-                    self._fs.rmdir(str(folder))
+                self._remove_directory(str(folder))
 
     def names(self, path: str) -> list[str]:
         with storage_errors("list", path):
@@ -182,9 +184,14 @@ class FsspecTree:
         return True
 
     def remove_directory(self, path: str) -> None:
-        # Object stores have none, and say so in words of their own.
+        self._remove_directory(self._inside(path))
+
+    def _remove_directory(self, inside: str) -> None:
+        known = self._fs.protocol
+        if _REFUSING.isdisjoint((known,) if isinstance(known, str) else known):
+            return  # an empty directory that stays harms nobody
         with suppress(Exception):
-            self._fs.rmdir(self._inside(path))
+            self._fs.rmdir(inside)
 
     def flush(self, path: str) -> None:
         """Removals are durable when they are answered."""

@@ -112,10 +112,10 @@ def load(
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
     try:
         _load_into(state_dict, reader, metadata, planner, rank)
-    except Exception as error:
-        if storage_reader is not None or not is_absent(error) or not isinstance(metadata, LazyMetadata):
-            raise
-        _load_from_others(error, state_dict, metadata, planner, rank)
+    except _AbsentFileError as absent:
+        if storage_reader is not None or not isinstance(metadata, LazyMetadata):
+            raise absent.error from None
+        _load_from_others(absent.error, state_dict, metadata, planner, rank)
     if name is None and rank == 0:
         repair_directory(reader)
     if kind is not None and told is not None:
@@ -134,9 +134,8 @@ def _load_from_others(
         tell_elsewhere(CheckpointName.parse(name).ref if name else first, first, other)
         try:
             return _load_into(state_dict, storage_reader_for(None, other), metadata, planner, rank)
-        except Exception as another:
-            if not is_absent(another):
-                raise
+        except _AbsentFileError:
+            continue
     tell = getattr(metadata.source, "tell_lost", None)
     if tell is not None:
         tell()
@@ -236,21 +235,39 @@ def _nothing_there(files: CheckpointFiles | None, error: FileNotFoundError) -> N
     return NotFoundError(f"no checkpoint there: {error}")
 
 
+class _AbsentFileError(Exception):
+    """A data file of the checkpoint is not there. What a user's own object misses is none of its files.
+
+    Attributes:
+        error: What the reader raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def _load_into(
-    state_dict: dict[str, Any],
-    reader: Any,
-    metadata: Metadata,
-    planner: TorchLoadPlanner,
-    rank: int,
+    state_dict: dict[str, Any], reader: Any, metadata: Metadata, planner: TorchLoadPlanner, rank: int
 ) -> None:
-    """DCP's load with this rank's plan alone; sorted keys and stateful objects as in DCP."""
+    """DCP's load with this rank's plan alone; sorted keys and stateful objects as in DCP.
+
+    Raises:
+        _AbsentFileError: What is to be read is not there.
+    """
     keys = sorted(state_dict)
     values = {key: state_dict[key] for key in keys}
     plain = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in values.items()}
     plan, reader = _planned(plain, reader, metadata, planner, rank)
     plan = reader.prepare_local_plan(plan)
     plan = reader.prepare_global_plan(planner.create_global_plan([plan]))[0]
-    reader.read_data(planner.finish_plan(plan), planner).wait()
+    plan = planner.finish_plan(plan)
+    try:
+        reader.read_data(plan, planner).wait()
+    except Exception as error:
+        if is_absent(error):
+            raise _AbsentFileError(error) from error
+        raise
     for key, value in values.items():
         if isinstance(value, Stateful):
             value.load_state_dict(plain[key])

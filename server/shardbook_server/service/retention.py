@@ -151,10 +151,11 @@ class RetentionService:
         with self._database.write([run]) as connection:
             now_us = self._database.now_us(connection)
             wanted = [present.resolve(connection, name) for name in parsed]
+            asked_for = set(wanted)
             checkpoint_rows.lock_committed(connection, wanted)
             views = self._found(connection, wanted)
             for judged in self._judge(connection, place, policy, now_us):
-                asked = [one for one in judged.decisions if one.candidate.key in set(wanted)]
+                asked = [one for one in judged.decisions if one.candidate.key in asked_for]
                 gone = [one.candidate.key for one in asked if not one.keep]
                 if gone:
                     found = checkpoint_rows.find_by_ids(connection, gone)

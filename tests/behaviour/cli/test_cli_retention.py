@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
 import typer
 
 import shardbook
@@ -26,6 +28,7 @@ from tests.behaviour.cli.test_cli_verify import save_plainly
 from tests.behaviour.client.data_files import FILES, write_checkpoint
 from tests.behaviour.client.directories import identity
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 _numbers = itertools.count(1)
 
 
@@ -317,6 +320,27 @@ class TestLostData:
         with pytest.raises(Exception, match="__0_0"):
             dcp.load({"note.0": None}, f"{run}@2")
         assert [True, True, False] == [client.get_checkpoint(f"{run}@{step}").data_missing for step in (1, 2, 3)]
+
+    def test_a_file_that_a_user_object_misses_is_none_of_the_checkpoint(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """`latest` goes on to mean what is whole."""
+        torch_dcp.save({"model": {"w": torch.ones(4)}}, checkpoint_id=str(tmp_path / "step-1"), no_dist=True)
+        assert 0 == shardbook("import", str(tmp_path / "step-1"), "--run", run).code
+
+        class Model:
+            """Reads its vocabulary when it is loaded."""
+
+            def state_dict(self) -> dict[str, torch.Tensor]:
+                return {"w": torch.zeros(4)}
+
+            def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+                assert [1.0] * 4 == state["w"].tolist()
+                (tmp_path / "vocabulary").read_bytes()
+
+        with pytest.raises(FileNotFoundError, match="vocabulary"):
+            dcp.load({"model": Model()}, f"{run}@1")
+        assert not client.get_checkpoint(f"{run}@1").data_missing
 
 
 def shardbook_read(ref: str) -> np.ndarray:

@@ -7,10 +7,11 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shardbook._attempts import TreeFiles
 from shardbook._described import read_directory
@@ -281,3 +282,32 @@ class TestDirectories:
         """It would keep one."""
         with pytest.raises(InvalidArgumentError):
             plan_directories([tmp_path], RetentionPolicy(), now_us=NOW_US)
+
+
+class _Sweeping(MemoryFileSystem):  # type: ignore[misc]
+    """Takes along what is in a directory that it removes, as Arrow's filesystems do, and so HDFS."""
+
+    protocol = "sweeping"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("sweeping:/")))
+
+    def rmdir(self, path: str) -> None:
+        self.rm(path, recursive=True)
+
+
+def test_a_filesystem_that_removes_full_directories_is_not_asked_to(tmp_path: Path) -> None:
+    """Another attempt lies in the same directory."""
+    fsspec.register_implementation("sweeping", _Sweeping, clobber=True)
+    store = fsspec.filesystem("sweeping")
+    who, other = identity(attempt=2), identity(attempt=1)
+    for attempt in (other, who):
+        for name, content in write_checkpoint(tmp_path / attempt.prefix, attempt).items():
+            store.pipe_file(f"/bucket/step/{name}", content)
+    tree = open_tree("sweeping://bucket/step")
+    assert len(FILES) == remove(tree, doomed("sweeping://bucket/step", who))
+    tree.remove_empty("sweeping://bucket")
+    assert verify("sweeping://bucket/step").is_ok
