@@ -110,12 +110,15 @@ def load(
     if planner is None:
         planner = ShardbookLoadPlanner(weights_only=weights_only, strict=strict, allow_dtype_change=allow_dtype_change)
     rank = 0 if no_dist or not is_distributed() else dist.get_rank(process_group)
+    absent: Exception | None = None
     try:
         _load_into(state_dict, reader, metadata, planner, rank)
-    except _AbsentFileError as absent:
+    except _AbsentFileError as raised:
+        absent = raised.error
+    if absent is not None:
         if storage_reader is not None or not isinstance(metadata, LazyMetadata):
-            raise absent.error from None
-        _load_from_others(absent.error, state_dict, metadata, planner, rank)
+            raise absent
+        _load_from_others(absent, state_dict, metadata, planner, rank)
     if name is None and rank == 0:
         repair_directory(reader)
     if kind is not None and told is not None:
