@@ -15,6 +15,7 @@ from shardbook.cli.describing import Ref
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.deleting import DeletedFiles, check_reach, delete_files, list_files
+from shardbook.errors import InvalidArgumentError
 
 RM_EXAMPLES = """\b
 Examples:
@@ -60,9 +61,16 @@ def rm(
     """Delete a checkpoint from the catalogue, and with --delete-files its data.
 
     Its data stays where it is unless it is told otherwise, and until it is purged `shardbook undelete` brings it back.
-    A deletion of files that was interrupted is ended by the same command.
+    A deletion of files that was interrupted is ended by the same command: --delete-files takes no alias, which would
+    mean another checkpoint by then.
     """
     name = names.checkpoint_of(ref)
+    if delete_data and name.id.alias is not None and not dry_run:
+        raise InvalidArgumentError(
+            f"{name.ref} may mean another checkpoint when this is made again: name the one it means now, which "
+            f"`shardbook show {name.ref}` says, by its step",
+            field="name",
+        )
     client, config = client_of(server, timeout_s)
     if dry_run:
         listed = list_files(name, client=client, config=config)

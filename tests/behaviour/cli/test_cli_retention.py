@@ -91,6 +91,17 @@ class TestRm:
         assert 0 == shardbook("rm", f"{run}@1", "--delete-files").code
         assert 0 == shardbook("verify", f"{run}@2").code
 
+    def test_files_are_not_deleted_by_an_alias(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """The same command ends a deletion that was interrupted; by an alias it would begin another one."""
+        first, second = recorded(shardbook, tmp_path, run, 1, 2)
+        ran = shardbook("rm", f"{run}@latest", "--force", "--delete-files")
+        assert (2, True) == (ran.code, f"`shardbook show {run}@latest`" in ran.err)
+        assert [2, 1] == steps(shardbook, run)
+        assert first.exists()
+        assert second.exists()
+
     def test_latest_and_protected_ones_need_force_and_held_ones_refuse(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
     ) -> None:
