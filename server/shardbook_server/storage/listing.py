@@ -14,26 +14,13 @@ turn a page into a join of everything.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import islice
 from typing import Any, Final
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    FromClause,
-    Integer,
-    Select,
-    and_,
-    bindparam,
-    func,
-    literal_column,
-    or_,
-    select,
-    tuple_,
-)
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, literal_column, or_, select, tuple_
 from sqlalchemy.sql.selectable import NamedFromClause
 
 from shardbook_server.storage.dialect import unindexed
@@ -59,8 +46,6 @@ Key = tuple[str | int | float, ...]
 FEW: Final = 1_000
 #: Conditions that are asked for how many rows they hold.
 _ASKED: Final = 8
-#: Listings whose statements are kept.
-_KEPT: Final = 256
 #: Parts that are walked one by one and merged.
 _MERGED_PARTS: Final = 16
 #: As in ``shardbook.v1.CheckpointState``.
@@ -77,20 +62,10 @@ class OrderBy:
     descending: bool = False
 
 
-_NO_VALUES: Final[Mapping[Field, ColumnElement[Any]]] = {}
-
 #: Newest session and step first: an abandoned branch never hides the live one.
 NEWEST_STEP: Final = (OrderBy(_SESSION, descending=True), OrderBy(_STEP, descending=True))
 #: Newest first, where sessions of several runs mean nothing to each other.
 NEWEST: Final = (OrderBy(Field("create_time"), descending=True),)
-
-
-@dataclass(frozen=True)
-class _Ordered:
-    """Statements of a first page of ``count`` keys in order, and of one behind a key."""
-
-    first: Select[Any]
-    further: Select[Any]
 
 
 @dataclass(frozen=True)
@@ -125,20 +100,14 @@ class Listing:
 
 def page(connection: Connection, listing: Listing, after: Key | None, count: int) -> list[Key]:
     """Returns the keys of ``count`` rows behind ``after``, in order; the last value of each is a checkpoint's key."""
-    return _lister(connection.dialect.name, listing).page(connection, after, count)
-
-
-@lru_cache(maxsize=_KEPT)
-def _lister(dialect: str, listing: Listing) -> _Lister:
-    """Returns what reads a listing's pages: making its statements takes longer than the database does for a page."""
-    return _Lister(dialect, listing)
+    return _Lister(connection, listing).page(after, count)
 
 
 class _Lister:
-    """Statements of one listing, made when they are needed, and kept. Thread-safe: what is made twice is the same."""
+    """Reads pages of one listing. For one transaction."""
 
-    def __init__(self, dialect: str, listing: Listing) -> None:
-        self._dialect = dialect
+    def __init__(self, connection: Connection, listing: Listing) -> None:
+        self._connection = connection
         self._listing = listing
         #: Labels and metrics that the order needs, each a table of its own.
         self._values: dict[Field, NamedFromClause[Any]] = {
@@ -146,22 +115,18 @@ class _Lister:
             for one in listing.order
             if one.field.name in (LABELS, METRICS)
         }
-        self._lookups: dict[int, _Ordered] = {}
 
-    def page(self, connection: Connection, after: Key | None, count: int) -> list[Key]:
-        few, found = self._few(connection)
-        if found == 0:
+    def page(self, after: Key | None, count: int) -> list[Key]:
+        few, found = self._few()
+        if few is not None and found == 0:
             return []
-        statements = self._walks if few is None else [self._lookup(few)]
-        values: dict[str, Any] = {"count": count}
-        if few is not None:
-            values["few"] = FEW
-        if after is not None:
-            values |= {f"after_{at}": value for at, value in enumerate(after)}
-        pages = [
-            [tuple(row) for row in connection.execute(one.first if after is None else one.further, values).all()]
-            for one in statements
-        ]
+        if few is None:
+            columns = [column for column, _ in self._keys]
+            pages = [self._read(branch, columns, after, count) for branch in self._walks()]
+        else:
+            # Sorted when it is all there: or a planner might walk along the order, and look for those few.
+            matching = self._looked_up(few).cte("matching").prefix_with("MATERIALIZED")
+            pages = [self._read(select(matching), list(matching.c), after, count)]
         if len(pages) == 1:
             return pages[0]
         downs = [down for _, down in self._keys]
@@ -169,40 +134,26 @@ class _Lister:
 
     # ------------------------------------------------------------------ few match
 
-    def _few(self, connection: Connection) -> tuple[int | None, int]:
-        """Returns which condition the fewest rows may meet, if those are few, and how many."""
+    def _few(self) -> tuple[Select[Any] | None, int]:
+        """Returns the statement of the condition that the fewest rows may meet, if those are few, and how many."""
+        asked = list(islice(candidates(self._connection, self._listing.condition, self._listing.live), _ASKED))
+        place = self._place(checkpoints.c.part_id)
+        if not self._walks_parts and place is not None:
+            live = checkpoints.c.live.in_(self._listing.live)
+            asked.append(select(checkpoints.c.id).where(place, live))
         fewest, chosen = FEW, None
-        for at, (_, _, counting) in enumerate(self._asked):
-            found: int = connection.execute(counting, {"few": fewest + 1}).scalar_one()
+        for statement in asked:
+            bounded = statement.limit(fewest + 1).subquery()
+            found = self._connection.scalar(select(func.count()).select_from(bounded)) or 0
             if found <= fewest:
-                fewest, chosen = found, at
+                fewest, chosen = found, statement
                 if found == 0:
                     break
         return chosen, fewest
 
-    @cached_property
-    def _asked(self) -> list[tuple[Field | None, FromClause, Select[int]]]:
-        """Conditions that have an index: of which field, up to ``few`` keys that may meet it, and their count."""
-        listing = self._listing
-        asked: list[tuple[Field | None, Select[Any]]] = list(
-            islice(candidates(self._dialect, listing.condition, listing.live), _ASKED)
-        )
-        place = self._place(checkpoints.c.part_id)
-        if not self._walks_parts and place is not None:
-            asked.append((None, select(checkpoints.c.id).where(place, checkpoints.c.live.in_(listing.live))))
-        bounded = [(field, one.limit(bindparam("few", type_=Integer)).subquery()) for field, one in asked]
-        return [(field, found, select(func.count()).select_from(found)) for field, found in bounded]
-
-    def _lookup(self, at: int) -> _Ordered:
-        if at not in self._lookups:
-            field, found, _ = self._asked[at]
-            # Of a label or metric the value has been found too, and need not be looked up by the key of each.
-            values = {field: found.c.value} if field is not None and "value" in found.c else {}
-            looked_up = self._placed(self._base(values).join(found, next(iter(found.c)) == checkpoints.c.id))
-            # Sorted when it is all there: or a planner might walk along the order, and look for those few.
-            matching = looked_up.cte("matching").prefix_with("MATERIALIZED")
-            self._lookups[at] = self._ordered(select(matching), list(matching.c))
-        return self._lookups[at]
+    def _looked_up(self, few: Select[Any]) -> Select[Any]:
+        (found,) = few.limit(FEW).subquery().c
+        return self._placed(self._base().join(found.table, found == checkpoints.c.id))
 
     # ------------------------------------------------------------------ many match
 
@@ -215,13 +166,8 @@ class _Lister:
         fields = [one.field for one in order]
         return fields == [_SESSION, _STEP] or (len(fields) == 1 and fields[0].name == METRICS)
 
-    @cached_property
-    def _walks(self) -> list[_Ordered]:
-        """Statements that each walk along an index, and together find everything."""
-        columns = [column for column, _ in self._keys]
-        return [self._ordered(branch, columns) for branch in self._branches()]
-
-    def _branches(self) -> list[Select[Any]]:
+    def _walks(self) -> list[Select[Any]]:
+        """Returns statements that each walk along an index, and together find everything."""
         listing, first = self._listing, self._listing.order[0].field
         if self._walks_parts:
             column = self._values[first].c.part_id if first.name == METRICS else checkpoints.c.part_id
@@ -237,20 +183,15 @@ class _Lister:
         if self._listing.part_ids is not None and len(self._listing.part_ids) <= _MERGED_PARTS:
             return part_id.in_(self._listing.part_ids)
         if self._listing.places:
-            return part_id.in_(parts_where(self._dialect, list(self._listing.places)))
+            return part_id.in_(parts_where(self._connection, list(self._listing.places)))
         return None
 
     def _placed(self, statement: Select[Any]) -> Select[Any]:
-        place = self._place(unindexed(self._dialect, checkpoints.c.part_id))
+        place = self._place(unindexed(self._connection, checkpoints.c.part_id))
         return statement if place is None else statement.where(place)
 
-    def _base(self, found: Mapping[Field, ColumnElement[Any]] = _NO_VALUES, *, walks_all: bool = False) -> Select[Any]:
-        """Selects the key, from the tables that the order needs, of rows that meet the condition.
-
-        Args:
-            found: Columns that hold values of fields, beside those of the order.
-            walks_all: An index that begins with ``live`` is to be walked.
-        """
+    def _base(self, *, walks_all: bool = False) -> Select[Any]:
+        """Selects the key, from the tables that the order needs, of rows that meet the condition."""
         listing = self._listing
         columns = (column.label(f"key_{at}") for at, (column, _) in enumerate(self._keys))
         statement = select(*columns).select_from(checkpoints)
@@ -260,13 +201,13 @@ class _Lister:
             )
         if any(one.field.name == "part" for one in listing.order):
             # From parts to checkpoints, whichever SQLite takes to be fewer: that is their order.
-            statement = statement.join(parts, checkpoints.c.part_id == unindexed(self._dialect, parts.c.id))
+            statement = statement.join(parts, checkpoints.c.part_id == unindexed(self._connection, parts.c.id))
         if not listing.show_all:
             # Where other columns lead the way SQLite would rather walk through everything that is live.
-            live = checkpoints.c.live if walks_all else unindexed(self._dialect, checkpoints.c.live)
+            live = checkpoints.c.live if walks_all else unindexed(self._connection, checkpoints.c.live)
             statement = statement.where(live == literal_column("1"))
         if listing.condition is not None:
-            statement = statement.where(predicate(self._dialect, listing.condition, {**self._at_hand, **found}))
+            statement = statement.where(predicate(self._connection, listing.condition, self._at_hand))
         return statement
 
     @property
@@ -294,16 +235,19 @@ class _Lister:
         own = self._values[first.field].c.checkpoint_id if first.field in self._values else checkpoints.c.id
         return [*keys, (own, last.descending)]
 
-    def _ordered(self, statement: Select[Any], columns: Sequence[ColumnElement[Any]]) -> _Ordered:
+    def _read(
+        self, statement: Select[Any], columns: Sequence[ColumnElement[Any]], after: Key | None, count: int
+    ) -> list[Key]:
         downs = [down for _, down in self._keys]
         order = (column.desc() if down else column.asc() for column, down in zip(columns, downs, strict=True))
-        first = statement.order_by(*order).limit(bindparam("count", type_=Integer))
-        return _Ordered(first, first.where(_behind(columns, downs)))
+        if after is not None:
+            statement = statement.where(_behind(columns, downs, after))
+        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count)).all()]
 
 
-def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool]) -> ColumnElement[bool]:
-    """Returns the condition that a row comes behind the one whose key is bound as ``after_0``, ``after_1``, ..."""
-    values = [bindparam(f"after_{at}", type_=column.type) for at, column in enumerate(columns)]
+def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool], after: Key) -> ColumnElement[bool]:
+    """Returns the condition that a row comes behind another one."""
+    values = [literal(value, column.type) for column, value in zip(columns, after, strict=True)]
     if len(set(downs)) == 1:
         mine, other = tuple_(*columns), tuple_(*values)
         behind: ColumnElement[bool] = mine < other if downs[0] else mine > other
