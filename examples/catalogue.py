@@ -131,6 +131,8 @@ def tell(session: Session, known: Known) -> None:
     find(session, known)
     describe(session, known)
     compare(session, known)
+    trace(session, known)
+    keep(session, known)
     follow(session, known)
 
 
@@ -181,6 +183,33 @@ def compare(session: Session, known: Known) -> None:
     session.type(f"diff {run}@{REAL_STEP} {run}@{REAL_STEP + 100}", r"world size", code=1)
     session.type(f"chunks {run}@{REAL_STEP} model.layers.0.self_attn.q_proj.weight", r"8 of 8 chunks")
     session.type("du", r"llm/")
+
+
+def trace(session: Session, known: Known) -> None:
+    """Where checkpoints come from, and what became of them."""
+    session.title("Where does it come from?")
+    run, newest = known.run, f"{known.run}@{REAL_STEP}"
+    session.type(f"lineage {newest} fine-tuned-from {run}@100", r"fine-tuned")
+    session.type(f"lineage {newest} evaluated-by mmlu-5shot", r"mmlu")
+    session.type(f"lineage {newest}", rf"{run}@100\b[\s\S]*mmlu-5shot|mmlu-5shot[\s\S]*{run}@100\b")
+    session.type(f"lineage {run}@100 fine-tuned-from {newest}", r"cycle", code=1)
+
+
+def keep(session: Session, known: Known) -> None:
+    """What is kept, held, deleted and brought back."""
+    session.title("What may go?")
+    run = known.run
+    session.type(f"hold {run}@200 --ttl 2h --name eval", r"eval")
+    session.type(
+        f"policy {run} --keep-last 5 --keep-every 1000 --keep-best 2 --metric val_loss --min", r"keep last +5\b"
+    )
+    session.type(f"prune {run} --dry-run --all", r"held by eval")
+    session.type(f"rm {run}@200", r"held", code=1)
+    session.type(f"release {run}@200 --name eval", r"not held")
+    session.type(f"rm {run}@200", r"undelete")
+    session.type(f"ls {run} -f 'step = 200'", r"no such checkpoint")
+    session.type(f"undelete {run}@200", rf"{run}@200\b")
+    session.type(f"move {run} --to archive --dry-run", r"SHARDBOOK_STORES=archive", code=2)
 
 
 def follow(session: Session, known: Known) -> None:

@@ -93,7 +93,8 @@ def running_postgres() -> Iterator[Postgres]:
     else:
         # Nothing looks at tables in the middle of a test: which plans it then has would be chance. With a database for
         # each test, the workers of autovacuum would follow each other without a pause, too.
-        cluster = Cluster({"autovacuum": "off"})
+        # It is in memory, and so is its log.
+        cluster = Cluster({"autovacuum": "off", "max_wal_size": "128MB", "min_wal_size": "32MB"})
         try:
             yield Postgres(cluster.url)
         finally:

@@ -35,6 +35,7 @@ from shardbook.core.fold import FoldedAttempt
 from shardbook.core.lineage import LineageKind, Origin, check_end
 from shardbook.core.names import DEFAULT_PART, CheckpointId, CheckpointName, PartName, RunName
 from shardbook.errors import (
+    AlreadyExistsError,
     DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
@@ -358,6 +359,8 @@ def _recorded(client: Client, found: _Found, result: ImportedCheckpoint, *, is_d
     if known is not None and known.state is CheckpointState.DELETED:
         return replace(result, outcome=ImportOutcome.PRESENT, message="it was deleted from the catalogue")
     was_there = known is not None and known.state is CheckpointState.COMMITTED
+    if was_there and known is not None and found.place.location not in known.locations:
+        raise AlreadyExistsError("the catalogue has it elsewhere", field="location.location")
     if is_dry:
         outcome = ImportOutcome.PRESENT if was_there else ImportOutcome.PLANNED
         return replace(result, outcome=outcome)

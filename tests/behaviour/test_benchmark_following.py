@@ -66,7 +66,7 @@ def test_what_claimants_got_wrong_is_counted(lines: list[str], work: Work) -> No
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-@pytest.mark.soak_with("postgres")
+@pytest.mark.soak  # in make test: tests/faults/test_watchers.py
 def test_no_event_is_lost_and_no_checkpoint_left_out(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rule: real servers, writers and watchers: each hears all that it has to, reconnecting ones too."""
     report = Report("following")

@@ -117,6 +117,7 @@ def test_a_save_process_is_killed_in_mid_write(
     assert {1: CheckpointState.FAILED, 2: CheckpointState.COMMITTED} == states
 
 
+@pytest.mark.soak
 def test_a_save_process_is_killed_when_the_others_need_it_no_more(
     pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_save_process_is_killed_when_the_others_need_it_no_more(
     assert CheckpointState.COMMITTED is found.state
 
 
+@pytest.mark.soak
 def test_an_idle_save_process_is_killed(pool: RankPool, either_server: ServerProcess, run: str, tmp_path: Path) -> None:
     """Nobody notices."""
     start = {"run": run, "server": either_server.address}

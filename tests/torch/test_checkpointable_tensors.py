@@ -52,6 +52,7 @@ def _async(kind: AsyncCheckpointerType, path: Path) -> None:
     response.upload_completion.result()
 
 
+@pytest.mark.soak_with("process")
 @pytest.mark.parametrize(
     "save",
     [

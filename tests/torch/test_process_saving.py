@@ -59,6 +59,7 @@ def test_a_process_saves_what_a_thread_saves(
     assert [NOTHING, NOTHING] == reports
 
 
+@pytest.mark.soak
 def test_saves_in_a_row_with_one_writer_and_planner(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """Each saves what the tensors were when it began: the save process has copies of writer and planner."""
     saved = pool.run(process_jobs.save_in_a_row, str(tmp_path), {"run": run, "server": server}, world_size=2)
@@ -70,6 +71,7 @@ def test_saves_in_a_row_with_one_writer_and_planner(pool: RankPool, server: str,
     assert 3 == Client(server).get_checkpoint(f"{run}@latest").step
 
 
+@pytest.mark.soak
 def test_ranks_save_parts_in_different_orders(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """Saves run side by side in a save process, so none waits for one that another rank makes later."""
     start = {"run": run, "server": server}
@@ -86,6 +88,7 @@ def test_a_submesh_saves_alone(pool: RankPool, server: str, run: str, tmp_path: 
     assert [{path: []}] == pool.run(jobs.load, "objects", [path], world_size=1)
 
 
+@pytest.mark.soak
 def test_what_cannot_travel_fails_on_all_ranks_at_once(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """Typed and named where it is, ``RANK_FAILED`` on the others; nothing was written, and the next save is fine."""
     start = {"run": run, "server": server}
@@ -101,6 +104,7 @@ def test_what_cannot_travel_fails_on_all_ranks_at_once(pool: RankPool, server: s
     assert [] == list(tmp_path.glob("step-1/*/*.distcp"))
 
 
+@pytest.mark.soak
 def test_options_say_how_a_save_is_to_end(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """``wait``, ``export_metadata`` and ``timeout_s`` are those of ``save``."""
     start = {"run": run, "server": server}
@@ -112,6 +116,7 @@ def test_options_say_how_a_save_is_to_end(pool: RankPool, server: str, run: str,
     assert not (tmp_path / "step-2" / ".metadata").exists()
 
 
+@pytest.mark.soak
 def test_a_forked_child_is_refused(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """It would answer for its parent; and what it does on its way out harms no save of the parent's."""
     told = pool.run(process_jobs.save_in_fork, {"run": run, "server": server}, str(tmp_path), world_size=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardbook
-from shardbook import _describing, _lineage, _reading, _retaining, _saving, _watching, errors
+from shardbook import _describing, _lineage, _moving, _reading, _retaining, _saving, _watching, errors
 from shardbook._transport import Rpc, StreamRpc
 from shardbook.client import Client
 from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
@@ -56,7 +56,7 @@ def test_client_knows_every_call() -> None:
     }
     known = [
         value.name
-        for module in (_saving, _reading, _describing, _lineage, _retaining, _watching)
+        for module in (_saving, _reading, _describing, _lineage, _moving, _retaining, _watching)
         for value in vars(module).values()
         if isinstance(value, Rpc | StreamRpc)
     ]

@@ -260,16 +260,23 @@ def _check_room(connection: Connection, ends: Ends, kind: LineageKind) -> None:
         )
 
 
+def _ref(name: str) -> str:
+    """Returns the short form of what means a checkpoint."""
+    return CheckpointName.parse(name).ref
+
+
 def _check_no_cycle(connection: Connection, ends: Ends, request: EdgeRequest) -> None:
     if ends.parent_id is None or ends.child_id is None:
         return
     if ends.parent_id == ends.child_id:
         raise FailedPreconditionError(
-            f"{request.subject} and {request.object} are the same checkpoint", reason="LINEAGE_CYCLE", field="object"
+            f"{_ref(request.subject)} and {_ref(request.object)} are the same checkpoint",
+            reason="LINEAGE_CYCLE",
+            field="object",
         )
     found = lineage_rows.ancestors(connection, ends.parent_id, limits.MAX_ANCESTORS)
     if ends.child_id in found:
-        older, younger = request.object, request.subject
+        older, younger = _ref(request.object), _ref(request.subject)
         if request.kind is LineageKind.EVALUATED_BY:
             older, younger = younger, older
         raise FailedPreconditionError(
@@ -280,7 +287,7 @@ def _check_no_cycle(connection: Connection, ends: Ends, request: EdgeRequest) ->
         )
     if len(found) > limits.MAX_ANCESTORS:
         raise InvalidArgumentError(
-            f"{request.object} comes from more than {limits.MAX_ANCESTORS} checkpoints, the limit",
+            f"{_ref(request.object)} comes from more than {limits.MAX_ANCESTORS} checkpoints, the limit",
             reason="LIMIT_EXCEEDED",
             field="object",
         )

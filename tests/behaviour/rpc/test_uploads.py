@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import pytest
 
@@ -50,6 +50,7 @@ def test_of_many_replicas_one_is_asked_for_their_plan(api: Api, fresh: str) -> N
             pool.submit(api.registration.PlanSave, job.plan_request(rank, what, wait_s=15), timeout=DEADLINE_S)
             for rank in range(24)
         ]
+        wait(asked, 10, FIRST_COMPLETED)
         time.sleep(0.5)
         told = [call for call in asked if call.done()]
         assert [UNKNOWN] == [call.result().state for call in told]

@@ -354,6 +354,7 @@ class Edges(RuleBasedStateMachine):
         return ends
 
 
+@pytest.mark.soak_with("postgres")
 def test_edges_never_close_a_cycle(services: Services) -> None:
     """A state machine of adds and removes; each run of it has checkpoints of its own."""
     numbers = itertools.count(1)
