@@ -119,6 +119,7 @@ class TestWhatIsKept:
             assert 8 == len(columns.located.checksum)
             assert [] == wrong_sums(columns, path)
 
+    @pytest.mark.soak_with("AsyncCheckpointerType.PROCESS")
     @pytest.mark.parametrize("executor", AsyncCheckpointerType)
     def test_saves_in_the_background_keep_them_too(
         self, session: dcp.Session, tmp_path: Path, executor: AsyncCheckpointerType

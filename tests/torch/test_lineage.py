@@ -67,6 +67,7 @@ def test_init_takes_what_the_catalogue_does_not_have(server: str, run: str, tmp_
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.soak_with("AsyncCheckpointerType.PROCESS")
 @pytest.mark.parametrize("executor", list(AsyncCheckpointerType))
 def test_saves_in_the_background_say_it_once(
     session: dcp.Session, server: str, tmp_path: Path, executor: AsyncCheckpointerType

@@ -80,6 +80,7 @@ def test_ranks_save_parts_in_different_orders(pool: RankPool, server: str, run: 
     assert ["COMMITTED", "COMMITTED"] == second
 
 
+@pytest.mark.soak
 def test_a_submesh_saves_alone(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:
     """The place among the ranks is the trainer's in its group, not what the environment says."""
     path, start = str(tmp_path / "step-1"), {"run": run, "server": server}
@@ -158,6 +159,7 @@ def test_one_process_alone(
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.soak
 def test_a_session_that_begins_in_the_save_process(server: str, run: str, tmp_path: Path) -> None:
     """``init`` met an outage: the first save asks for the number, and the trainer keeps the lease."""
     config = ClientConfig(server=server)
