@@ -33,23 +33,8 @@ from shardbook_server.storage.database import Database
 _SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Ran:
-    """What a command did.
-
-    Attributes:
-        code: Exit code.
-        out: What it wrote to stdout.
-        err: What it wrote to stderr.
-    """
-
-    code: int
-    out: str
-    err: str
-
-
 #: Runs ``shardbook`` with some arguments.
-Runner = Callable[[Sequence[str]], Ran]
+Runner = Callable[[Sequence[str]], subprocess.CompletedProcess[str]]
 
 
 class Session:
@@ -87,22 +72,22 @@ class Session:
         began_s = time.monotonic()
         ran = self._run(shlex.split(command))
         took_s = time.monotonic() - began_s
-        told = (ran.out + ran.err).rstrip().splitlines()
+        told = (ran.stdout + ran.stderr).rstrip().splitlines()
         for line in told[:_SHOWN]:
             print(f"  {line[:150].rstrip()}")
         if len(told) > _SHOWN:
             print(f"  ... {len(told) - _SHOWN} more lines")
-        print(f"  [{took_s:.2f} s, exit {ran.code}]", flush=True)
+        print(f"  [{took_s:.2f} s, exit {ran.returncode}]", flush=True)
         self.command_count += 1
         self.slowest_s = max(self.slowest_s, took_s)
-        count = sum(1 for line in ran.out.splitlines()[1:] if not line.startswith("only the first"))
-        if ran.code != code:
-            raise SystemExit(f"FAILED: exit code {ran.code}, not {code}")
-        if not re.search(says, ran.out + ran.err, re.MULTILINE):
+        count = sum(1 for line in ran.stdout.splitlines()[1:] if not line.startswith("only the first"))
+        if ran.returncode != code:
+            raise SystemExit(f"FAILED: exit code {ran.returncode}, not {code}")
+        if not re.search(says, ran.stdout + ran.stderr, re.MULTILINE):
             raise SystemExit(f"FAILED: it does not say {says!r}")
         if rows is not None and rows != count:
             raise SystemExit(f"FAILED: {count} rows, not {rows}")
-        return ran.out
+        return ran.stdout
 
 
 @dataclass(frozen=True)
@@ -267,11 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shardbook(words: Sequence[str], address: str) -> Ran:
+def _shardbook(words: Sequence[str], address: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "SHARDBOOK_SERVER": address, "COLUMNS": "150"}
     command = [sys.executable, "-m", "shardbook.cli", *words]
-    ran = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
-    return Ran(ran.returncode, ran.stdout, ran.stderr)
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.behaviour.rpc.api import Api, api_of
 from tests.databases import Databases
 from tests.faults.server import ServerProcess
 from tests.torch.harness import RankPool
@@ -40,6 +41,21 @@ def either_server(tmp_path_factory: pytest.TempPathFactory, module_databases: Da
     """The same over a database of either kind."""
     with ServerProcess(tmp_path_factory.mktemp("server"), module_databases.new()) as running:
         yield running
+
+
+@pytest.fixture
+def server(either_server: ServerProcess) -> Iterator[ServerProcess]:
+    """A server that ends where a test says; without faults again after the test."""
+    yield either_server
+    if either_server.has_ended or either_server.failpoints:
+        either_server.restart()
+
+
+@pytest.fixture
+def api(either_server: ServerProcess) -> Iterator[Api]:
+    """Calls without retries."""
+    with api_of(either_server.address) as calls:
+        yield calls
 
 
 _numbers = itertools.count(1)

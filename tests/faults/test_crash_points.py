@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from shardbook.sync import SyncOutcome, sync_directories
 from shardbook.v1 import registration_pb2 as pb
 from shardbook_server.failpoints import EXIT_CODE
 from tests.behaviour.client.directories import CheckpointDirectory, identity
-from tests.behaviour.rpc.api import DEADLINE_S, Api, Job, api_of
+from tests.behaviour.rpc.api import DEADLINE_S, Api, Job
 from tests.faults import hurt
 from tests.faults.server import ServerProcess
 from tests.faults.validators import (
@@ -27,21 +27,6 @@ from tests.faults.validators import (
     p9_save_outlives_service,
 )
 from tests.torch.harness import RankPool
-
-
-@pytest.fixture
-def server(either_server: ServerProcess) -> Iterator[ServerProcess]:
-    """A server that ends where a test says; without faults again after the test."""
-    yield either_server
-    if either_server.has_ended or either_server.failpoints:
-        either_server.restart()
-
-
-@pytest.fixture
-def api(either_server: ServerProcess) -> Iterator[Api]:
-    """Calls without retries."""
-    with api_of(either_server.address) as calls:
-        yield calls
 
 
 def _crash(server: ServerProcess, api: Api, call: Callable[[], object], failpoints: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from shardbook.verifying import verify
 from shardbook_server.failpoints import EXIT_CODE
 from tests.behaviour.client.data_files import write_checkpoint
 from tests.behaviour.client.directories import identity
-from tests.behaviour.rpc.api import DEADLINE_S, Api, api_of
+from tests.behaviour.rpc.api import DEADLINE_S, Api
 from tests.faults.server import ServerProcess
 
 #: Deletes the files of a checkpoint, and is killed when some of them are gone.
@@ -39,21 +39,6 @@ client = Client(sys.argv[1])
 client.delete_checkpoint(sys.argv[2], delete_files=True)
 delete_files(sys.argv[2], client=client, config=ClientConfig(), progress=kill)
 """
-
-
-@pytest.fixture
-def server(either_server: ServerProcess) -> Iterator[ServerProcess]:
-    """A server that ends where a test says; without faults again after the test."""
-    yield either_server
-    if either_server.has_ended or either_server.failpoints:
-        either_server.restart()
-
-
-@pytest.fixture
-def api(either_server: ServerProcess) -> Iterator[Api]:
-    """Calls without retries."""
-    with api_of(either_server.address) as calls:
-        yield calls
 
 
 def recorded(client: Client, folder: Path, run: str) -> list[Checkpoint]:

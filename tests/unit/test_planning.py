@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 
-from shardbook.core import election, limits, planned, planning
+from shardbook.core import election, limits, planned, planning, ragged
 from shardbook.core.columns import BoolArray
 from shardbook.core.planning import decide
 from shardbook.core.structure import RankPlan
@@ -173,7 +173,7 @@ def test_ranks_without_a_common_name_are_decided_about_apart(first: list[list[It
     """Pipeline stages cost the memory of one of them, and what one does changes nothing for the others."""
     stage = [[replace(item, fqn=f"stage1.{item.fqn}") for item in items] for items in second]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_ITEMS_AT_ONCE", 1)
+        patch.setattr(planning, "ITEMS_AT_ONCE", 1)
         together = _decide([*first, *stage])
         assert _decide(first) == together[: len(first)]
     count = Counter(item for items in together for item in items)
@@ -189,8 +189,8 @@ def test_however_many_entries_are_looked_at_at_a_time(
     index = np.array(data.draw(st.lists(st.integers(0, len(plans) - 1), min_size=1, max_size=7)))
     whole = decide(plans, index, save_to_lowest_rank=save_to_lowest_rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "_ITEMS_AT_ONCE", 1)
-        patch.setattr(planning, "_PART_COUNT", 1_000)
+        patch.setattr(planning, "ITEMS_AT_ONCE", 1)
+        patch.setattr(ragged, "_PART_COUNT", 1_000)
         in_parts = decide(plans, index, save_to_lowest_rank=save_to_lowest_rank)
     assert [drop.tolist() for drop in whole] == [drop.tolist() for drop in in_parts]
 

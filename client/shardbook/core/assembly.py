@@ -31,19 +31,17 @@ from shardbook.core.geometry import Sweeps, UndecidedError, Verdict, judge
 from shardbook.core.grid import prove_even
 from shardbook.core.head import Head
 from shardbook.core.merge import World, merge_key_paths
-from shardbook.core.ragged import bounds_of, rows_of, within_group
+from shardbook.core.ragged import bounds_of, part_items, rows_of, within_group
 from shardbook.core.structure import RankStructure
 from shardbook.core.table import EntryKind, printable
 from shardbook.errors import InvalidArgumentError
 
-#: Items of a part, at least: below, numpy's calls cost more than their work.
-_ITEMS_AT_ONCE: Final = 1 << 20
-#: Most parts, but for those that a large entry makes: each goes through the structures of all ranks.
-_PART_COUNT: Final = 16
+#: Items that are worked on at a time, at least.
+ITEMS_AT_ONCE: Final = 1 << 20
 
 
 def assemble(
-    structures: Sequence[RankStructure], rank_index: Int64Array, *, at_once: int = _ITEMS_AT_ONCE
+    structures: Sequence[RankStructure], rank_index: Int64Array, *, at_once: int = ITEMS_AT_ONCE
 ) -> CheckpointStructure:
     """Returns the checkpoint that the ranks' structures make together.
 
@@ -63,11 +61,6 @@ def assemble(
     return replace(checkpoint, warnings=assembly.head.warnings)
 
 
-def part_items(item_count: int) -> int:
-    """Returns how many of so many items are worked on at a time, but for a tensor that has more by itself."""
-    return min(item_count, max(_ITEMS_AT_ONCE, item_count // _PART_COUNT))
-
-
 class Assembly:
     """The checkpoint that the ranks' structures make together, some entries at a time. Not thread-safe.
 
@@ -75,12 +68,12 @@ class Assembly:
     """
 
     def __init__(
-        self, structures: Sequence[RankStructure], rank_index: Int64Array, *, at_once: int = _ITEMS_AT_ONCE
+        self, structures: Sequence[RankStructure], rank_index: Int64Array, *, at_once: int = ITEMS_AT_ONCE
     ) -> None:
         """Looks at what there is; nothing is judged yet."""
         world = World.of(structures, rank_index)
         self._kept = Kept.of(world)
-        self._at_once = max(at_once, len(self._kept.row) // _PART_COUNT)
+        self._at_once = part_items(len(self._kept.row), at_once)
         self._rank_files = world.rank_files()
         self._key_paths = merge_key_paths(world)
         self._findings = Findings()
@@ -166,9 +159,8 @@ class _Warnings:
 
     def add(self, chunks: Chunks, unlike: BoolArray, disagrees: BoolArray) -> None:
         """Adds those of the entries of ``chunks``; further arguments as ``_find_unlike`` returns them."""
-        row = chunks.kept.row[chunks.order]
         tolerated = np.zeros_like(disagrees)
-        tolerated[chunks.declared.entry[row[unlike[row]]]] = True
+        tolerated[chunks.declared.entry[chunks.row[unlike[chunks.row]]]] = True
         entries = np.flatnonzero(tolerated & ~disagrees).tolist()
         self._count += len(entries)
         self._texts += (
@@ -185,9 +177,8 @@ def _find_unlike(chunks: Chunks) -> tuple[BoolArray, BoolArray]:
     unlike_row = declared.differs(np.arange(len(winner_row)), winner_row)
     # Two whole tensors: DCP lets one rank's count, and so do we.
     whole_row = (declared.kinds == EntryKind.TENSOR) & (declared.kinds[winner_row] == EntryKind.TENSOR)
-    row = chunks.kept.row[chunks.order]
     disagrees = np.zeros(len(chunks.counts), dtype=np.bool_)
-    disagrees[declared.entry[row[(unlike_row & ~whole_row)[row]]]] = True
+    disagrees[declared.entry[chunks.row[(unlike_row & ~whole_row)[chunks.row]]]] = True
     return unlike_row, disagrees
 
 

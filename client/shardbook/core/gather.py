@@ -49,14 +49,11 @@ class Kept:
             world.structures, bases, firsts.tolist(), firsts[1:].tolist(), strict=False
         ):
             np.add(structure.plan.entry[_kept(structure, slice(None))], base, out=row[first:end])
-        counts = np.zeros(len(declared.fqns), dtype=np.int64)
-        np.add.at(counts, declared.entry, np.bincount(row, minlength=len(declared.entry)))
-        return cls(world, declared, row, firsts, counts)
+        return cls(world, declared, row, firsts, declared.count(row))
 
     def part(self, first: int, end: int) -> Chunks:
         """Returns the items of the entries from ``first`` up to ``end``."""
-        of_row = (self.declared.entry >= first) & (self.declared.entry < end)
-        items = np.arange(len(self.row)) if of_row.all() else np.flatnonzero(of_row[self.row])
+        items = self.declared.within(self.row, first, end)
         counts = np.zeros_like(self.counts)
         counts[first:end] = self.counts[first:end]
         order = _stable_order(self.declared.entry[self.row[items]] - first, end - first)
@@ -100,6 +97,11 @@ class Chunks:
         return self.items[self.picked]
 
     @cached_property
+    def row(self) -> Int64Array:
+        """(N,) declared row of each item selected."""
+        return self.kept.row[self.order]
+
+    @cached_property
     def firsts(self) -> Int64Array:
         """(T + 1,) where each entry begins in ``order``, and N."""
         return firsts_of(self.counts)
@@ -109,7 +111,7 @@ class Chunks:
         """(T,) the declared row whose word counts: that of an entry's first item, else the lowest rank's."""
         winner_row = self.declared.first_row.copy()
         held = self.counts > 0
-        winner_row[held] = self.kept.row[self.order[self.firsts[:-1][held]]]
+        winner_row[held] = self.row[self.firsts[:-1][held]]
         return winner_row
 
     @property

@@ -111,6 +111,17 @@ class Declared:
     ndims: Int64Array
     shapes: Int64Array
 
+    def count(self, row: Int64Array) -> Int64Array:
+        """Returns (T,) the items of each entry, of items that have the rows ``row`` (N,)."""
+        counts = np.zeros(len(self.fqns), dtype=np.int64)
+        np.add.at(counts, self.entry, np.bincount(row, minlength=len(self.entry)))
+        return counts
+
+    def within(self, row: Int64Array, first: int, end: int) -> Int64Array:
+        """Returns the numbers of those items, climbing, whose entries are from ``first`` up to ``end``."""
+        of_row = (self.entry >= first) & (self.entry < end)
+        return np.arange(len(row)) if of_row.all() else np.flatnonzero(of_row[row])
+
     def differs(self, row: Int64Array, other: Int64Array) -> BoolArray:
         """Returns whether each of ``row`` and ``other`` declare unlike tensors: kind, dtype or shape."""
         unlike: BoolArray = (

@@ -45,9 +45,7 @@ class Items:
         firsts = firsts_of(np.array([plan.item_count for plan in plans], dtype=np.int64))
         row = np.concatenate([plan.entry for plan in plans])
         row += np.repeat(declared.bases[table_of], np.diff(firsts))
-        counts = np.zeros(len(declared.fqns), dtype=np.int64)
-        np.add.at(counts, declared.entry, np.bincount(row, minlength=len(declared.entry)))
-        return cls(plans, declared, row, firsts, counts)
+        return cls(plans, declared, row, firsts, declared.count(row))
 
     @cached_property
     def row_hashes(self) -> UInt64Array:
@@ -57,8 +55,7 @@ class Items:
 
     def part(self, first: int, end: int) -> Boxes:
         """Returns the items of the entries from ``first`` up to ``end``."""
-        of_row = (self.declared.entry >= first) & (self.declared.entry < end)
-        items = np.arange(len(self.row)) if of_row.all() else np.flatnonzero(of_row[self.row])
+        items = self.declared.within(self.row, first, end)
         offsets = np.zeros((len(items), self.declared.shapes.shape[1]), dtype=np.int64)
         sizes = np.ones_like(offsets)
         for at, where, rows in runs_of(items, self.firsts):

@@ -20,16 +20,15 @@ from shardbook.core.election import Election, elect
 from shardbook.core.merge import distinct_tables, ranked
 from shardbook.core.mixing import UInt64Array
 from shardbook.core.planned import Boxes, Items
-from shardbook.core.ragged import bounds_of, firsts_of, group_reduce, rows_of
+from shardbook.core.ragged import bounds_of, firsts_of, group_reduce, part_items, rows_of
 from shardbook.core.structure import RankPlan
 
 #: Part of every stored decision's key. Raise it with any change of what ``decide`` returns.
 ALGORITHM_VERSION = 2
 #: Plans that have no name in common are decided about apart, together only as long as they hold no more items:
 #: what a decision takes is for its largest part, not for the world. Of plans that have, some entries are looked at at a
-#: time, of so many items or a share of all, and only what several ranks hold is remembered.
-_ITEMS_AT_ONCE = 1 << 19
-_PART_COUNT = 16
+#: time, of so many items at least, and only what several ranks hold is remembered.
+ITEMS_AT_ONCE = 1 << 19
 
 
 def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_rank: bool = False) -> list[BoolArray]:
@@ -65,11 +64,6 @@ def decide(plans: Sequence[RankPlan], rank_index: Int64Array, *, save_to_lowest_
     return drops
 
 
-def part_items(item_count: int) -> int:
-    """Returns how many of so many items are looked at at a time, but for an entry that has more by itself."""
-    return min(item_count, max(_ITEMS_AT_ONCE, item_count // _PART_COUNT))
-
-
 _NO_DROPS: BoolArray = np.zeros(0, dtype=np.bool_)
 
 
@@ -93,7 +87,7 @@ def _parts(plans: Sequence[RankPlan]) -> list[Int64Array]:
     part_of = np.zeros(len(tables), dtype=np.int64)
     part, held = 0, 0.0
     for at in np.unique(of_plan).tolist():
-        if held and held + counts[at] > _ITEMS_AT_ONCE:
+        if held and held + counts[at] > ITEMS_AT_ONCE:
             part, held = part + 1, 0.0
         part_of[at] = part
         held += counts[at]
@@ -107,7 +101,7 @@ def _decide(
     """Returns what each of ranks (R,), climbing, drops of its plan; plans are in the order of their lowest rank."""
     every = Items.of(plans)
     contest = _Contest(np.bincount(plan_of_rank, minlength=len(plans)).astype(np.int64))
-    for first, end in pairwise(bounds_of(every.counts.tolist(), part_items(len(every.row)))):
+    for first, end in pairwise(bounds_of(every.counts.tolist(), part_items(len(every.row), ITEMS_AT_ONCE))):
         contest.add(every.part(first, end))
     found = contest.result()
     if save_to_lowest_rank:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,20 @@ def runs_of(rows: Int64Array, firsts: Int64Array) -> Iterator[tuple[int, slice, 
     for group, low, high, begin, end in zip(*(column.tolist() for column in columns), strict=True):
         neighbours = end - begin == high - low
         yield group, slice(low, high), slice(begin, end) if neighbours else rows[low:high] - firsts[group]
+
+
+#: Most parts that large inputs are worked on in: each part goes through the arrays of all ranks.
+_PART_COUNT: Final = 16
+
+
+def part_items(item_count: int, at_least: int) -> int:
+    """Returns how many of so many items to work on at a time, but for an entry that has more by itself.
+
+    Args:
+        item_count: All of them.
+        at_least: Items below which numpy's calls cost more than their work.
+    """
+    return min(item_count, max(at_least, item_count // _PART_COUNT))
 
 
 def bounds_of(counts: Iterable[int], limit: int) -> list[int]:

@@ -17,7 +17,8 @@ import structlog
 from shardbook.core import limits
 from shardbook.core.decisions import decode_drops, encode_drops
 from shardbook.core.digest import ordered_digest
-from shardbook.core.planning import ALGORITHM_VERSION, decide, part_items
+from shardbook.core.planning import ALGORITHM_VERSION, ITEMS_AT_ONCE, decide
+from shardbook.core.ragged import part_items
 from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
@@ -127,7 +128,7 @@ class DecisionService:
         distinct = {digest: at for at, digest in enumerate(dict.fromkeys(question.digests))}
         index = np.fromiter((distinct[digest] for digest in question.digests), np.int64, len(question.digests))
         items = self._item_count(question, list(distinct))
-        with self._memory.hold(items * _BYTES_PER_ITEM + part_items(items) * _BYTES_PER_SEEN):
+        with self._memory.hold(items * _BYTES_PER_ITEM + part_items(items, ITEMS_AT_ONCE) * _BYTES_PER_SEEN):
             plans = self._blobs.plans(question.project, list(distinct))
             decided = decide(plans, index, save_to_lowest_rank=question.to_lowest_rank)
             drops = [np.packbits(drop).tobytes() if drop.any() else b"" for drop in decided]

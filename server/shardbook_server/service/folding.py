@@ -13,13 +13,14 @@ from typing import Final
 import numpy as np
 
 from shardbook.core import limits
-from shardbook.core.assembly import Assembly, part_items
+from shardbook.core.assembly import ITEMS_AT_ONCE, Assembly
 from shardbook.core.blocks import encode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
 from shardbook.core.columns import Int64Array, encode_name
 from shardbook.core.digest import structure_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
+from shardbook.core.ragged import part_items
 from shardbook.core.table import EntryKind, printable
 from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError, UnavailableError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
@@ -78,7 +79,7 @@ class Folder:
             with self._flight.alone((part.project_id, digest)):
                 structure_id = self._find(part, digest)
                 if structure_id is None:
-                    judged = part_items(items)
+                    judged = part_items(items, ITEMS_AT_ONCE)
                     with self._memory.hold(items * _BYTES_PER_ITEM + judged * _BYTES_PER_JUDGED):
                         structure_id = self._assemble(part, digest, blob_ids, digests, index)
         stats = RankStats.of([row.phases for row in rows], [row.size_bytes for row in rows])

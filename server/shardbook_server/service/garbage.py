@@ -63,6 +63,43 @@ class Collected:
     size_bytes: int
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """What becomes of checkpoints when they are due.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        find: Returns (checkpoint, part) of those due at a time, behind a checkpoint, so many.
+        size: Returns the bytes that go with one.
+        end: Ends one, under the lock of its run; False where something keeps it.
+    """
+
+    kind: str
+    find: Callable[[Connection, int, int, int], Sequence[tuple[int, int]]]
+    size: Callable[[Connection, int], int]
+    end: Callable[[Connection, int, int], bool]
+
+
+def _purge(connection: Connection, checkpoint_id: int, now_us: int) -> bool:
+    if claim_rows.find_held(connection, [checkpoint_id], now_us):
+        return False
+    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    retention_rows.purge(connection, checkpoint_id, row.flags)
+    return True
+
+
+def _give_up(connection: Connection, checkpoint_id: int, _: int) -> bool:
+    checkpoint_rows.expire_record(connection, checkpoint_id)
+    closing.empty_staging(connection, [checkpoint_id])
+    return True
+
+
+#: A deleted checkpoint may have been brought back since it was found, or its files may be going; writers of an
+#: abandoned attempt may have come back.
+_PURGED: Final = _Ending(DELETED, retention_rows.find_purgeable, retention_rows.kept_bytes, _purge)
+_GIVEN_UP: Final = _Ending(ATTEMPTS, rows.find_abandoned, rows.staged_bytes, _give_up)
+
+
 class _Marks:
     """Keys that are in use."""
 
@@ -142,8 +179,8 @@ class GarbageService:
             project_ids = rows.read_projects(connection)
         # A day is as exact as the last use is known.
         last_day = now_us // DAY_US - (older_than_days + 1 if older_than_days else 0)
-        self._purge_deleted(now_us, dry_run=dry_run)
-        self._give_up_attempts(now_us - older_than_days * DAY_US, dry_run=dry_run)
+        self._end(_PURGED, now_us, dry_run=dry_run)
+        self._end(_GIVEN_UP, now_us - older_than_days * DAY_US, dry_run=dry_run)
         for project_id in project_ids:
             found = self._find(project_id, last_day)
             if dry_run:
@@ -152,55 +189,27 @@ class GarbageService:
                 self._drop(found, last_day)
         return [Collected(kind, *self._totals[kind]) for kind in KINDS]
 
-    def _purge_deleted(self, now_us: int, *, dry_run: bool) -> None:
+    def _end(self, what: _Ending, due_us: int, *, dry_run: bool) -> None:
+        """Ends every checkpoint that is due for it."""
         after_id = 0
         while True:
             with self._database.read() as connection:
-                page = retention_rows.find_purgeable(connection, now_us, after_id, _MOST)
+                page = what.find(connection, due_us, after_id, _MOST)
                 names = {part_id: run_rows.part_by_id(connection, part_id).name for _, part_id in page}
-                sizes = {one: retention_rows.kept_bytes(connection, one) for one, _ in page}
+                sizes = {checkpoint_id: what.size(connection, checkpoint_id) for checkpoint_id, _ in page}
             for after_id, part_id in page:
-                purge = partial(self._purge, after_id, names[part_id].run, now_us)
-                if dry_run or self._again(purge):
-                    self._count(DELETED, 1, sizes[after_id])
+                end = partial(self._end_one, what, after_id, names[part_id].run, due_us)
+                if dry_run or self._again(end):
+                    self._count(what.kind, 1, sizes[after_id])
             if len(page) < _MOST:
                 return
 
-    def _purge(self, checkpoint_id: int, run: RunName, now_us: int) -> bool:
+    def _end_one(self, what: _Ending, checkpoint_id: int, run: RunName, due_us: int) -> bool:
         with self._database.write([run]) as connection:
-            if claim_rows.find_held(connection, [checkpoint_id], now_us):
-                return False
-            # It may have been brought back since, or its files may be going.
-            still = retention_rows.find_purgeable(connection, now_us, checkpoint_id - 1, 1)
+            still = what.find(connection, due_us, checkpoint_id - 1, 1)
             if [one for one, _ in still] != [checkpoint_id]:
                 return False
-            row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
-            retention_rows.purge(connection, checkpoint_id, row.flags)
-        return True
-
-    def _give_up_attempts(self, before_us: int, *, dry_run: bool) -> None:
-        after_id = 0
-        while True:
-            with self._database.read() as connection:
-                page = rows.find_abandoned(connection, before_us, after_id, _MOST)
-                names = {part_id: run_rows.part_by_id(connection, part_id).name for _, part_id in page}
-                sizes = {checkpoint_id: rows.staged_bytes(connection, checkpoint_id) for checkpoint_id, _ in page}
-            for after_id, part_id in page:
-                give_up = partial(self._give_up, after_id, names[part_id].run, before_us)
-                if dry_run or self._again(give_up):
-                    self._count(ATTEMPTS, 1, sizes[after_id])
-            if len(page) < _MOST:
-                return
-
-    def _give_up(self, checkpoint_id: int, run: RunName, before_us: int) -> bool:
-        with self._database.write([run]) as connection:
-            # Its writers may have come back since.
-            still = rows.find_abandoned(connection, before_us, checkpoint_id - 1, 1)
-            if [one for one, _ in still] != [checkpoint_id]:
-                return False
-            checkpoint_rows.expire_record(connection, checkpoint_id)
-            closing.empty_staging(connection, [checkpoint_id])
-        return True
+            return what.end(connection, checkpoint_id, due_us)
 
     def _find(self, project_id: int, last_day: int, *, all_lists_count: bool = False) -> _Found:
         """Finds what a project could do without; ``all_lists_count`` when unused structures have been dropped."""

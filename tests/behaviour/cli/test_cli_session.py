@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from subprocess import CompletedProcess
 
 import pytest
-from examples.catalogue import Known, Ran, Session, tell
+from examples.catalogue import Known, Session, tell
 
 from benchmarks.catalogue_rows import catalogue
 from benchmarks.catalogue_whole import fill, give_structures
@@ -23,11 +24,11 @@ def test_every_command_of_the_session_does_what_it_should(
     url, saves = databases.new(), catalogue(4, 60)
     shown = []
 
-    def run(words: Sequence[str]) -> Ran:
+    def run(words: Sequence[str]) -> CompletedProcess[str]:
         # What the session itself prints is no part of the command's output.
         shown.append(capsys.readouterr().out)
         ran = shardbook(*words)
-        return Ran(ran.code, ran.out, ran.err)
+        return CompletedProcess(words, ran.code, ran.out, ran.err)
 
     with opened(url) as database:
         fill(database, saves)
@@ -44,12 +45,14 @@ def test_every_command_of_the_session_does_what_it_should(
 @pytest.mark.parametrize(
     ("told", "arguments"),
     [
-        (Ran(1, "", ""), {}),
-        (Ran(0, "other\n", ""), {"says": "this"}),
-        (Ran(0, "REF\na\n", ""), {"rows": 2}),
+        (CompletedProcess([], 1, "", ""), {}),
+        (CompletedProcess([], 0, "other\n", ""), {"says": "this"}),
+        (CompletedProcess([], 0, "REF\na\n", ""), {"rows": 2}),
     ],
 )
-def test_a_command_that_does_something_else_ends_the_session(told: Ran, arguments: dict[str, object]) -> None:
+def test_a_command_that_does_something_else_ends_the_session(
+    told: CompletedProcess[str], arguments: dict[str, object]
+) -> None:
     """Rule: another exit code, other words, other rows."""
     with pytest.raises(SystemExit, match="FAILED"):
         Session(lambda _: told).type("ls", **arguments)  # type: ignore[arg-type]
