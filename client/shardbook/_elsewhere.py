@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Final, TypeVar
 
 from shardbook.errors import NotFoundError
 from shardbook.stores import encodable
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -29,24 +31,39 @@ def is_absent(error: BaseException | None) -> bool:
     return False
 
 
-@contextmanager
-def suppress_absent() -> Iterator[None]:
-    """Lets pass that a file is not there, and nothing else."""
-    try:
-        yield
-    except Exception as error:
-        if not is_absent(error):
-            raise
+def read_elsewhere(
+    error: Exception,
+    ref: str,
+    places: Sequence[str],
+    read: Callable[[str], T],
+    *,
+    tell_lost: Callable[[], object] = lambda: None,
+    is_missed: Callable[[Exception], bool] = is_absent,
+) -> T:
+    """Returns what is read at the first of the other places of a checkpoint that has it.
+
+    Args:
+        error: What the first place lacks; raised when none has it: others may be stale copies.
+        ref: The checkpoint, for people.
+        places: Where it is, the place that failed first.
+        read: Reads all that is wanted at a place.
+        tell_lost: Called when no place has it.
+        is_missed: Which errors of ``read`` mean that a file is not there.
+    """
+    for missing_in, place in pairwise(places):
+        _LOG.warning(
+            "%s lacks a data file in %s: reading from %s; `shardbook verify` looks at all of them",
+            encodable(ref),
+            encodable(missing_in),
+            encodable(place),
+        )
+        try:
+            return read(place)
+        except Exception as another:
+            if not is_missed(another):
+                raise
+    tell_lost()
+    raise error
 
 
-def tell_elsewhere(ref: str, missing_in: str, now_in: str) -> None:
-    """Says where a reader goes on, once it has missed a file."""
-    _LOG.warning(
-        "%s lacks a data file in %s: reading from %s; `shardbook verify` looks at all of them",
-        encodable(ref),
-        encodable(missing_in),
-        encodable(now_in),
-    )
-
-
-__all__ = ["is_absent", "suppress_absent", "tell_elsewhere"]
+__all__ = ["is_absent", "read_elsewhere"]

@@ -14,6 +14,7 @@ from shardbook.cli import durations, names, output, progress
 from shardbook.cli.describing import Ref
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
+from shardbook.core.names import CheckpointName
 from shardbook.deleting import DeletedFiles, check_reach, delete_files, list_files
 from shardbook.errors import InvalidArgumentError
 
@@ -85,7 +86,7 @@ def rm(
         return
     if delete_data:
         with asking_storage():
-            check_reach(name, client=client, config=config)
+            name = CheckpointName.parse(check_reach(name, client=client, config=config).name)
     checkpoint, aliases = client.delete_checkpoint(name, force=force, delete_files=delete_data)
     files = None
     if delete_data:

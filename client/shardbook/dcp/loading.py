@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from shardbook._answers import Answers
 from shardbook._attempts import FoundAttempt, list_attempts
-from shardbook._elsewhere import is_absent, tell_elsewhere
+from shardbook._elsewhere import is_absent, read_elsewhere
 from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook._targets import METADATA_S, checkpoint_named
@@ -131,18 +131,16 @@ def _load_from_others(
     error: Exception, state_dict: dict[str, Any], metadata: LazyMetadata, planner: TorchLoadPlanner, rank: int
 ) -> None:
     """Loads from where else the checkpoint is, as a whole; raises the first place's error when none has all."""
-    first, *others = metadata.source.locations
+    places = metadata.source.locations
     name = getattr(metadata.source, "found_name", None)
-    for other in others:
-        tell_elsewhere(CheckpointName.parse(name).ref if name else first, first, other)
-        try:
-            return _load_into(state_dict, storage_reader_for(None, other), metadata, planner, rank)
-        except _AbsentFileError:
-            continue
-    tell = getattr(metadata.source, "tell_lost", None)
-    if tell is not None:
-        tell()
-    raise error
+    read_elsewhere(
+        error,
+        CheckpointName.parse(name).ref if name else places[0],
+        places,
+        lambda place: _load_into(state_dict, storage_reader_for(None, place), metadata, planner, rank),
+        tell_lost=getattr(metadata.source, "tell_lost", lambda: None),
+        is_missed=lambda another: isinstance(another, _AbsentFileError),
+    )
 
 
 def columns_of(name: CheckpointName, config: ClientConfig | None = None) -> CheckpointColumns:

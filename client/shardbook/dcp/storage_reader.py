@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from shardbook._elsewhere import is_absent, tell_elsewhere
+from shardbook._elsewhere import is_absent, read_elsewhere
 from shardbook._targets import checkpoint_named
 from shardbook.core.names import CheckpointName
 from shardbook.dcp._torch import storage_reader_for
@@ -147,34 +147,23 @@ class ShardbookReader(StorageReader):
 
     def _read(self, reader: Any, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads from where the checkpoint is first; where a file is missing, from where else it is."""
-        others = self._metadata.source.locations[1:] if isinstance(self._metadata, LazyMetadata) else ()
+        places = self._metadata.source.locations if isinstance(self._metadata, LazyMetadata) else ()
         try:
             done: Future[None] = reader.read_data(plan, planner)
-            if others:
+            if places[1:]:
                 done.wait()
         except Exception as error:
             if self._given is not None or not is_absent(error):
                 raise
-            return self._read_elsewhere(error, others, plan, planner)
+            return read_elsewhere(error, str(self.checkpoint_id), places, partial(self._read_at, plan, planner))
         return done
 
-    def _read_elsewhere(
-        self, error: Exception, others: Sequence[str], plan: LoadPlan, planner: LoadPlanner
-    ) -> Future[None]:
-        """Reads from the first of the other places that has all; raises the first place's error when none has."""
-        for place in others:
-            tell_elsewhere(str(self.checkpoint_id), str(getattr(self._reader, "checkpoint_id", "")), place)
-            reader = storage_reader_for(None, place)
-            self._set_up_one(reader, self._metadata)
-            try:
-                done: Future[None] = reader.read_data(reader.prepare_local_plan(plan), planner)
-                done.wait()
-            except Exception as another:
-                if not is_absent(another):
-                    raise
-                continue
-            return done
-        raise error
+    def _read_at(self, plan: LoadPlan, planner: LoadPlanner, place: str) -> Future[None]:
+        reader = storage_reader_for(None, place)
+        self._set_up_one(reader, self._metadata)
+        done: Future[None] = reader.read_data(reader.prepare_local_plan(plan), planner)
+        done.wait()
+        return done
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str] | None:

@@ -16,11 +16,11 @@ from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core import directory as names
 from shardbook.core import limits
-from shardbook.core.footprint import Footprint, rank_of_file
+from shardbook.core.footprint import Footprint
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import CheckpointName, prefix_of
 from shardbook.deleting.note import DeletionNote, check_inside
-from shardbook.deleting.removing import Doomed, Progress, remove
+from shardbook.deleting.removing import Doomed, Progress, remove, with_leftovers
 from shardbook.errors import NotFoundError
 from shardbook.stores import Stores, encodable, normalized
 
@@ -94,8 +94,10 @@ def list_files(name: CheckpointName | str, *, client: Client, config: ClientConf
     return FileList(stored.checkpoint.ref, directory, footprint.paths, footprint.size_bytes, tuple(others))
 
 
-def check_reach(name: CheckpointName | str, *, client: Client, config: ClientConfig) -> None:
-    """Refuses what ``delete_files`` would refuse for where the files are, before anything is deleted.
+def check_reach(name: CheckpointName | str, *, client: Client, config: ClientConfig) -> Checkpoint:
+    """Returns a checkpoint, committed or deleted, whose files can be deleted from here.
+
+    Refuses what ``delete_files`` would refuse for where the files are, before anything is deleted.
 
     Raises:
         NotFoundError: There is no such checkpoint, or its directory is out of reach from here (``NO_DIRECTORY``).
@@ -111,6 +113,7 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
     for directory in map(config.stores.path_of, checkpoint.locations):
         with told_as_ours(f"cannot look at {directory}"):
             _tree_of(directory)
+    return checkpoint
 
 
 def delete_files(
@@ -152,7 +155,7 @@ def delete_files(
         doomed_count = found_count = 0
         for directory, tree in zip(directories, trees, strict=True):
             if not shared_with and tree is not None:
-                doomed = _with_leftovers(tree, directory, checkpoint, footprint)
+                doomed = with_leftovers(tree, directory, checkpoint.prefix, footprint.paths)
                 doomed_count += len(doomed)
                 found_count += remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
         client.record_file_deletion(checkpoint.name, done=True)
@@ -201,19 +204,6 @@ def _footprint(stored: StoredMetadata) -> Footprint:
     for path in footprint.paths:
         check_inside(path, prefix)
     return footprint
-
-
-def _with_leftovers(tree: Tree, directory: str, checkpoint: Checkpoint, footprint: Footprint) -> tuple[str, ...]:
-    """Returns the files of a checkpoint, with those of its ranks that hold nothing but what others hold too.
-
-    Ranks that planned without the service write all of their replicas; of these one counts, and the rest may fill files
-    that no extent lies in. The attempt's directory is its own, so by their names they are known.
-    """
-    if not checkpoint.prefix:
-        return footprint.paths
-    known = set(footprint.paths)
-    listed = (f"{checkpoint.prefix}/{name}" for name in tree.names(f"{directory}/{checkpoint.prefix}"))
-    return (*footprint.paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
 
 
 def _sharing(client: Client, others: Sequence[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
@@ -14,13 +14,13 @@ from shardbook._described import told_as_ours
 from shardbook._trees import Tree, open_tree
 from shardbook.core import directory as names
 from shardbook.core.description import unpack_said
-from shardbook.core.footprint import Footprint, rank_of_file
+from shardbook.core.footprint import Footprint
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.names import LATEST
 from shardbook.core.retention import OPEN, Candidate, RetentionPolicy, judge, newest_first
 from shardbook.deleting.api import DeletedFiles
 from shardbook.deleting.note import DeletionNote
-from shardbook.deleting.removing import Doomed, Progress, remove
+from shardbook.deleting.removing import Doomed, Progress, remove, with_leftovers
 from shardbook.descriptions import PruneDecision
 from shardbook.errors import CorruptManifestError, InvalidArgumentError, InvalidGeometryError
 
@@ -90,8 +90,9 @@ def plan_directories(
             tree = open_tree(directory)
             for one in tree.checkpoints():
                 files = TreeFiles(tree, one)
-                unfinished += _unfinished(files)
-                for found in find_attempts(files):
+                listed = list_attempts(files)
+                unfinished += _unfinished(files, listed)
+                for found in find_attempts(files, listed):
                     _sort(found, files, whole, decisions)
     doomed: list[tuple[Tree, str, Doomed, int]] = []
     for _, of_part in sorted(_by_part(whole).items()):
@@ -101,8 +102,10 @@ def plan_directories(
                 saved = datetime.fromtimestamp(chosen.identity.write_time_s, UTC)
                 decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
                 if not made.keep:
-                    goes = Doomed(chosen.files.directory, chosen.identity, _with_leftovers(chosen))
-                    doomed.append((chosen.files.tree, ref, goes, size_bytes))
+                    tree, directory = chosen.files.tree, chosen.files.directory
+                    going = with_leftovers(tree, directory, chosen.identity.prefix, chosen.footprint.paths)
+                    goes = Doomed(directory, chosen.identity, going)
+                    doomed.append((tree, ref, goes, size_bytes))
     begun = tuple((one.directory, ref) for _, ref, one, _ in unfinished)
     return PrunedDirectories(tuple(decisions), begun, (*unfinished, *doomed))
 
@@ -167,23 +170,16 @@ def _with_latest(candidates: list[Candidate]) -> list[Candidate]:
     return [replace(one, aliases=(LATEST,)) if one.key in latest else one for one in candidates]
 
 
-def _unfinished(files: TreeFiles) -> list[tuple[Tree, str, Doomed, int]]:
+def _unfinished(files: TreeFiles, listed: Mapping[str, frozenset[str]]) -> list[tuple[Tree, str, Doomed, int]]:
     """Returns the deletions in a directory that were begun and not ended."""
     begun = []
-    for prefix, there in list_attempts(files).items():
+    for prefix, there in listed.items():
         content = files.read(names.deleted_path(prefix)) if names.DELETED_NAME in there else None
         if content is not None:
             note = DeletionNote.of(content, prefix)
             doomed = Doomed(files.directory, note.identity, note.files)
             begun.append((files.tree, note.identity.checkpoint_name.ref, doomed, 0))
     return begun
-
-
-def _with_leftovers(one: _Whole) -> tuple[str, ...]:
-    """As for a checkpoint of the catalogue."""
-    prefix, known = one.identity.prefix, set(one.footprint.paths)
-    listed = (f"{prefix}/{name}" for name in one.files.tree.names(f"{one.files.directory}/{prefix}"))
-    return (*one.footprint.paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
 
 
 __all__ = ["PrunedDirectories", "plan_directories"]

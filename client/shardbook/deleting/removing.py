@@ -20,6 +20,7 @@ from shardbook._publishing import export_dcp_metadata, settle
 from shardbook._side_by_side import side_by_side
 from shardbook._trees import Tree
 from shardbook.core import directory as names
+from shardbook.core.footprint import rank_of_file
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.deleting.note import DeletionNote
 from shardbook.reading.plain_metadata import read_stand_ins
@@ -44,6 +45,25 @@ class Doomed:
     directory: str
     identity: AttemptIdentity | None
     files: tuple[str, ...]
+
+
+def with_leftovers(tree: Tree, directory: str, prefix: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the files of a checkpoint, with those of its ranks that hold nothing but what others hold too.
+
+    Ranks that planned without the service write all of their replicas; of these one counts, and the rest may fill files
+    that no extent lies in. The attempt's directory is its own, so by their names they are known.
+
+    Args:
+        tree: Reads the directory.
+        directory: The checkpoint's.
+        prefix: Its attempt's; without one nothing is known.
+        paths: Files that its extents lie in.
+    """
+    if not prefix:
+        return paths
+    known = set(paths)
+    listed = (f"{prefix}/{name}" for name in tree.names(f"{directory}/{prefix}"))
+    return (*paths, *(path for path in listed if path not in known and rank_of_file(path) is not None))
 
 
 def remove(tree: Tree, doomed: Doomed, progress: Progress | None = None) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
-from shardbook._elsewhere import is_absent, suppress_absent, tell_elsewhere
+from shardbook._elsewhere import is_absent, read_elsewhere
 from shardbook.config import ClientConfig
 from shardbook.errors import InvalidArgumentError, NotFoundError
 from shardbook.reading.filling import Filler
@@ -69,20 +68,17 @@ def read_many(
 
 def read_found(found: Found) -> dict[str, Array]:
     """Reads what ``chunks_of`` found, see ``read_many``; where a file is missing, from where else the checkpoint is."""
-    place, *others = found.directory, *found.others
+
+    def read_at(place: str) -> list[Array]:
+        return Filler(range_reader(place)).fill(found.tensors)
+
     try:
-        arrays = Filler(range_reader(place)).fill(found.tensors)
+        arrays = read_at(found.directory)
     except (NotFoundError, OSError) as error:
         if not is_absent(error):
             raise
-        if others:
-            tell_elsewhere(found.ref, place, others[0])
-            with suppress_absent():
-                return read_found(replace(found, directory=others[0], others=tuple(others[1:])))
-        else:
-            found.tell_lost()
-        # What lacks at the first place counts: others may be stale copies.
-        raise
+        places = (found.directory, *found.others)
+        arrays = read_elsewhere(error, found.ref, places, read_at, tell_lost=found.tell_lost)
     return {one.chunks.fqn: array for one, array in zip(found.tensors, arrays, strict=True)}
 
 

@@ -13,6 +13,7 @@ from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
 from shardbook_server.rpc import convert, describing, events, limits, lineage, locating, retaining
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.services import Services
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -163,7 +164,7 @@ class CatalogHandlers(CatalogServiceServicer):
         return retention_pb2.GetRetentionPolicyResponse(
             policy=retaining.policy_message(view.policy),
             inherited=view.is_inherited,
-            update_time=convert.timestamp(view.update_time_us),
+            update_time=timestamp(view.update_time_us),
         )
 
     async def SetRetentionPolicy(

@@ -19,6 +19,7 @@ from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook.v1 import metadata_pb2, registration_pb2, types_pb2
 from shardbook_server.rpc import describing
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service import types, views
 from shardbook_server.service.describing import Description
 
@@ -349,13 +350,6 @@ def blob_refs(refs: Sequence[types.BlobRef]) -> list[types_pb2.BlobRef]:
 def state(value: views.CheckpointState) -> str:
     """Returns the name of a checkpoint's state; the numbers are the same on both sides."""
     return types_pb2.CheckpointState.Name(value)
-
-
-def timestamp(time_us: int | None) -> Timestamp | None:
-    """Returns a time, or None, which leaves the field unset."""
-    if time_us is None:
-        return None
-    return Timestamp(seconds=time_us // 1_000_000, nanos=time_us % 1_000_000 * 1_000)
 
 
 def _age_us(age: Duration) -> int:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
 from shardbook_server.rpc import convert, describing
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service import status as views
 from shardbook_server.service.views import Progress, RankHost
 
 
 def run_status(view: views.RunStatus) -> pb.GetRunStatusResponse:
     """Returns where the saves of a run stand."""
-    return pb.GetRunStatusResponse(
-        parts=[_part(part) for part in view.parts], read_time=convert.timestamp(view.read_time_us)
-    )
+    return pb.GetRunStatusResponse(parts=[_part(part) for part in view.parts], read_time=timestamp(view.read_time_us))
 
 
 def _part(view: views.PartStatus) -> pb.PartStatus:
@@ -33,7 +32,7 @@ def _attempt(view: views.AttemptStatus) -> pb.AttemptStatus:
         registration_count=view.counts.registration_count,
         registered=list(map(_rank, view.registered)),
         unplanned=view.unplanned,
-        plan_time=None if view.plan_time_us is None else convert.timestamp(view.plan_time_us),
+        plan_time=None if view.plan_time_us is None else timestamp(view.plan_time_us),
         timing=describing.timing(view.timing),
         missing_hosts=[
             pb.HostRanks(host=one.host, rank_count=one.rank_count, bounds=one.bounds) for one in view.missing_hosts

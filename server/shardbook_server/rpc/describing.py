@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import catalog_pb2, types_pb2
 from shardbook_server.rpc import lineage
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service import aliases, views
 from shardbook_server.service.describing import Changes, Description, Writer
 
@@ -55,7 +54,7 @@ def alias(view: views.AliasInfo) -> catalog_pb2.Alias:
         metric=view.metric,
         direction=catalog_pb2.Alias.Direction.Name(view.direction),
         protected=view.protected,
-        update_time=_timestamp(view.update_time_us),
+        update_time=timestamp(view.update_time_us),
     )
 
 
@@ -79,9 +78,3 @@ def timing(view: views.SaveTiming | None) -> types_pb2.SaveTiming | None:
         told.slowest.FromMilliseconds(phase.slowest_ms)
         told.median.FromMilliseconds(phase.median_ms)
     return message
-
-
-def _timestamp(time_us: int | None) -> Timestamp | None:
-    if time_us is None:
-        return None
-    return Timestamp(seconds=time_us // 1_000_000, nanos=time_us % 1_000_000 * 1_000)

@@ -10,6 +10,7 @@ from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import events_pb2 as pb
 from shardbook_server.rpc import convert
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.claiming import (
     ClaimAnswer,
     ClaimRequest,
@@ -40,7 +41,7 @@ def event(view: EventView, epoch: bytes) -> pb.Event:
     return pb.Event(
         cursor=str(Place(epoch, view.cursor)),
         kind=pb.Event.Kind.Name(view.kind),
-        time=convert.timestamp(view.time_us),
+        time=timestamp(view.time_us),
         part=str(view.part),
         checkpoint=None if view.checkpoint is None else convert.checkpoint(view.checkpoint),
         alias=view.alias,
@@ -98,7 +99,7 @@ def subscription(view: SubscriptionView) -> pb.Subscription:
         behind_count=view.behind_count,
         done_count=view.done_count,
         claims=[_claim(one) for one in view.claims],
-        create_time=convert.timestamp(view.create_time_us),
+        create_time=timestamp(view.create_time_us),
     )
 
 
@@ -115,6 +116,6 @@ def _claim(view: ClaimView) -> pb.Claim:
         state=pb.Claim.State.Name(view.state),
         attempt=view.attempt,
         holder=view.holder,
-        due_time=convert.timestamp(view.due_time_us),
+        due_time=timestamp(view.due_time_us),
         failure=view.failure,
     )

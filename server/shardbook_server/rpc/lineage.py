@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from shardbook.core import limits
 from shardbook.core.lineage import LineageKind, Origin
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import lineage_pb2, types_pb2
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.lineage import EdgeInfo, EdgeRequest, LineageDirection, LineageInfo, NodeInfo
 
 
@@ -48,7 +47,7 @@ def edge(view: EdgeInfo) -> lineage_pb2.LineageEdge:
         kind=types_pb2.LineageKind.Name(view.kind),
         subject=_node(view.subject),
         object=_node(view.object),
-        create_time=_timestamp(view.create_time_us),
+        create_time=timestamp(view.create_time_us),
         told=view.told,
         depth=view.depth,
     )
@@ -78,9 +77,5 @@ def _node(view: NodeInfo) -> lineage_pb2.LineageNode:
         checkpoint=view.checkpoint,
         ref=view.ref,
         state=None if view.state is None else types_pb2.CheckpointState.Name(view.state),
-        create_time=_timestamp(view.create_time_us),
+        create_time=timestamp(view.create_time_us),
     )
-
-
-def _timestamp(time_us: int | None) -> Timestamp | None:
-    return None if time_us is None else Timestamp(seconds=time_us // 1_000_000, nanos=time_us % 1_000_000 * 1_000)

@@ -11,6 +11,7 @@ from shardbook.v1 import metadata_pb2 as pb
 from shardbook.v1.metadata_pb2_grpc import MetadataServiceServicer
 from shardbook_server.rpc import convert
 from shardbook_server.rpc.bridge import Bridge
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.services import Services
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -53,9 +54,7 @@ class MetadataHandlers(MetadataServiceServicer):
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:
         """Tells who answers."""
         info = await self._bridge.read(self._services.status.server_info)
-        return pb.GetServerInfoResponse(
-            version=info.version, database=info.database, time=convert.timestamp(info.time_us)
-        )
+        return pb.GetServerInfoResponse(version=info.version, database=info.database, time=timestamp(info.time_us))
 
     async def ListTensors(self, request: pb.ListTensorsRequest, context: Context) -> pb.ListTensorsResponse:
         """Lists the entries of a committed checkpoint, a page at a time."""

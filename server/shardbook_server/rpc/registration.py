@@ -15,6 +15,7 @@ from shardbook_server.rpc import convert, convert_status
 from shardbook_server.rpc.attempts import REACHED, Attempts
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.limits import wait_s
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.services import Services
 from shardbook_server.service.views import CheckpointInfo
 
@@ -47,7 +48,7 @@ class RegistrationHandlers(RegistrationServiceServicer):
         key = convert.session_key(request)
         renew = self._services.sessions.keep_alive
         lease = await self._bridge.write("session", renew, key, release=request.release)
-        return pb.KeepAliveResponse(expire_time=convert.timestamp(lease.expire_time_us))
+        return pb.KeepAliveResponse(expire_time=timestamp(lease.expire_time_us))
 
     async def PlanSave(self, request: pb.PlanSaveRequest, context: Context) -> pb.PlanSaveResponse:
         """Submits a rank's plan and answers which of its items another rank writes."""

@@ -8,7 +8,7 @@ from shardbook.core import limits
 from shardbook.core.retention import KeepBest, RetentionPolicy
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import retention_pb2 as pb
-from shardbook_server.rpc import convert
+from shardbook_server.rpc.times import timestamp
 from shardbook_server.service import views
 
 
@@ -63,7 +63,7 @@ def decision(view: views.PruneView) -> pb.PruneDecision:
         keep=view.keep,
         reasons=view.reasons,
         size_bytes=view.size_bytes,
-        create_time=convert.timestamp(view.create_time_us),
+        create_time=timestamp(view.create_time_us),
     )
 
 

@@ -91,6 +91,7 @@ def commit_attempt(
     recovered: bool,
     description: Description,
     took_ms: int,
+    may_link: bool,
 ) -> None:
     """Turns an attempt COMMITTED: supersedes what was live, moves aliases, empties staging, says so.
 
@@ -103,6 +104,7 @@ def commit_attempt(
         recovered: Recorded after the fact.
         description: What is said of it.
         took_ms: What it took to get here.
+        may_link: Edges of lineage may be added and linked: their lock is held.
 
     Raises:
         FailedPreconditionError: See ``check_not_superseded``.
@@ -128,7 +130,8 @@ def commit_attempt(
         size_bytes=folded.size_bytes,
         now_us=now_us,
     )
-    origins.adopt(connection, part.name, checkpoint, live=takes_over)
+    if may_link:
+        origins.adopt(connection, part.name, checkpoint, live=takes_over)
     if takes_over and moves_latest(connection, part, checkpoint):
         run_rows.set_latest(connection, part.id, checkpoint.id)
         events.append(Event(EventKind.LATEST_MOVED, part.id, checkpoint.id))

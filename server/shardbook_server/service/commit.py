@@ -126,7 +126,7 @@ class CommitService:
             part, row = _find(connection, key, recovered=recovered)
             is_new = row.state not in _PROVED
             if is_new:
-                origins.lock_for_commit(connection, part.name, row, description.origins)
+                may_link = origins.lock_for_commit(connection, part.name, row, description.origins)
                 self._judge(connection, key, row, now_us, recovered=recovered)
                 _require_complete(connection, row)
                 commit_attempt(
@@ -138,6 +138,7 @@ class CommitService:
                     recovered=recovered,
                     description=description,
                     took_ms=round((time.monotonic() - began_s) * 1e3),
+                    may_link=may_link,
                 )
             checkpoint = full_info(connection, row.id, now_us)
         return checkpoint, is_new

@@ -84,7 +84,7 @@ class DeletionService:
             if error.reason != "CHECKPOINT_DELETED":
                 raise
             checkpoint_id = present.resolve(connection, CheckpointName.parse(error.metadata["name"]))
-        return checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+        return checkpoint_rows.find_by_id(connection, checkpoint_id)
 
     @staticmethod
     def _unname(
@@ -149,7 +149,7 @@ class DeletionService:
         found = None if part is None else present.resolve_deleted(connection, part.id, name.id)
         if found is None:
             found = present.resolve(connection, name)
-        return checkpoint_rows.find_by_ids(connection, [found])[found]
+        return checkpoint_rows.find_by_id(connection, found)
 
     def report_missing(self, name: str, *, missing: bool) -> CheckpointInfo:
         """Notes that data files of a committed checkpoint are lost, or that all were found again.

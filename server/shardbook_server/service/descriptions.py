@@ -44,7 +44,7 @@ class DescriptionService:
         with self._database.write([parsed.part.run]) as connection:
             now_us = self._database.now_us(connection)
             checkpoint_id = present.resolve(connection, parsed)
-            row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+            row = checkpoint_rows.find_by_id(connection, checkpoint_id)
             held = description_rows.find_said(connection, [row.id]).get(row.id, NOTHING_SAID)
             self._labels(connection, row, held.labels, changes)
             measured = self._metrics(connection, row, held.metrics, changes)

@@ -83,7 +83,7 @@ class _Ending:
 def _purge(connection: Connection, checkpoint_id: int, now_us: int) -> bool:
     if claim_rows.find_held(connection, [checkpoint_id], now_us):
         return False
-    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    row = checkpoint_rows.find_by_id(connection, checkpoint_id)
     retention_rows.purge(connection, checkpoint_id, row.flags)
     return True
 

@@ -16,7 +16,6 @@ from shardbook_server.service.views import CheckpointState, Page
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import lineage as lineage_rows
 from shardbook_server.storage import runs as run_rows
-from shardbook_server.storage.checkpoints import CheckpointRow
 from shardbook_server.storage.database import Connection, Database
 from shardbook_server.storage.lineage import LOCK, EdgeRow, Ends
 
@@ -172,7 +171,7 @@ class LineageService:
         depth = _bounded(max_depth, limits.DEFAULT_LINEAGE_DEPTH, limits.MAX_LINEAGE_DEPTH, "max_depth")
         most = _bounded(max_edges, limits.MAX_LINEAGE_SHOWN, limits.MAX_LINEAGE_SHOWN, "max_edges")
         with self._database.read() as connection:
-            row = _row(connection, present.resolve(connection, parsed))
+            row = checkpoint_rows.find_by_id(connection, present.resolve(connection, parsed))
             walks = [
                 lineage_rows.walk(connection, row.id, up=up, max_depth=depth, limit=most) if wanted else ([], False)
                 for up, wanted in zip((True, False), _ways(direction), strict=True)
@@ -197,10 +196,6 @@ def _bounded(value: int, default: int, largest: int, field: str) -> int:
     if not 0 <= value <= largest:
         raise InvalidArgumentError(f"{value} is not between 0 and {largest}", reason="LIMIT_EXCEEDED", field=field)
     return value or default
-
-
-def _row(connection: Connection, checkpoint_id: int) -> CheckpointRow:
-    return checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
 
 
 def _ends(connection: Connection, request: EdgeRequest, *, may_be_named: bool = False) -> Ends:
@@ -228,7 +223,7 @@ def _linked(connection: Connection, ends: Ends) -> EdgeRow | None:
     """Returns the same edge where it knew its older end by name alone, now linked to it; None when there is none."""
     if ends.parent_id is None or ends.child_id is None:
         return None
-    row = _row(connection, ends.parent_id)
+    row = checkpoint_rows.find_by_id(connection, ends.parent_id)
     names = origins.names_of(run_rows.part_by_id(connection, row.part_id).name, row)
     for edge in lineage_rows.find_named(connection, names):
         if (edge.ends.child_id, edge.ends.kind) == (ends.child_id, ends.kind):
@@ -239,7 +234,7 @@ def _linked(connection: Connection, ends: Ends) -> EdgeRow | None:
 
 def _known(connection: Connection, name: CheckpointName, field: str) -> int:
     checkpoint_id = present.resolve(connection, name)
-    row = _row(connection, checkpoint_id)
+    row = checkpoint_rows.find_by_id(connection, checkpoint_id)
     if row.state not in origins.KNOWN:
         raise FailedPreconditionError(
             f"{name.ref} is {CheckpointState(row.state).name}, not COMMITTED", reason="NOT_COMMITTED", field=field

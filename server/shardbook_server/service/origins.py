@@ -26,13 +26,15 @@ _LOG = logging.getLogger(__name__)
 KNOWN = frozenset({CheckpointState.COMMITTED, CheckpointState.DELETED})
 
 
-def lock_for_commit(connection: Connection, part: PartName, row: CheckpointRow, origins: Sequence[Origin]) -> None:
-    """Takes the lock of lineage where a commit will add edges: before any row is written, so that nobody waits twice.
+def lock_for_commit(connection: Connection, part: PartName, row: CheckpointRow, origins: Sequence[Origin]) -> bool:
+    """Takes the lock of lineage where a commit may add or link edges, and returns whether it did.
 
-    Most commits add none, and wait for nobody.
+    Before any row is written, so that nobody waits twice. Most commits add none, and wait for nobody.
     """
-    if origins or lineage_rows.find_named(connection, names_of(part, row)):
+    may_link = bool(origins or lineage_rows.find_named(connection, names_of(part, row)))
+    if may_link:
         lineage_rows.lock(connection)
+    return may_link
 
 
 def tell(
@@ -55,7 +57,10 @@ def tell(
 
 
 def adopt(connection: Connection, part: PartName, row: CheckpointRow, *, live: bool) -> None:
-    """Links edges to a checkpoint that is committed only now, which knew it by name: `sync` records in any order."""
+    """Links edges to a checkpoint that is committed only now, which knew it by name: `sync` records in any order.
+
+    Under the lock of lineage.
+    """
     for edge in lineage_rows.find_named(connection, names_of(part, row, live=live)):
         child_id = edge.ends.child_id
         linked = Ends(edge.ends.kind, row.id, child_id)
@@ -81,7 +86,7 @@ def _ends(connection: Connection, row: CheckpointRow, origin: Origin, *, recover
             found = present.resolve(connection, meant)
         except ShardbookError:
             found = None
-        if found is not None and checkpoint_rows.find_by_ids(connection, [found])[found].state in KNOWN:
+        if found is not None and checkpoint_rows.find_by_id(connection, found).state in KNOWN:
             return Ends(origin.kind, found, row.id)
     return Ends(origin.kind, None, row.id, str(meant))
 

@@ -113,7 +113,7 @@ def resolve(connection: Connection, name: CheckpointName) -> int:
     if found is None:
         deleted = resolve_deleted(connection, part.id, name.id)
         if deleted is not None:
-            raise deleted_error(name, checkpoint_rows.find_by_ids(connection, [deleted])[deleted])
+            raise deleted_error(name, checkpoint_rows.find_by_id(connection, deleted))
         raise NotFoundError(_why_absent(connection, part, name), metadata={"name": str(name)})
     return found
 
@@ -137,7 +137,7 @@ def resolve_deleted(connection: Connection, part_id: int, name: CheckpointId) ->
     if name.attempt is None:
         return retention_rows.newest_deleted(connection, part_id, name.step, name.session)
     found = _exactly(connection, part_id, name.step, name)
-    if found is None or checkpoint_rows.find_by_ids(connection, [found])[found].state != CheckpointState.DELETED:
+    if found is None or checkpoint_rows.find_by_id(connection, found).state != CheckpointState.DELETED:
         return None
     return found
 
@@ -161,7 +161,7 @@ def resolve_committed(connection: Connection, name: CheckpointName) -> Checkpoin
         FailedPreconditionError: It means one that is not committed; reason ``NOT_COMMITTED``.
     """
     checkpoint_id = resolve(connection, name)
-    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    row = checkpoint_rows.find_by_id(connection, checkpoint_id)
     _check_committed(row, name)
     return row
 

@@ -153,7 +153,7 @@ class RetentionService:
             wanted = [present.resolve(connection, name) for name in parsed]
             asked_for = set(wanted)
             checkpoint_rows.lock_committed(connection, wanted)
-            views = self._found(connection, wanted)
+            views: dict[int, PruneView] = {}
             for judged in self._judge(connection, place, policy, now_us):
                 asked = [one for one in judged.decisions if one.candidate.key in asked_for]
                 gone = [one.candidate.key for one in asked if not one.keep]
@@ -162,10 +162,11 @@ class RetentionService:
                     mark(connection, list(found.values()), now_us, self._undelete_us, [], files=files)
                 for one, view in zip(asked, judged.view(connection, asked), strict=True):
                     views[one.candidate.key] = view
+            views |= self._unjudged(connection, [one for one in wanted if one not in views])
             return [views[one] for one in wanted]
 
     @staticmethod
-    def _found(connection: Connection, wanted: Sequence[int]) -> dict[int, PruneView]:
+    def _unjudged(connection: Connection, wanted: Sequence[int]) -> dict[int, PruneView]:
         """Returns what there is to say of checkpoints that no policy is asked about: they are deleted, or failed."""
         views = {}
         for checkpoint_id, listed in checkpoint_rows.find_listed(connection, wanted).items():

@@ -276,7 +276,7 @@ def _resumed(connection: Connection, request: SessionStart) -> int:
     if name.part != request.part_name:
         raise InvalidArgumentError(f"{name.ref} is not a checkpoint of {request.part_name.ref}", field="resumed_from")
     checkpoint_id = present.resolve(connection, name)
-    row = checkpoint_rows.find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+    row = checkpoint_rows.find_by_id(connection, checkpoint_id)
     if row.state != CheckpointState.COMMITTED:
         raise FailedPreconditionError(
             f"{name.ref} is {CheckpointState(row.state).name}, not COMMITTED",

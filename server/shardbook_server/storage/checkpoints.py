@@ -148,6 +148,11 @@ def find_checkpoints(connection: Connection, keys: Sequence[Key]) -> dict[Key, C
     return found
 
 
+def find_by_id(connection: Connection, checkpoint_id: int) -> CheckpointRow:
+    """Returns an attempt that exists."""
+    return find_by_ids(connection, [checkpoint_id])[checkpoint_id]
+
+
 def find_by_ids(connection: Connection, ids: Sequence[int]) -> dict[int, CheckpointRow]:
     """Returns checkpoints by id; unknown ones are left out."""
     found: dict[int, CheckpointRow] = {}

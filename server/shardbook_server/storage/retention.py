@@ -50,7 +50,6 @@ class JudgedRow:
     state: int
     live: int
     flags: int
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def read_judged(connection: Connection, part_id: int) -> list[JudgedRow]:
     """Returns what a part has that is open or committed, in no order."""
     own = checkpoints.c
     key: list[ColumnElement[Any]] = [own.id, own.session, own.incarnation, own.step, own.attempt]
-    columns = [*key, SAVE_TIME, own.state, own.live, own.flags, own.size_bytes]
+    columns = [*key, SAVE_TIME, own.state, own.live, own.flags]
     where = (checkpoints.c.part_id == part_id, checkpoints.c.state.in_((OPEN, COMMITTED)))
     return [JudgedRow(*list(row)) for row in connection.execute(select(*columns).where(*where))]
 
