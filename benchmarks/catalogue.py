@@ -103,8 +103,7 @@ def measure(saves: list[Saved], rounds: int, sizes: FollowSizes) -> Report:
     )
     with places(postgres=True) as found:
         for place in found:
-            url = f"sqlite:///{place.database}" if place.name == "SQLite" else str(place.database)
-            database = Database(url)
+            database = Database(place.url)
             try:
                 store(database, saves)
                 _settle(database)

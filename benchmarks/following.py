@@ -315,8 +315,7 @@ def measure_following(report: Report, found: Sequence[Place], sizes: FollowSizes
     """Adds rows and goals of writers and watchers on each database."""
     with peers() as group:
         for place in found:
-            url = f"sqlite:///{place.database}" if place.name == "SQLite" else str(place.database)
-            database = Database(url)
+            database = Database(place.url)
             try:
                 with _serving(place) as servers:
                     _measure(report, place.name, servers, _Rounds(database, servers, group, sizes), sizes)

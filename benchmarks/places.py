@@ -30,6 +30,11 @@ class Place:
     name: str
     database: Path | str
 
+    @property
+    def url(self) -> str:
+        """What SQLAlchemy calls it."""
+        return self.database if isinstance(self.database, str) else f"sqlite:///{self.database}"
+
     def stored_bytes(self) -> int:
         """Returns what the database holds now: used pages on SQLite, all of the database's files on Postgres."""
         if isinstance(self.database, Path):

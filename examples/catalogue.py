@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.catalogue_rows import Saved, catalogue
 from benchmarks.catalogue_whole import REAL_STEP, TENSORS, fill, give_structures
@@ -237,8 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     saves = catalogue(arguments.runs, arguments.per_run)
     with places(postgres=arguments.postgres) as found:
         place = found[-1]
-        url = f"sqlite:///{place.database}" if isinstance(place.database, Path) else place.database
-        database, began_s = Database(url), time.monotonic()
+        database, began_s = Database(place.url), time.monotonic()
         try:
             fill(database, saves)
             with running_server(place.database, free_port()) as server:

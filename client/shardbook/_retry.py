@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from shardbook.errors import ResourceExhaustedError, ShardbookError, UnavailableError
+from shardbook.errors import DeadlineExceededError, ResourceExhaustedError, ShardbookError, UnavailableError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Backoff:
             return drawn
         # The jitter goes on top: a RetryInfo says "not before".
         return error.retry_delay_s + drawn
+
+
+def may_pass(error: ShardbookError) -> bool:
+    """True for what whoever goes on for hours tries again: also a call that ran out of its own short time."""
+    return is_retryable(error) or isinstance(error, DeadlineExceededError)
 
 
 def is_retryable(error: ShardbookError) -> bool:

@@ -16,10 +16,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from shardbook._channel import connections
 from shardbook._patterns import listing_place
-from shardbook._retry import is_retryable
+from shardbook._retry import may_pass
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.core.names import CheckpointName, RunName, check_segment
-from shardbook.errors import DeadlineExceededError, InvalidArgumentError, ShardbookError, UnavailableError
+from shardbook.errors import InvalidArgumentError, ShardbookError, UnavailableError
 from shardbook.events import CLAIM_STATES, KINDS, Claim, ClaimState, Event, EventKind, Subscription
 from shardbook.v1 import events_pb2
 
@@ -144,7 +144,7 @@ class Watching:
         if self._closed:
             return
         patience_s = self._patience_s if self._was_answered else self._transport.outage_s
-        if not (is_retryable(error) or isinstance(error, DeadlineExceededError)):
+        if not may_pass(error):
             raise error
         delay_s = self._transport.backoff.delay_s(failure_count, error)
         if time.monotonic() + delay_s - failed_s > patience_s:

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from shardbook.cli import completing, durations, names, output
-from shardbook.cli.checkpoints import state_of, timing_of, versions_of
+from shardbook.cli.checkpoints import state_of, timing_of
 from shardbook.cli.durations import told
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
@@ -76,8 +76,6 @@ def show_status(
 def _print(status: RunStatus, aliases: list[Alias], *, is_plain: bool) -> None:
     for one in status.parts:
         facts = [("run", _ref(status, one)), ("writer", _writer(status, one)), ("last commit", _last(one))]
-        if one.last_commit is not None and (versions := versions_of(one.last_commit.writer)):
-            facts.append(("written with", versions))
         facts += [("alias", text) for text in _aliases(status, one, aliases)]
         if one.last_failure is not None:
             failed = one.last_failure

@@ -17,13 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardbook._retry import is_retryable
-from shardbook._watching import EVERYTHING
+from shardbook._retry import may_pass
 from shardbook.cli import failures, output
 from shardbook.cli.commands import Command, Running, facts_of
 from shardbook.client import Client
 from shardbook.core.names import RunName
-from shardbook.errors import ClaimLostError, DeadlineExceededError, ShardbookError
+from shardbook.errors import ClaimLostError, ShardbookError
 from shardbook.events import Claim, ClaimState
 from shardbook.stores import Stores
 
@@ -58,17 +57,17 @@ class Work:
 
     name: str
     command: Command
-    run: RunName | str = EVERYTHING
-    part: str | None = None
-    filter: str = ""
-    since: str = "now"
-    lease_s: float = 120.0
-    attempts: int = 3
-    retry_delay_s: float = 30.0
-    limit: int = 0
-    once: bool = False
-    as_json: bool = False
-    is_plain: bool = False
+    run: RunName | str
+    part: str | None
+    filter: str
+    since: str
+    lease_s: float
+    attempts: int
+    retry_delay_s: float
+    limit: int
+    once: bool
+    as_json: bool
+    is_plain: bool
 
     @property
     def grace_s(self) -> float:
@@ -140,7 +139,7 @@ class Worker:
                     wait_s=wait_s,
                 )
             except ShardbookError as error:
-                if not self._was_answered or not _passes(error):
+                if not self._was_answered or not may_pass(error):
                     raise
                 time.sleep(max(_AWAY_S, error.retry_delay_s or 0.0))
                 continue
@@ -207,7 +206,7 @@ class Worker:
                 running.end(grace_s)
                 return None
             except ShardbookError as error:
-                if not _passes(error):
+                if not may_pass(error):
                     running.end(grace_s)
                     return None
                 next_s = time.monotonic() + min(1.0, lease_s / 10)
@@ -243,7 +242,7 @@ class Worker:
                         self._work.name, claim_id, name, outcome, max_attempts=self._work.attempts, **more
                     )
                 except ShardbookError as error:
-                    if not _passes(error):
+                    if not may_pass(error):
                         raise
                     # One that is to end does not wait: the lease ends by itself.
                     if self._stopped or name is None:
@@ -280,7 +279,3 @@ class Worker:
         else:
             output.print_line(f"{claim.ref}  {what}: {more}", is_plain=self._work.is_plain)
         sys.stdout.flush()
-
-
-def _passes(error: ShardbookError) -> bool:
-    return is_retryable(error) or isinstance(error, DeadlineExceededError)

@@ -15,6 +15,7 @@ from shardbook._saving import BlobSource
 from shardbook.catalog import Checkpoint
 from shardbook.client import Client
 from shardbook.core import directory as files
+from shardbook.core.dtype import dtype_code
 from shardbook.core.extents import Extents, encode_extents
 from shardbook.core.manifest import AttemptIdentity, RegistrationRecord, StoredBlob
 from shardbook.core.names import RunName, prefix_of
@@ -28,7 +29,7 @@ from shardbook.v1.types_pb2 import AttemptLocation, Blob, Description
 WORLD_SIZE: Final = 4
 #: Shapes by name; each rank has as many rows as any other.
 SHAPES: Final = {"model.embed.weight": (64, 16), "model.head.weight": (16, 64)}
-_FLOAT32: Final = 1
+_FLOAT32: Final = dtype_code("float32")
 _COMMIT_S: Final = 20.0
 
 

@@ -18,18 +18,17 @@ from typing import Final
 
 import structlog
 
-from shardbook.errors import ResourceExhaustedError, UnavailableError
+from shardbook.errors import ResourceExhaustedError
 from shardbook.v1 import events_pb2
 from shardbook_server.rpc import events
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.call import current_call
+from shardbook_server.rpc.waits import RETRY_S, draining
 from shardbook_server.service.claiming import ClaimAnswer, ClaimRequest
 from shardbook_server.service.events import EventView, News, Place, epoch_changed
 from shardbook_server.service.interest import Interest
 from shardbook_server.service.services import Services
 
-#: Told to clients that met the limit or a draining server, seconds.
-RETRY_S: Final = 0.5
 #: Events kept in memory, and events read at a time.
 KEPT: Final = 2_000
 PAGE: Final = 200
@@ -180,7 +179,7 @@ class Feed:
 
     def _check_drain(self) -> None:
         if self._draining:
-            raise UnavailableError("the server is shutting down: ask again", reason="DRAINING", retry_delay_s=RETRY_S)
+            raise draining()
 
     def _check(self, place: Place, opened: int) -> None:
         """Refuses to go on behind an event that the catalogue does not have any more."""
@@ -202,8 +201,9 @@ class Feed:
         told = [one for one in page if interest.admits(one.view.kind, one.view.part)]
         if interest.condition is None or not told:
             return told
-        ids = {one.view.checkpoint.checkpoint_id for one in told if one.view.checkpoint is not None}
-        met = await self._bridge.read(self._services.events.meeting, interest, sorted(ids))
+        ids = tuple(sorted({one.view.checkpoint.checkpoint_id for one in told if one.view.checkpoint is not None}))
+        # Of all who watch for the same, one asks.
+        met = await self._bridge.read_shared((interest, ids), self._services.events.meeting, interest, ids)
         return [one for one in told if one.view.checkpoint is not None and one.view.checkpoint.checkpoint_id in met]
 
     async def _until_moved(self, cursor: int, wait_s: float) -> None:

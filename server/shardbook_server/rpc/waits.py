@@ -100,7 +100,7 @@ class Waits:
                     await self._draining.wait()
             except TimeoutError:
                 return
-            raise _draining()
+            raise draining()
 
     def changed(self, attempts: Iterable[int]) -> None:
         """Says that this process has just changed attempts: their waiters are looked after at once."""
@@ -114,7 +114,7 @@ class Waits:
         for waiters in self._waiters.values():
             for waiter in waiters:
                 if not waiter.future.done():
-                    waiter.future.set_exception(_draining())
+                    waiter.future.set_exception(draining())
 
     async def close(self) -> None:
         """Drains and ends the poller."""
@@ -126,7 +126,7 @@ class Waits:
     @contextmanager
     def _admitted(self) -> Iterator[None]:
         if self._draining.is_set():
-            raise _draining()
+            raise draining()
         if self._count >= self._limit:
             raise ResourceExhaustedError(
                 f"{self._count} calls wait, the limit is {self._limit}: ask again without waiting",
@@ -193,5 +193,6 @@ class Waits:
                     waiter.future.set_result(counts)
 
 
-def _draining() -> UnavailableError:
+def draining() -> UnavailableError:
+    """Returns what waits are told that a server that shuts down ends."""
     return UnavailableError("the server is shutting down: ask again", reason="DRAINING", retry_delay_s=RETRY_S)

@@ -30,7 +30,6 @@ from shardbook_server.service.claiming import (
 from shardbook_server.service.descriptions import described
 from shardbook_server.service.events import Place, open_place, read_next
 from shardbook_server.service.interest import Interest
-from shardbook_server.service.views import CheckpointState
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import claims as rows
 from shardbook_server.storage import events as event_rows
@@ -215,11 +214,11 @@ def _due(connection: Connection, found: SubscriptionRow, request: ClaimRequest, 
     for row in rows.find_due(connection, found.id, now_us, _DUE):
         if not checkpoint_rows.lock_committed(connection, [row.checkpoint_id], shared=True):
             rows.drop_claim(connection, row)
-        elif row.attempt >= request.max_attempts:
-            failure = row.failure if row.state == ClaimState.WAITING else _LOST
+            continue
+        failure = row.failure if row.state == ClaimState.WAITING else _LOST
+        if row.attempt >= request.max_attempts:
             rows.put_claim(connection, replace(row, state=ClaimState.FAILED, due_time_us=now_us, failure=failure))
         else:
-            failure = row.failure if row.state == ClaimState.WAITING else _LOST
             return _put(connection, found.id, row.checkpoint_id, request, now_us, row.attempt + 1, failure)
     return None
 
@@ -246,9 +245,8 @@ def _matching(connection: Connection, found: SubscriptionRow, stored: Sequence[S
     parts = run_rows.names_of_parts(connection, sorted({one.event.part_id for one in commits}))
     commits = [one for one in commits if interest.admits(EventKind.COMMITTED, parts[one.event.part_id])]
     ids = [one.event.checkpoint_id for one in commits]
-    there = checkpoint_rows.find_by_ids(connection, ids)
     wanted = interest.meeting(connection, ids) - rows.find_claimed(connection, found.id, ids)
-    wanted &= {one for one, row in there.items() if row.state == CheckpointState.COMMITTED}
+    wanted &= checkpoint_rows.find_committed(connection, ids)
     return [one for one in commits if one.event.checkpoint_id in wanted]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,16 +12,8 @@ from shardbook_server.service.filters import parse_filter
 from shardbook_server.service.places import parse_parent
 from shardbook_server.storage.database import Connection
 from shardbook_server.storage.events import EventKind
-from shardbook_server.storage.filters import PLACES, AllOf, Compare, Condition, Match, conjuncts, meeting
+from shardbook_server.storage.filters import OPERATORS, PLACES, AllOf, Compare, Condition, Match, conjuncts, meeting
 
-_OPERATORS: Final[Mapping[str, Callable[[str, str], bool]]] = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
 #: Kinds that mean a step of ``latest`` as well as of any other alias are one to who watches.
 _SAME: Final = {EventKind.ALIAS_MOVED: EventKind.LATEST_MOVED}
 
@@ -82,7 +73,8 @@ def _holds(condition: Compare | Match, part: PartName) -> bool:
     """Judges as the database does: by code point."""
     text = {"project": part.run.project, "run": part.run.run, "part": part.part}[condition.field.name]
     if isinstance(condition, Compare):
-        return _OPERATORS[condition.operator](text, str(condition.value))
+        holds: bool = OPERATORS[condition.operator](text, str(condition.value))
+        return holds
     first, *middle, last = condition.pieces
     if len(text) < len(first) + len(last) or not (text.startswith(first) and text.endswith(last)):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -168,11 +168,20 @@ def lock_committed(connection: Connection, ids: Sequence[int], *, shared: bool =
     Who claims one shares its lock, who deletes it has it alone: so neither misses the other. SQLite has one writer.
     """
     found: set[int] = set()
-    for some in slices(sorted(ids)):
-        where = (checkpoints.c.id.in_(some), checkpoints.c.state == COMMITTED)
-        statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id)
+    for statement in _committed(ids):
         found.update(connection.scalars(statement.with_for_update(read=shared, key_share=not shared)))
     return found
+
+
+def find_committed(connection: Connection, ids: Sequence[int]) -> set[int]:
+    """Returns those of some checkpoints that are committed now."""
+    return {one for statement in _committed(ids) for one in connection.scalars(statement)}
+
+
+def _committed(ids: Sequence[int]) -> Iterator[Select[int]]:
+    for some in slices(sorted(ids)):
+        where = (checkpoints.c.id.in_(some), checkpoints.c.state == COMMITTED)
+        yield select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id)
 
 
 def read_staged(connection: Connection, part_ids: Sequence[int]) -> list[CheckpointRow]:

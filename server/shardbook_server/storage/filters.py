@@ -31,7 +31,8 @@ PLACES: Final = ("project", "run", "part")
 LABELS: Final = "labels"
 METRICS: Final = "metrics"
 
-_OPERATORS: Final[Mapping[str, Callable[[Any, Any], ColumnElement[bool]]]] = {
+#: Of values, and of columns.
+OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
     "=": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
@@ -208,7 +209,8 @@ def candidates(connection: Connection, condition: Condition | None, live: tuple[
 def _judged(connection: Connection, condition: Comparison, value: Any) -> ColumnElement[bool]:
     match condition:
         case Compare(_, name, wanted):
-            return _OPERATORS[name](value, wanted)
+            judged: ColumnElement[bool] = OPERATORS[name](value, wanted)
+            return judged
         case Match(_, pieces):
             return _matches(connection, value, pieces)
         case _:
@@ -220,7 +222,8 @@ def _range(condition: Comparison, column: ColumnElement[Any]) -> ColumnElement[b
     """Returns the range of an index that holds everything that meets a comparison."""
     match condition:
         case Compare(_, name, wanted):
-            return _OPERATORS[name](column, wanted)
+            within: ColumnElement[bool] = OPERATORS[name](column, wanted)
+            return within
         case Match(_, (prefix, *_)):
             end = _successor(prefix)
             return column >= prefix if end is None else and_(column >= prefix, column < end)
