@@ -156,6 +156,9 @@ def note(what):
     with log.open("a") as file:
         file.write(json.dumps([time.monotonic(), what, ref, os.environ["SHARDBOOK_ATTEMPT"]]) + "\\n")
 assert sys.argv[2] == ref
+# The watcher started what started us.
+watcher = int(pathlib.Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
+pathlib.Path(f"{log}.{step}").write_text(str(watcher))
 note("begins")
 end = time.monotonic() + 0.5
 while time.monotonic() < end:
@@ -163,9 +166,8 @@ while time.monotonic() < end:
     time.sleep(0.05)
 note("ends")
 if os.environ.get("KILLS") == str(step) and os.environ["SHARDBOOK_ATTEMPT"] == "1":
-    # The watcher: it started what started us. So it dies when the work is done, before it has said so.
-    parent = int(pathlib.Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGKILL)
+    # So it dies when the work is done, before it has said so.
+    os.kill(watcher, signal.SIGKILL)
 """
     )
     return f"{sys.executable} {script} {tmp_path / 'log'} {{ref}}"
@@ -185,6 +187,11 @@ def _watch(server: ServerProcess, command: str, *options: str, **environment: st
 def _log(tmp_path: Path) -> list[tuple[float, str, str, str]]:
     path = tmp_path / "log"
     return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _workers(tmp_path: Path, step: str) -> set[int]:
+    """Process ids of the watchers that have begun to work on a step, or on those of a pattern."""
+    return {int(content) for path in tmp_path.glob(f"log.{step}") if (content := path.read_text())}
 
 
 def _await(condition: Callable[[], bool], within_s: float = 40.0) -> None:
@@ -222,7 +229,10 @@ def test_killed_watchers_lose_nothing_and_nobody_works_beside_another(
     watchers = [_watch(server, evaluate, KILLS="3") for _ in range(3)]
     try:
         _await(lambda: any(what == "lives" for _, what, _, _ in _log(tmp_path)))
-        watchers[0].kill()
+        # Whoever works on step 3 dies by itself, at its end.
+        _await(lambda: bool(_workers(tmp_path, "[!3]") - _workers(tmp_path, "3")))
+        doomed = _workers(tmp_path, "[!3]") - _workers(tmp_path, "3")
+        next(watcher for watcher in watchers if watcher.pid in doomed).kill()
         _await(lambda: sum(watcher.poll() is None for watcher in watchers) == 1)
         watchers.append(_watch(server, evaluate))
         _await(lambda: server.client.get_subscription("mmlu").done_count == 6)
