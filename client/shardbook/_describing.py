@@ -45,6 +45,7 @@ class DescribingCalls:
         labels: Mapping[str, str | None] | None = None,
         metrics: Mapping[str, float | None] | None = None,
         note: Any = _UNCHANGED,
+        etag: str = "",
         deadline_s: float | None = None,
     ) -> Checkpoint:
         """Changes what is said of a checkpoint, and returns it.
@@ -54,14 +55,16 @@ class DescribingCalls:
             labels: Labels to set, by key; None removes one. The others stay.
             metrics: Metrics to set, by name; None removes one. The others stay.
             note: Any JSON value to keep with it; None removes it.
+            etag: The checkpoint's as it was read; where it is another by now, nothing is done. Empty: however it is.
             deadline_s: Seconds for the call.
 
         Raises:
             NotFoundError: There is no such checkpoint.
             InvalidArgumentError: A name or value cannot be stored, or there would be too many.
+            AbortedError: It has another etag by now.
         """
         request = catalog_pb2.UpdateCheckpointRequest()
-        request.checkpoint.name = resource_name(name)
+        request.checkpoint.name, request.checkpoint.etag = resource_name(name), etag
         request.checkpoint.labels.update(check_labels({k: v for k, v in (labels or {}).items() if v is not None}))
         request.checkpoint.metrics.update(check_metrics({k: v for k, v in (metrics or {}).items() if v is not None}))
         paths = request.update_mask.paths
@@ -72,7 +75,7 @@ class DescribingCalls:
             paths.append("note")
         if not paths:
             raise InvalidArgumentError("nothing to change: give labels, metrics or a note", field="labels")
-        return Checkpoint.of(self._transport.call(UPDATE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
+        return Checkpoint.of(self._transport.write(UPDATE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
 
     def list_ranks(
         self, name: CheckpointName | str, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None
@@ -114,6 +117,7 @@ class DescribingCalls:
         *,
         protected: bool = False,
         force: bool = False,
+        etag: str = "",
         deadline_s: float | None = None,
     ) -> Alias:
         """Makes an alias or moves it.
@@ -123,16 +127,18 @@ class DescribingCalls:
             checkpoint: What it is to mean, a committed checkpoint of the same part.
             protected: It is not to be moved or deleted, nor its checkpoint deleted, without force.
             force: Move one that is protected.
+            etag: The alias as it was read has it; where it is another by now, nothing is done. Empty: however it is.
             deadline_s: Seconds for the call.
 
         Raises:
             NotFoundError: There is no such checkpoint.
             FailedPreconditionError: It is not committed, or the alias is protected (``ALIAS_PROTECTED``).
+            AbortedError: It has another etag by now.
         """
         meant = checkpoint if isinstance(checkpoint, CheckpointName) else CheckpointName.parse(checkpoint)
-        alias = catalog_pb2.Alias(name=_alias(name), checkpoint=str(meant), protected=protected)
+        alias = catalog_pb2.Alias(name=_alias(name), checkpoint=str(meant), protected=protected, etag=etag)
         request = catalog_pb2.SetAliasRequest(alias=alias, force=force)
-        return Alias.of(self._transport.call(SET_ALIAS, request, deadline_s=deadline_s).alias)
+        return Alias.of(self._transport.write(SET_ALIAS, request, deadline_s=deadline_s).alias)
 
     def follow_metric(
         self,
@@ -141,6 +147,7 @@ class DescribingCalls:
         direction: str,
         *,
         force: bool = False,
+        etag: str = "",
         deadline_s: float | None = None,
     ) -> Alias:
         """Makes an alias mean the checkpoint with the best value of a metric, now and after every commit and update.
@@ -150,29 +157,37 @@ class DescribingCalls:
             metric: Name of the metric.
             direction: ``min`` or ``max``.
             force: Take a name that is protected.
+            etag: As for ``set_alias``.
             deadline_s: Seconds for the call.
 
         Raises:
             NotFoundError: There is no such run or part.
             FailedPreconditionError: The alias is protected (``ALIAS_PROTECTED``).
+            AbortedError: It has another etag by now.
         """
         if direction not in set(Direction):
             raise InvalidArgumentError(f"direction is {direction!r}, not min or max", field="direction")
         alias = catalog_pb2.Alias(
-            name=_alias(name), metric=check_name(metric, "metric"), direction=_DIRECTIONS[Direction(direction)]
+            name=_alias(name),
+            metric=check_name(metric, "metric"),
+            direction=_DIRECTIONS[Direction(direction)],
+            etag=etag,
         )
         request = catalog_pb2.SetAliasRequest(alias=alias, force=force)
-        return Alias.of(self._transport.call(SET_ALIAS, request, deadline_s=deadline_s).alias)
+        return Alias.of(self._transport.write(SET_ALIAS, request, deadline_s=deadline_s).alias)
 
-    def delete_alias(self, name: AliasName | str, *, force: bool = False, deadline_s: float | None = None) -> None:
+    def delete_alias(
+        self, name: AliasName | str, *, force: bool = False, etag: str = "", deadline_s: float | None = None
+    ) -> None:
         """Deletes an alias; the checkpoint stays.
 
         Raises:
             NotFoundError: There is no such alias.
             FailedPreconditionError: It is protected (``ALIAS_PROTECTED``).
+            AbortedError: It has another etag than ``etag``.
         """
-        request = catalog_pb2.DeleteAliasRequest(name=_alias(name), force=force)
-        self._transport.call(DELETE_ALIAS, request, deadline_s=deadline_s)
+        request = catalog_pb2.DeleteAliasRequest(name=_alias(name), force=force, etag=etag)
+        self._transport.write(DELETE_ALIAS, request, deadline_s=deadline_s)
 
 
 def _alias(name: AliasName | str) -> str:

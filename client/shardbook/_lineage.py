@@ -58,7 +58,7 @@ class LineageCalls:
             InvalidArgumentError: An end cannot be one, or the checkpoint has too many edges.
         """
         request = lineage_pb2.AddLineageRequest(subject=resource_name(subject), kind=_kind(kind), object=_end(other))
-        return LineageEdge.of(self._transport.call(ADD_LINEAGE, request, deadline_s=deadline_s).edge)
+        return LineageEdge.of(self._transport.write(ADD_LINEAGE, request, deadline_s=deadline_s).edge)
 
     def remove_lineage(
         self,
@@ -74,7 +74,7 @@ class LineageCalls:
             NotFoundError: A checkpoint that is named does not exist.
         """
         request = lineage_pb2.RemoveLineageRequest(subject=resource_name(subject), kind=_kind(kind), object=_end(other))
-        return self._transport.call(REMOVE_LINEAGE, request, deadline_s=deadline_s).removed
+        return self._transport.write(REMOVE_LINEAGE, request, deadline_s=deadline_s).removed
 
     def list_lineage(
         self,

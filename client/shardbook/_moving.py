@@ -59,7 +59,7 @@ class MovingCalls:
         request = locations_pb2.MoveCheckpointsRequest(
             moves=[locations_pb2.CheckpointMove(**vars(one)) for one in moves]
         )
-        answer = self._transport.call(MOVE_CHECKPOINTS, request, deadline_s=deadline_s)
+        answer = self._transport.write(MOVE_CHECKPOINTS, request, deadline_s=deadline_s)
         return list(map(Checkpoint.of, answer.checkpoints))
 
 

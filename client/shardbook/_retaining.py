@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from shardbook import _reading
 from shardbook._targets import resource_name
+from shardbook._times import datetime_of
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
 from shardbook.core.limits import MAX_PAGE_SIZE, MAX_PRUNED
 from shardbook.core.names import CheckpointName, PartName, RunName
 from shardbook.core.retention import KeepBest, RetentionPolicy
-from shardbook.descriptions import Hold, PruneDecision
+from shardbook.descriptions import Hold, PruneDecision, StoredPolicy
 from shardbook.errors import NotFoundError
 from shardbook.v1 import catalog_pb2
 from shardbook.v1 import retention_pb2 as pb
@@ -42,6 +43,7 @@ class RetainingCalls:
         *,
         force: bool = False,
         delete_files: bool = False,
+        etag: str = "",
         deadline_s: float | None = None,
     ) -> tuple[Checkpoint, tuple[str, ...]]:
         """Deletes a committed checkpoint from the catalogue; until it is purged it can be brought back.
@@ -51,6 +53,7 @@ class RetainingCalls:
             force: Delete one, too, that ``latest`` or a protected alias means.
             delete_files: The caller goes on to delete its data files, see ``shardbook.deleting``: it cannot be brought
                 back.
+            etag: The checkpoint's as it was read; where it is another by now, nothing is done. Empty: however it is.
             deadline_s: Seconds for the call.
 
         Returns:
@@ -60,10 +63,11 @@ class RetainingCalls:
             NotFoundError: There is no such checkpoint.
             FailedPreconditionError: It is not committed, or it is held (``CHECKPOINT_HELD``), what ``latest`` means
                 (``LATEST_CHECKPOINT``), or a protected alias (``ALIAS_PROTECTED``).
+            AbortedError: It has another etag by now.
         """
         full_name = self._full_name(name, deadline_s)
-        request = pb.DeleteCheckpointRequest(name=full_name, force=force, delete_files=delete_files)
-        answer = self._transport.call(DELETE_CHECKPOINT, request, deadline_s=deadline_s)
+        request = pb.DeleteCheckpointRequest(name=full_name, force=force, delete_files=delete_files, etag=etag)
+        answer = self._transport.write(DELETE_CHECKPOINT, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), tuple(answer.deleted_aliases)
 
     def _full_name(self, name: CheckpointName | str, deadline_s: float | None) -> str:
@@ -93,7 +97,7 @@ class RetainingCalls:
                 (``CHECKPOINT_PURGED``).
         """
         request = pb.UndeleteCheckpointRequest(name=resource_name(name))
-        return Checkpoint.of(self._transport.call(UNDELETE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
+        return Checkpoint.of(self._transport.write(UNDELETE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
 
     def hold_checkpoint(
         self, name: CheckpointName | str, holder: str, ttl_s: float, *, deadline_s: float | None = None
@@ -113,7 +117,7 @@ class RetainingCalls:
         """
         request = pb.HoldCheckpointRequest(name=resource_name(name), holder=holder)
         request.ttl.FromMicroseconds(round(ttl_s * 1e6))
-        answer = self._transport.call(HOLD_CHECKPOINT, request, deadline_s=deadline_s)
+        answer = self._transport.write(HOLD_CHECKPOINT, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), Hold.of(answer.hold)
 
     def release_checkpoint(
@@ -125,7 +129,7 @@ class RetainingCalls:
             NotFoundError: There is no such checkpoint.
         """
         request = pb.ReleaseCheckpointRequest(name=resource_name(name), holder=holder)
-        return Checkpoint.of(self._transport.call(RELEASE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
+        return Checkpoint.of(self._transport.write(RELEASE_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
 
     def get_retention_policy(
         self, run: RunName | str, *, part: str | None = None, deadline_s: float | None = None
@@ -135,9 +139,20 @@ class RetainingCalls:
         Raises:
             NotFoundError: There is no such run.
         """
+        return self.get_stored_policy(run, part=part, deadline_s=deadline_s).policy
+
+    def get_stored_policy(
+        self, run: RunName | str, *, part: str | None = None, deadline_s: float | None = None
+    ) -> StoredPolicy:
+        """Returns what ``get_retention_policy`` does, where it is from, and its etag.
+
+        Raises:
+            NotFoundError: There is no such run.
+        """
         request = pb.GetRetentionPolicyRequest(name=_parent(run, part))
         answer = self._transport.call(GET_RETENTION_POLICY, request, deadline_s=deadline_s)
-        return _policy(answer.policy) if answer.HasField("policy") else None
+        policy = _policy(answer.policy) if answer.HasField("policy") else None
+        return StoredPolicy(policy, answer.inherited, datetime_of(answer.update_time), answer.etag)
 
     def set_retention_policy(
         self,
@@ -145,6 +160,7 @@ class RetainingCalls:
         policy: RetentionPolicy | None,
         *,
         part: str | None = None,
+        etag: str = "",
         deadline_s: float | None = None,
     ) -> RetentionPolicy | None:
         """Stores what ``prune`` keeps of a part, or of a run, when it is told nothing; None removes it.
@@ -152,9 +168,10 @@ class RetainingCalls:
         Raises:
             NotFoundError: There is no such run or part.
             InvalidArgumentError: The policy is not valid.
+            AbortedError: ``get_stored_policy`` of the same place gives another etag than ``etag``.
         """
-        request = pb.SetRetentionPolicyRequest(name=_parent(run, part), policy=_message(policy))
-        answer = self._transport.call(SET_RETENTION_POLICY, request, deadline_s=deadline_s)
+        request = pb.SetRetentionPolicyRequest(name=_parent(run, part), policy=_message(policy), etag=etag)
+        answer = self._transport.write(SET_RETENTION_POLICY, request, deadline_s=deadline_s)
         return _policy(answer.policy) if answer.HasField("policy") else None
 
     def preview_prune(
@@ -215,7 +232,7 @@ class RetainingCalls:
                 names=every[at : at + MAX_PRUNED],
                 delete_files=delete_files,
             )
-            answer = self._transport.call(PRUNE, request, deadline_s=deadline_s)
+            answer = self._transport.write(PRUNE, request, deadline_s=deadline_s)
             yield from map(PruneDecision.of, answer.decisions)
 
     def report_missing_data(
@@ -228,7 +245,7 @@ class RetainingCalls:
             FailedPreconditionError: It is not committed.
         """
         request = pb.ReportMissingDataRequest(name=resource_name(name), missing=missing)
-        return Checkpoint.of(self._transport.call(REPORT_MISSING_DATA, request, deadline_s=deadline_s).checkpoint)
+        return Checkpoint.of(self._transport.write(REPORT_MISSING_DATA, request, deadline_s=deadline_s).checkpoint)
 
     def record_file_deletion(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -163,6 +164,15 @@ class Transport:
                 return self._attempt(rpc, request, remaining_s, guarded)
 
             return self._until_deadline(attempt, limit_s, guarded)
+
+    def write(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> R:
+        """Returns the answer to a request that changes the catalogue, as ``call`` does.
+
+        However often it has to be asked, it is one request to the server, by an id of its own: its answer is what the
+        first try did, though that was never heard of.
+        """
+        cast("Any", request).request_id = str(uuid.uuid4())
+        return self.call(rpc, request, deadline_s=deadline_s)
 
     def pages(self, rpc: Rpc[Q, R], request: Q, *, deadline_s: float | None = None) -> Iterator[R]:
         """Yields the pages of a listing; ``request`` is of the first one, and is used for the others.

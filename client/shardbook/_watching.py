@@ -335,7 +335,7 @@ class WatchingCalls:
     def delete_subscription(self, name: str, *, deadline_s: float | None = None) -> None:
         """Forgets a subscription with its place and claims; raises NotFoundError."""
         request = events_pb2.DeleteSubscriptionRequest(name=_subscription(name))
-        self._transport.call(DELETE_SUBSCRIPTION, request, deadline_s=deadline_s)
+        self._transport.write(DELETE_SUBSCRIPTION, request, deadline_s=deadline_s)
 
 
 def _number(kind: EventKind | str) -> Any:

@@ -103,6 +103,7 @@ class Checkpoint:
         file_deletion: How far the deletion of its data files is.
         holds: Who holds it now; empty in listings.
         other_locations: Where it is, too; readers try them in this order behind ``location``.
+        etag: Changes with its state and all that people can change of it; empty in listings.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Checkpoint:
     file_deletion: FileDeletion = FileDeletion.NONE
     holds: tuple[Hold, ...] = ()
     other_locations: tuple[str, ...] = ()
+    etag: str = ""
 
     @property
     def locations(self) -> tuple[str, ...]:
@@ -183,6 +185,7 @@ class Checkpoint:
             file_deletion=_FILE_DELETIONS.get(message.file_deletion, FileDeletion.NONE),
             holds=tuple(map(Hold.of, message.holds)),
             other_locations=tuple(message.other_locations),
+            etag=message.etag,
         )
 
     def to_json(self) -> Json:

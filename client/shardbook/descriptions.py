@@ -9,6 +9,7 @@ from typing import Any
 
 from shardbook._times import datetime_of, rfc3339
 from shardbook.core.names import AliasName, CheckpointName
+from shardbook.core.retention import RetentionPolicy
 from shardbook.v1 import catalog_pb2, retention_pb2, types_pb2
 
 Json = dict[str, Any]
@@ -170,6 +171,7 @@ class Alias:
         direction: Which value is best; None when it is set by hand.
         protected: It is not moved or deleted, nor its checkpoint deleted, without force.
         update_time: When it was last set or moved; None for ``latest``.
+        etag: Changes with what it means and how; empty for ``latest``.
     """
 
     name: str
@@ -180,6 +182,7 @@ class Alias:
     direction: Direction | None
     protected: bool
     update_time: datetime | None
+    etag: str = ""
 
     @classmethod
     def of(cls, message: catalog_pb2.Alias) -> Alias:
@@ -193,6 +196,7 @@ class Alias:
             direction=_DIRECTIONS.get(message.direction),
             protected=message.protected,
             update_time=datetime_of(message.update_time),
+            etag=message.etag,
         )
 
     def to_json(self) -> Json:
@@ -202,6 +206,23 @@ class Alias:
             "direction": None if self.direction is None else self.direction.value,
             "update_time": rfc3339(self.update_time),
         }
+
+
+@dataclass(frozen=True)
+class StoredPolicy:
+    """What ``prune`` keeps when it is told nothing.
+
+    Attributes:
+        policy: The policy; None when there is none.
+        inherited: True when a part has it from its run.
+        update_time: When it was stored.
+        etag: Of what is stored in the very place that was asked about; of nothing, where it is inherited.
+    """
+
+    policy: RetentionPolicy | None
+    inherited: bool
+    update_time: datetime | None
+    etag: str
 
 
 @dataclass(frozen=True)

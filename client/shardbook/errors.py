@@ -21,6 +21,7 @@
     │   ├── ClaimLostError              CLAIM_LOST           another watcher has the checkpoint
     │   ├── CheckpointMismatchError     (client only)        a checkpoint that does not fit the state dict
     │   └── InvalidGeometryError        GEOMETRY_*           overlap, hole, out of bounds, disagreement
+    ├── AbortedError                    ABORTED              somebody changed it since it was read
     ├── ResourceExhaustedError          RESOURCE_EXHAUSTED   a limit, named
     ├── UnavailableError                UNAVAILABLE          retry later
     ├── DeadlineExceededError           DEADLINE_EXCEEDED
@@ -263,6 +264,13 @@ class CheckpointMismatchError(FailedPreconditionError, RuntimeError, ValueError)
         return tuple(mismatch.fqn for mismatch in self.mismatches if mismatch.kind is kind)
 
 
+class AbortedError(ShardbookError):
+    """What was to be changed is not as the caller saw it; read it again, and decide again."""
+
+    status = "ABORTED"
+    default_reason = "ETAG_MISMATCH"
+
+
 class ResourceExhaustedError(ShardbookError):
     """A limit was reached; the message names it."""
 
@@ -372,6 +380,7 @@ _BY_STATUS: dict[str, type[ShardbookError]] = {
         NotFoundError,
         AlreadyExistsError,
         FailedPreconditionError,
+        AbortedError,
         ResourceExhaustedError,
         UnavailableError,
         DeadlineExceededError,

@@ -48,7 +48,7 @@ from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database, PostgresOptions
 from shardbook_server.storage.urls import is_postgres
 from shardbook_server.tracing import Tracing
-from shardbook_server.upkeep import keep_events_few
+from shardbook_server.upkeep import drop_what_is_old, old_things
 
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
@@ -199,8 +199,8 @@ class Server:
         self._operations.serve(self.address)
         loop = asyncio.get_running_loop()
         self._reaper = loop.create_task(self._reap())
-        retention_s = self._settings.event_retention_s
-        self._upkeep = loop.create_task(keep_events_few(self._bridge, self._services.events, retention_s))
+        old = old_things(self._services, self._settings.event_retention_s)
+        self._upkeep = loop.create_task(drop_what_is_old(self._bridge, old))
         return self.address
 
     async def stop(self, grace_s: float | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 
@@ -69,3 +70,30 @@ def test_a_checkpoint_is_loaded_from_where_it_is(
     monkeypatch.setenv("SHARDBOOK_SERVER", server)
     with pytest.raises(InvalidArgumentError, match="SHARDBOOK_STORES=second=ROOT"):
         dcp.load(blank_state(), ref)
+
+
+def test_a_checkpoint_moves_to_an_object_store_and_back(
+    session: dcp.Session, server: str, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 lists its files with their sizes: what lacks one is not switched; loads then read from the bucket alone."""
+    disk, bucket, ref = tmp_path / "disk", f"{s3}/{session.run}", f"{session.run}@1"
+    monkeypatch.setenv("SHARDBOOK_STORES", f"disk={disk},bucket={bucket}")
+    config = ClientConfig(server=server, stores=Stores({"disk": str(disk), "bucket": bucket}))
+    dcp.close()
+    dcp.init(run=session.run, server=server)
+    dcp.save(some_state(), checkpoint_id=disk / "step-1")
+    files = fsspec.filesystem("s3")
+    files.put(f"{disk}/", f"{bucket}/", recursive=True)
+    data = next(one for one in files.find(bucket) if one.endswith(".distcp"))
+    content = files.cat_file(data)
+    files.pipe_file(data, content[:-1])
+    assert ["incomplete"] == [one.outcome for one in move(ref, "bucket", config=config)]
+    files.pipe_file(data, content)
+    assert ["moved"] == [one.outcome for one in move(ref, "bucket", config=config)]
+    assert ("bucket:step-1",) == Client(server).get_checkpoint(ref).locations
+    disk.rename(tmp_path / "aside")
+    assert loads(ref)
+    (tmp_path / "aside").rename(disk)
+    files.rm(bucket, recursive=True)
+    assert ["moved"] == [one.outcome for one in move(ref, "disk", config=config)]
+    assert loads(ref)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shardbook.cli import completing, names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Etag, Plain, Server, Timeout, client_of
 from shardbook.client import Client
 from shardbook.core.names import AliasName, PartName
 from shardbook.descriptions import Alias, Direction
@@ -42,6 +42,7 @@ def alias(
     protect: Annotated[bool, typer.Option("--protect", help="Not to be moved or deleted without --force.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the alias; the checkpoint stays.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Move or delete one that is protected.")] = False,
+    etag: Etag = "",
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -61,27 +62,27 @@ def alias(
         return
     name, target = words
     if delete:
-        client.delete_alias(_alias_of(name, target), force=force)
+        client.delete_alias(_alias_of(name, target), force=force, etag=etag)
         if as_json:
             output.print_json({"aliases": []})
         return
     if metric is None:
         if smallest or largest:
             raise InvalidArgumentError("--min and --max go with --metric", field="metric")
-        done = _set(client, name, target, protect=protect, force=force)
+        done = _set(client, name, target, protect=protect, force=force, etag=etag)
     else:
         if smallest is largest:
             raise InvalidArgumentError("say which value is best: --min or --max", field="metric")
         if protect:
             raise InvalidArgumentError("an alias that follows a metric cannot be protected", field="protect")
         direction = Direction.MIN if smallest else Direction.MAX
-        done = client.follow_metric(_alias_of(name, target), metric, direction, force=force)
+        done = client.follow_metric(_alias_of(name, target), metric, direction, force=force, etag=etag)
     _print([done], as_json=as_json, is_plain=is_plain)
 
 
-def _set(client: Client, name: str, target: str, *, protect: bool, force: bool) -> Alias:
+def _set(client: Client, name: str, target: str, *, protect: bool, force: bool, etag: str) -> Alias:
     checkpoint = names.checkpoint_of(target)
-    return client.set_alias(AliasName(checkpoint.part, name), checkpoint, protected=protect, force=force)
+    return client.set_alias(AliasName(checkpoint.part, name), checkpoint, protected=protect, force=force, etag=etag)
 
 
 def _alias_of(name: str, target: str) -> AliasName:

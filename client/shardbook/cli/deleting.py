@@ -13,7 +13,7 @@ from shardbook.catalog import Checkpoint, FileDeletion
 from shardbook.cli import durations, names, output, progress
 from shardbook.cli.describing import Ref
 from shardbook.cli.failures import asking_storage
-from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
+from shardbook.cli.options import AsJson, Etag, Plain, Server, Timeout, client_of
 from shardbook.core.names import CheckpointName
 from shardbook.deleting import DeletedFiles, check_reach, delete_files, list_files
 from shardbook.errors import InvalidArgumentError
@@ -54,6 +54,7 @@ def rm(
     ] = False,
     delete_data: DeleteFiles = False,
     dry_run: DryRun = False,
+    etag: Etag = "",
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -87,7 +88,7 @@ def rm(
     if delete_data:
         with asking_storage():
             name = CheckpointName.parse(check_reach(name, client=client, config=config).name)
-    checkpoint, aliases = client.delete_checkpoint(name, force=force, delete_files=delete_data)
+    checkpoint, aliases = client.delete_checkpoint(name, force=force, delete_files=delete_data, etag=etag)
     files = None
     if delete_data:
         with asking_storage(), progress.shown("deleting", is_wanted=not is_plain) as tell:

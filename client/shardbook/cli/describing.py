@@ -9,7 +9,7 @@ import typer
 
 from shardbook.catalog import Checkpoint
 from shardbook.cli import completing, names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
+from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Etag, Plain, Server, Timeout, client_of
 from shardbook.errors import InvalidArgumentError
 
 LABEL_EXAMPLES = """\b
@@ -37,6 +37,7 @@ def label(
     ref: Ref,
     labels: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Labels to set.")] = None,
     remove: Remove = None,
+    etag: Etag = "",
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -45,7 +46,7 @@ def label(
     """Set, remove or show the labels of a checkpoint. The others stay as they are."""
     name, changes = names.checkpoint_of(ref), _changes(labels, remove, "KEY=VALUE", "labels")
     client, _ = client_of(server, timeout_s)
-    checkpoint = client.update_checkpoint(name, labels=changes) if changes else client.get_checkpoint(name)
+    checkpoint = client.update_checkpoint(name, labels=changes, etag=etag) if changes else client.get_checkpoint(name)
     _print(
         checkpoint,
         checkpoint.labels,
@@ -59,6 +60,7 @@ def metric(
     ref: Ref,
     metrics: Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Metrics to set.")] = None,
     remove: Remove = None,
+    etag: Etag = "",
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -68,7 +70,7 @@ def metric(
     name, changes = names.checkpoint_of(ref), _changes(metrics, remove, "NAME=VALUE", "metrics")
     numbers = {key: None if text is None else _number(key, text) for key, text in changes.items()}
     client, _ = client_of(server, timeout_s)
-    checkpoint = client.update_checkpoint(name, metrics=numbers) if numbers else client.get_checkpoint(name)
+    checkpoint = client.update_checkpoint(name, metrics=numbers, etag=etag) if numbers else client.get_checkpoint(name)
     shown = {key: f"{value:g}" for key, value in checkpoint.metrics.items()}
     _print(
         checkpoint,
@@ -86,6 +88,7 @@ def note(
         str | None, typer.Option("--value", metavar="JSON", help="Any JSON value, instead of TEXT.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove the note.")] = False,
+    etag: Etag = "",
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -99,7 +102,7 @@ def note(
     if text is None and value is None and not clear:
         checkpoint = client.get_checkpoint(name)
     else:
-        checkpoint = client.update_checkpoint(name, note=text if value is None else _value(value))
+        checkpoint = client.update_checkpoint(name, note=text if value is None else _value(value), etag=etag)
     if as_json:
         output.print_json({"checkpoint": checkpoint.to_json()})
         return

@@ -34,6 +34,10 @@ Trusted = Annotated[
 Plain = Annotated[
     bool, typer.Option("--plain", help="Print text for other programs: no colours, no folded cells, no progress.")
 ]
+Etag = Annotated[
+    str,
+    typer.Option("--etag", metavar="ETAG", help="Only while it is as --json showed it with this etag; else exit 1."),
+]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=0, metavar="N", help="Rows at most; 0 for all.")]
 
 

@@ -105,12 +105,14 @@ class ListCheckpointsResponse(_message.Message):
     def __init__(self, checkpoints: _Optional[_Iterable[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class UpdateCheckpointRequest(_message.Message):
-    __slots__ = ("checkpoint", "update_mask")
+    __slots__ = ("checkpoint", "update_mask", "request_id")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_MASK_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     checkpoint: _types_pb2.Checkpoint
     update_mask: _field_mask_pb2.FieldMask
-    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping[str, _Any]]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., update_mask: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping[str, _Any]]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class UpdateCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint",)
@@ -153,7 +155,7 @@ class RankInfo(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., size_bytes: _Optional[int] = ..., plan_ms: _Optional[int] = ..., write_ms: _Optional[int] = ..., register_ms: _Optional[int] = ...) -> None: ...
 
 class Alias(_message.Message):
-    __slots__ = ("name", "checkpoint", "metric", "direction", "protected", "update_time")
+    __slots__ = ("name", "checkpoint", "metric", "direction", "protected", "update_time", "etag")
     class Direction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         DIRECTION_UNSPECIFIED: _ClassVar[Alias.Direction]
@@ -168,13 +170,15 @@ class Alias(_message.Message):
     DIRECTION_FIELD_NUMBER: _ClassVar[int]
     PROTECTED_FIELD_NUMBER: _ClassVar[int]
     UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     checkpoint: str
     metric: str
     direction: Alias.Direction
     protected: bool
     update_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., metric: _Optional[str] = ..., direction: _Optional[_Union[Alias.Direction, str]] = ..., protected: bool = ..., update_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., metric: _Optional[str] = ..., direction: _Optional[_Union[Alias.Direction, str]] = ..., protected: bool = ..., update_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class ListAliasesRequest(_message.Message):
     __slots__ = ("parent", "page_size", "page_token")
@@ -195,12 +199,14 @@ class ListAliasesResponse(_message.Message):
     def __init__(self, aliases: _Optional[_Iterable[_Union[Alias, _Mapping[str, _Any]]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class SetAliasRequest(_message.Message):
-    __slots__ = ("alias", "force")
+    __slots__ = ("alias", "force", "request_id")
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     FORCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     alias: Alias
     force: bool
-    def __init__(self, alias: _Optional[_Union[Alias, _Mapping[str, _Any]]] = ..., force: bool = ...) -> None: ...
+    request_id: str
+    def __init__(self, alias: _Optional[_Union[Alias, _Mapping[str, _Any]]] = ..., force: bool = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class SetAliasResponse(_message.Message):
     __slots__ = ("alias",)
@@ -209,12 +215,16 @@ class SetAliasResponse(_message.Message):
     def __init__(self, alias: _Optional[_Union[Alias, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class DeleteAliasRequest(_message.Message):
-    __slots__ = ("name", "force")
+    __slots__ = ("name", "force", "request_id", "etag")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FORCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     force: bool
-    def __init__(self, name: _Optional[str] = ..., force: bool = ...) -> None: ...
+    request_id: str
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., force: bool = ..., request_id: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class DeleteAliasResponse(_message.Message):
     __slots__ = ()

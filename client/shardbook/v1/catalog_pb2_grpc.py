@@ -32,6 +32,12 @@ if _version_not_supported:
 
 class CatalogServiceStub(object):
     """Finds and describes runs and checkpoints, and names them by alias.
+
+    What changes something may carry a `request_id`, a UUID. For at least 24 hours
+    the same call with the same id has no second effect, and the answer of the
+    first (AIP-155); with another content it is INVALID_ARGUMENT,
+    `REQUEST_ID_REUSED`. What failed is not kept, and may be made again. Claims
+    have an id of their own instead (`claim_id`).
     """
 
     def __init__(self, channel):
@@ -199,6 +205,12 @@ class CatalogServiceStub(object):
 
 class CatalogServiceServicer(object):
     """Finds and describes runs and checkpoints, and names them by alias.
+
+    What changes something may carry a `request_id`, a UUID. For at least 24 hours
+    the same call with the same id has no second effect, and the answer of the
+    first (AIP-155); with another content it is INVALID_ARGUMENT,
+    `REQUEST_ID_REUSED`. What failed is not kept, and may be made again. Claims
+    have an id of their own instead (`claim_id`).
     """
 
     def ListProjects(self, request, context):
@@ -591,6 +603,12 @@ def add_CatalogServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class CatalogService(object):
     """Finds and describes runs and checkpoints, and names them by alias.
+
+    What changes something may carry a `request_id`, a UUID. For at least 24 hours
+    the same call with the same id has no second effect, and the answer of the
+    first (AIP-155); with another content it is INVALID_ARGUMENT,
+    `REQUEST_ID_REUSED`. What failed is not kept, and may be made again. Claims
+    have an id of their own instead (`claim_id`).
     """
 
     @staticmethod

@@ -27,33 +27,33 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashardbook/v1/lineage.proto\x12\x0cshardbook.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"\x8d\x01\n\x0bLineageNode\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.shardbook.v1.CheckpointState\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe7\x01\n\x0bLineageEdge\x12\n\n\x02id\x18\x01 \x01(\x03\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12*\n\x07subject\x18\x03 \x01(\x0b\x32\x19.shardbook.v1.LineageNode\x12)\n\x06object\x18\x04 \x01(\x0b\x32\x19.shardbook.v1.LineageNode\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04told\x18\x06 \x01(\x08\x12\r\n\x05\x64\x65pth\x18\x07 \x01(\x05\"]\n\x11\x41\x64\x64LineageRequest\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12\x0e\n\x06object\x18\x03 \x01(\t\"=\n\x12\x41\x64\x64LineageResponse\x12\'\n\x04\x65\x64ge\x18\x01 \x01(\x0b\x32\x19.shardbook.v1.LineageEdge\"`\n\x14RemoveLineageRequest\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12\x0e\n\x06object\x18\x03 \x01(\t\"(\n\x15RemoveLineageResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x08\"~\n\x12ListLineageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x31\n\tdirection\x18\x02 \x01(\x0e\x32\x1e.shardbook.v1.LineageDirection\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"X\n\x13ListLineageResponse\x12(\n\x05\x65\x64ges\x18\x01 \x03(\x0b\x32\x19.shardbook.v1.LineageEdge\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\x11GetLineageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\tdirection\x18\x02 \x01(\x0e\x32\x1e.shardbook.v1.LineageDirection\x12\x11\n\tmax_depth\x18\x03 \x01(\x05\x12\x11\n\tmax_edges\x18\x04 \x01(\x05\"\xe6\x01\n\x12GetLineageResponse\x12-\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x19.shardbook.v1.LineageNode\x12,\n\tancestors\x18\x02 \x03(\x0b\x32\x19.shardbook.v1.LineageEdge\x12.\n\x0b\x64\x65scendants\x18\x03 \x03(\x0b\x32\x19.shardbook.v1.LineageEdge\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x30\n\rsession_begin\x18\x05 \x01(\x0b\x32\x19.shardbook.v1.LineageNode*k\n\x10LineageDirection\x12!\n\x1dLINEAGE_DIRECTION_UNSPECIFIED\x10\x00\x12\x18\n\x14LINEAGE_DIRECTION_UP\x10\x01\x12\x1a\n\x16LINEAGE_DIRECTION_DOWN\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ashardbook/v1/lineage.proto\x12\x0cshardbook.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"\x8d\x01\n\x0bLineageNode\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.shardbook.v1.CheckpointState\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe7\x01\n\x0bLineageEdge\x12\n\n\x02id\x18\x01 \x01(\x03\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12*\n\x07subject\x18\x03 \x01(\x0b\x32\x19.shardbook.v1.LineageNode\x12)\n\x06object\x18\x04 \x01(\x0b\x32\x19.shardbook.v1.LineageNode\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04told\x18\x06 \x01(\x08\x12\r\n\x05\x64\x65pth\x18\x07 \x01(\x05\"q\n\x11\x41\x64\x64LineageRequest\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12\x0e\n\x06object\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"=\n\x12\x41\x64\x64LineageResponse\x12\'\n\x04\x65\x64ge\x18\x01 \x01(\x0b\x32\x19.shardbook.v1.LineageEdge\"t\n\x14RemoveLineageRequest\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12\x0e\n\x06object\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"(\n\x15RemoveLineageResponse\x12\x0f\n\x07removed\x18\x01 \x01(\x08\"~\n\x12ListLineageRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x31\n\tdirection\x18\x02 \x01(\x0e\x32\x1e.shardbook.v1.LineageDirection\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"X\n\x13ListLineageResponse\x12(\n\x05\x65\x64ges\x18\x01 \x03(\x0b\x32\x19.shardbook.v1.LineageEdge\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"z\n\x11GetLineageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\tdirection\x18\x02 \x01(\x0e\x32\x1e.shardbook.v1.LineageDirection\x12\x11\n\tmax_depth\x18\x03 \x01(\x05\x12\x11\n\tmax_edges\x18\x04 \x01(\x05\"\xe6\x01\n\x12GetLineageResponse\x12-\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x19.shardbook.v1.LineageNode\x12,\n\tancestors\x18\x02 \x03(\x0b\x32\x19.shardbook.v1.LineageEdge\x12.\n\x0b\x64\x65scendants\x18\x03 \x03(\x0b\x32\x19.shardbook.v1.LineageEdge\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x30\n\rsession_begin\x18\x05 \x01(\x0b\x32\x19.shardbook.v1.LineageNode*k\n\x10LineageDirection\x12!\n\x1dLINEAGE_DIRECTION_UNSPECIFIED\x10\x00\x12\x18\n\x14LINEAGE_DIRECTION_UP\x10\x01\x12\x1a\n\x16LINEAGE_DIRECTION_DOWN\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.lineage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LINEAGEDIRECTION']._serialized_start=1354
-  _globals['_LINEAGEDIRECTION']._serialized_end=1461
+  _globals['_LINEAGEDIRECTION']._serialized_start=1394
+  _globals['_LINEAGEDIRECTION']._serialized_end=1501
   _globals['_LINEAGENODE']._serialized_start=104
   _globals['_LINEAGENODE']._serialized_end=245
   _globals['_LINEAGEEDGE']._serialized_start=248
   _globals['_LINEAGEEDGE']._serialized_end=479
   _globals['_ADDLINEAGEREQUEST']._serialized_start=481
-  _globals['_ADDLINEAGEREQUEST']._serialized_end=574
-  _globals['_ADDLINEAGERESPONSE']._serialized_start=576
-  _globals['_ADDLINEAGERESPONSE']._serialized_end=637
-  _globals['_REMOVELINEAGEREQUEST']._serialized_start=639
-  _globals['_REMOVELINEAGEREQUEST']._serialized_end=735
-  _globals['_REMOVELINEAGERESPONSE']._serialized_start=737
-  _globals['_REMOVELINEAGERESPONSE']._serialized_end=777
-  _globals['_LISTLINEAGEREQUEST']._serialized_start=779
-  _globals['_LISTLINEAGEREQUEST']._serialized_end=905
-  _globals['_LISTLINEAGERESPONSE']._serialized_start=907
-  _globals['_LISTLINEAGERESPONSE']._serialized_end=995
-  _globals['_GETLINEAGEREQUEST']._serialized_start=997
-  _globals['_GETLINEAGEREQUEST']._serialized_end=1119
-  _globals['_GETLINEAGERESPONSE']._serialized_start=1122
-  _globals['_GETLINEAGERESPONSE']._serialized_end=1352
+  _globals['_ADDLINEAGEREQUEST']._serialized_end=594
+  _globals['_ADDLINEAGERESPONSE']._serialized_start=596
+  _globals['_ADDLINEAGERESPONSE']._serialized_end=657
+  _globals['_REMOVELINEAGEREQUEST']._serialized_start=659
+  _globals['_REMOVELINEAGEREQUEST']._serialized_end=775
+  _globals['_REMOVELINEAGERESPONSE']._serialized_start=777
+  _globals['_REMOVELINEAGERESPONSE']._serialized_end=817
+  _globals['_LISTLINEAGEREQUEST']._serialized_start=819
+  _globals['_LISTLINEAGEREQUEST']._serialized_end=945
+  _globals['_LISTLINEAGERESPONSE']._serialized_start=947
+  _globals['_LISTLINEAGERESPONSE']._serialized_end=1035
+  _globals['_GETLINEAGEREQUEST']._serialized_start=1037
+  _globals['_GETLINEAGEREQUEST']._serialized_end=1159
+  _globals['_GETLINEAGERESPONSE']._serialized_start=1162
+  _globals['_GETLINEAGERESPONSE']._serialized_end=1392
 # @@protoc_insertion_point(module_scope)

@@ -49,14 +49,16 @@ class LineageEdge(_message.Message):
     def __init__(self, id: _Optional[int] = ..., kind: _Optional[_Union[_types_pb2.LineageKind, str]] = ..., subject: _Optional[_Union[LineageNode, _Mapping[str, _Any]]] = ..., object: _Optional[_Union[LineageNode, _Mapping[str, _Any]]] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., told: bool = ..., depth: _Optional[int] = ...) -> None: ...
 
 class AddLineageRequest(_message.Message):
-    __slots__ = ("subject", "kind", "object")
+    __slots__ = ("subject", "kind", "object", "request_id")
     SUBJECT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     subject: str
     kind: _types_pb2.LineageKind
     object: str
-    def __init__(self, subject: _Optional[str] = ..., kind: _Optional[_Union[_types_pb2.LineageKind, str]] = ..., object: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, subject: _Optional[str] = ..., kind: _Optional[_Union[_types_pb2.LineageKind, str]] = ..., object: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class AddLineageResponse(_message.Message):
     __slots__ = ("edge",)
@@ -65,14 +67,16 @@ class AddLineageResponse(_message.Message):
     def __init__(self, edge: _Optional[_Union[LineageEdge, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class RemoveLineageRequest(_message.Message):
-    __slots__ = ("subject", "kind", "object")
+    __slots__ = ("subject", "kind", "object", "request_id")
     SUBJECT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     OBJECT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     subject: str
     kind: _types_pb2.LineageKind
     object: str
-    def __init__(self, subject: _Optional[str] = ..., kind: _Optional[_Union[_types_pb2.LineageKind, str]] = ..., object: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, subject: _Optional[str] = ..., kind: _Optional[_Union[_types_pb2.LineageKind, str]] = ..., object: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RemoveLineageResponse(_message.Message):
     __slots__ = ("removed",)

@@ -26,7 +26,7 @@ _sym_db = _symbol_database.Default()
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshardbook/v1/locations.proto\x12\x0cshardbook.v1\x1a\x18shardbook/v1/types.proto\"E\n\x16MoveCheckpointsRequest\x12+\n\x05moves\x18\x01 \x03(\x0b\x32\x1c.shardbook.v1.CheckpointMove\"X\n\x0e\x43heckpointMove\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfrom_location\x18\x02 \x01(\t\x12\x13\n\x0bto_location\x18\x03 \x01(\t\x12\x0c\n\x04keep\x18\x04 \x01(\x08\"H\n\x17MoveCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.Checkpointb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshardbook/v1/locations.proto\x12\x0cshardbook.v1\x1a\x18shardbook/v1/types.proto\"Y\n\x16MoveCheckpointsRequest\x12+\n\x05moves\x18\x01 \x03(\x0b\x32\x1c.shardbook.v1.CheckpointMove\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"X\n\x0e\x43heckpointMove\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfrom_location\x18\x02 \x01(\t\x12\x13\n\x0bto_location\x18\x03 \x01(\t\x12\x0c\n\x04keep\x18\x04 \x01(\x08\"H\n\x17MoveCheckpointsResponse\x12-\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x18.shardbook.v1.Checkpointb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.locations_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MOVECHECKPOINTSREQUEST']._serialized_start=72
-  _globals['_MOVECHECKPOINTSREQUEST']._serialized_end=141
-  _globals['_CHECKPOINTMOVE']._serialized_start=143
-  _globals['_CHECKPOINTMOVE']._serialized_end=231
-  _globals['_MOVECHECKPOINTSRESPONSE']._serialized_start=233
-  _globals['_MOVECHECKPOINTSRESPONSE']._serialized_end=305
+  _globals['_MOVECHECKPOINTSREQUEST']._serialized_end=161
+  _globals['_CHECKPOINTMOVE']._serialized_start=163
+  _globals['_CHECKPOINTMOVE']._serialized_end=251
+  _globals['_MOVECHECKPOINTSRESPONSE']._serialized_start=253
+  _globals['_MOVECHECKPOINTSRESPONSE']._serialized_end=325
 # @@protoc_insertion_point(module_scope)

@@ -8,10 +8,12 @@ from typing import Any as _Any, ClassVar as _ClassVar, Iterable as _Iterable, Ma
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MoveCheckpointsRequest(_message.Message):
-    __slots__ = ("moves",)
+    __slots__ = ("moves", "request_id")
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     moves: _containers.RepeatedCompositeFieldContainer[CheckpointMove]
-    def __init__(self, moves: _Optional[_Iterable[_Union[CheckpointMove, _Mapping[str, _Any]]]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, moves: _Optional[_Iterable[_Union[CheckpointMove, _Mapping[str, _Any]]]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class CheckpointMove(_message.Message):
     __slots__ = ("name", "from_location", "to_location", "keep")

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shardbook.v1 import types_pb2 as shardbook_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshardbook/v1/retention.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"L\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x14\n\x0c\x64\x65lete_files\x18\x03 \x01(\x08\"a\n\x18\x44\x65leteCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x17\n\x0f\x64\x65leted_aliases\x18\x02 \x03(\t\")\n\x19UndeleteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x1aUndeleteCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"]\n\x15HoldCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"h\n\x16HoldCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12 \n\x04hold\x18\x02 \x01(\x0b\x32\x12.shardbook.v1.Hold\"8\n\x18ReleaseCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\"I\n\x19ReleaseCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"\x92\x01\n\x0fRetentionPolicy\x12\x11\n\tkeep_last\x18\x01 \x01(\x03\x12\x12\n\nkeep_every\x18\x02 \x01(\x03\x12)\n\tkeep_best\x18\x03 \x03(\x0b\x32\x16.shardbook.v1.KeepBest\x12-\n\nnewer_than\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x08KeepBest\x12\x0e\n\x06metric\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\x12\x0f\n\x07largest\x18\x03 \x01(\x08\")\n\x19GetRetentionPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x8f\x01\n\x1aGetRetentionPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\x11\n\tinherited\x18\x02 \x01(\x08\x12/\n\x0bupdate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"X\n\x19SetRetentionPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06policy\x18\x02 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\"K\n\x1aSetRetentionPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\"\x8e\x01\n\rPruneDecision\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x0c\n\x04keep\x18\x03 \x01(\x08\x12\x0f\n\x07reasons\x18\x04 \x03(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"{\n\x13PreviewPruneRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12-\n\x06policy\x18\x02 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"_\n\x14PreviewPruneResponse\x12.\n\tdecisions\x18\x01 \x03(\x0b\x32\x1b.shardbook.v1.PruneDecision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"r\n\x0cPruneRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12-\n\x06policy\x18\x02 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\r\n\x05names\x18\x03 \x03(\t\x12\x14\n\x0c\x64\x65lete_files\x18\x04 \x01(\x08\"?\n\rPruneResponse\x12.\n\tdecisions\x18\x01 \x03(\x0b\x32\x1b.shardbook.v1.PruneDecision\"9\n\x18ReportMissingDataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07missing\x18\x02 \x01(\x08\"I\n\x19ReportMissingDataResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"J\n\x19RecordFileDeletionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tlocations\x18\x02 \x03(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"[\n\x1aRecordFileDeletionResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x0f\n\x07sharing\x18\x02 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshardbook/v1/retention.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardbook/v1/types.proto\"n\n\x17\x44\x65leteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x14\n\x0c\x64\x65lete_files\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\"a\n\x18\x44\x65leteCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x17\n\x0f\x64\x65leted_aliases\x18\x02 \x03(\t\"=\n\x19UndeleteCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"J\n\x1aUndeleteCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"q\n\x15HoldCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"h\n\x16HoldCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12 \n\x04hold\x18\x02 \x01(\x0b\x32\x12.shardbook.v1.Hold\"L\n\x18ReleaseCheckpointRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"I\n\x19ReleaseCheckpointResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"\x92\x01\n\x0fRetentionPolicy\x12\x11\n\tkeep_last\x18\x01 \x01(\x03\x12\x12\n\nkeep_every\x18\x02 \x01(\x03\x12)\n\tkeep_best\x18\x03 \x03(\x0b\x32\x16.shardbook.v1.KeepBest\x12-\n\nnewer_than\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\":\n\x08KeepBest\x12\x0e\n\x06metric\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\x12\x0f\n\x07largest\x18\x03 \x01(\x08\")\n\x19GetRetentionPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x9d\x01\n\x1aGetRetentionPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\x11\n\tinherited\x18\x02 \x01(\x08\x12/\n\x0bupdate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\"z\n\x19SetRetentionPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06policy\x18\x02 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\"Y\n\x1aSetRetentionPolicyResponse\x12-\n\x06policy\x18\x01 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x8e\x01\n\rPruneDecision\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x0c\n\x04keep\x18\x03 \x01(\x08\x12\x0f\n\x07reasons\x18\x04 \x03(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"{\n\x13PreviewPruneRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12-\n\x06policy\x18\x02 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"_\n\x14PreviewPruneResponse\x12.\n\tdecisions\x18\x01 \x03(\x0b\x32\x1b.shardbook.v1.PruneDecision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x86\x01\n\x0cPruneRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12-\n\x06policy\x18\x02 \x01(\x0b\x32\x1d.shardbook.v1.RetentionPolicy\x12\r\n\x05names\x18\x03 \x03(\t\x12\x14\n\x0c\x64\x65lete_files\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"?\n\rPruneResponse\x12.\n\tdecisions\x18\x01 \x03(\x0b\x32\x1b.shardbook.v1.PruneDecision\"M\n\x18ReportMissingDataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07missing\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"I\n\x19ReportMissingDataResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\"J\n\x19RecordFileDeletionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tlocations\x18\x02 \x03(\t\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"[\n\x1aRecordFileDeletionResponse\x12,\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x18.shardbook.v1.Checkpoint\x12\x0f\n\x07sharing\x18\x02 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,49 +36,49 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardbook.v1.retention_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DELETECHECKPOINTREQUEST']._serialized_start=137
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=213
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=215
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=312
-  _globals['_UNDELETECHECKPOINTREQUEST']._serialized_start=314
-  _globals['_UNDELETECHECKPOINTREQUEST']._serialized_end=355
-  _globals['_UNDELETECHECKPOINTRESPONSE']._serialized_start=357
-  _globals['_UNDELETECHECKPOINTRESPONSE']._serialized_end=431
-  _globals['_HOLDCHECKPOINTREQUEST']._serialized_start=433
-  _globals['_HOLDCHECKPOINTREQUEST']._serialized_end=526
-  _globals['_HOLDCHECKPOINTRESPONSE']._serialized_start=528
-  _globals['_HOLDCHECKPOINTRESPONSE']._serialized_end=632
-  _globals['_RELEASECHECKPOINTREQUEST']._serialized_start=634
-  _globals['_RELEASECHECKPOINTREQUEST']._serialized_end=690
-  _globals['_RELEASECHECKPOINTRESPONSE']._serialized_start=692
-  _globals['_RELEASECHECKPOINTRESPONSE']._serialized_end=765
-  _globals['_RETENTIONPOLICY']._serialized_start=768
-  _globals['_RETENTIONPOLICY']._serialized_end=914
-  _globals['_KEEPBEST']._serialized_start=916
-  _globals['_KEEPBEST']._serialized_end=974
-  _globals['_GETRETENTIONPOLICYREQUEST']._serialized_start=976
-  _globals['_GETRETENTIONPOLICYREQUEST']._serialized_end=1017
-  _globals['_GETRETENTIONPOLICYRESPONSE']._serialized_start=1020
-  _globals['_GETRETENTIONPOLICYRESPONSE']._serialized_end=1163
-  _globals['_SETRETENTIONPOLICYREQUEST']._serialized_start=1165
-  _globals['_SETRETENTIONPOLICYREQUEST']._serialized_end=1253
-  _globals['_SETRETENTIONPOLICYRESPONSE']._serialized_start=1255
-  _globals['_SETRETENTIONPOLICYRESPONSE']._serialized_end=1330
-  _globals['_PRUNEDECISION']._serialized_start=1333
-  _globals['_PRUNEDECISION']._serialized_end=1475
-  _globals['_PREVIEWPRUNEREQUEST']._serialized_start=1477
-  _globals['_PREVIEWPRUNEREQUEST']._serialized_end=1600
-  _globals['_PREVIEWPRUNERESPONSE']._serialized_start=1602
-  _globals['_PREVIEWPRUNERESPONSE']._serialized_end=1697
-  _globals['_PRUNEREQUEST']._serialized_start=1699
-  _globals['_PRUNEREQUEST']._serialized_end=1813
-  _globals['_PRUNERESPONSE']._serialized_start=1815
-  _globals['_PRUNERESPONSE']._serialized_end=1878
-  _globals['_REPORTMISSINGDATAREQUEST']._serialized_start=1880
-  _globals['_REPORTMISSINGDATAREQUEST']._serialized_end=1937
-  _globals['_REPORTMISSINGDATARESPONSE']._serialized_start=1939
-  _globals['_REPORTMISSINGDATARESPONSE']._serialized_end=2012
-  _globals['_RECORDFILEDELETIONREQUEST']._serialized_start=2014
-  _globals['_RECORDFILEDELETIONREQUEST']._serialized_end=2088
-  _globals['_RECORDFILEDELETIONRESPONSE']._serialized_start=2090
-  _globals['_RECORDFILEDELETIONRESPONSE']._serialized_end=2181
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=247
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=249
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=346
+  _globals['_UNDELETECHECKPOINTREQUEST']._serialized_start=348
+  _globals['_UNDELETECHECKPOINTREQUEST']._serialized_end=409
+  _globals['_UNDELETECHECKPOINTRESPONSE']._serialized_start=411
+  _globals['_UNDELETECHECKPOINTRESPONSE']._serialized_end=485
+  _globals['_HOLDCHECKPOINTREQUEST']._serialized_start=487
+  _globals['_HOLDCHECKPOINTREQUEST']._serialized_end=600
+  _globals['_HOLDCHECKPOINTRESPONSE']._serialized_start=602
+  _globals['_HOLDCHECKPOINTRESPONSE']._serialized_end=706
+  _globals['_RELEASECHECKPOINTREQUEST']._serialized_start=708
+  _globals['_RELEASECHECKPOINTREQUEST']._serialized_end=784
+  _globals['_RELEASECHECKPOINTRESPONSE']._serialized_start=786
+  _globals['_RELEASECHECKPOINTRESPONSE']._serialized_end=859
+  _globals['_RETENTIONPOLICY']._serialized_start=862
+  _globals['_RETENTIONPOLICY']._serialized_end=1008
+  _globals['_KEEPBEST']._serialized_start=1010
+  _globals['_KEEPBEST']._serialized_end=1068
+  _globals['_GETRETENTIONPOLICYREQUEST']._serialized_start=1070
+  _globals['_GETRETENTIONPOLICYREQUEST']._serialized_end=1111
+  _globals['_GETRETENTIONPOLICYRESPONSE']._serialized_start=1114
+  _globals['_GETRETENTIONPOLICYRESPONSE']._serialized_end=1271
+  _globals['_SETRETENTIONPOLICYREQUEST']._serialized_start=1273
+  _globals['_SETRETENTIONPOLICYREQUEST']._serialized_end=1395
+  _globals['_SETRETENTIONPOLICYRESPONSE']._serialized_start=1397
+  _globals['_SETRETENTIONPOLICYRESPONSE']._serialized_end=1486
+  _globals['_PRUNEDECISION']._serialized_start=1489
+  _globals['_PRUNEDECISION']._serialized_end=1631
+  _globals['_PREVIEWPRUNEREQUEST']._serialized_start=1633
+  _globals['_PREVIEWPRUNEREQUEST']._serialized_end=1756
+  _globals['_PREVIEWPRUNERESPONSE']._serialized_start=1758
+  _globals['_PREVIEWPRUNERESPONSE']._serialized_end=1853
+  _globals['_PRUNEREQUEST']._serialized_start=1856
+  _globals['_PRUNEREQUEST']._serialized_end=1990
+  _globals['_PRUNERESPONSE']._serialized_start=1992
+  _globals['_PRUNERESPONSE']._serialized_end=2055
+  _globals['_REPORTMISSINGDATAREQUEST']._serialized_start=2057
+  _globals['_REPORTMISSINGDATAREQUEST']._serialized_end=2134
+  _globals['_REPORTMISSINGDATARESPONSE']._serialized_start=2136
+  _globals['_REPORTMISSINGDATARESPONSE']._serialized_end=2209
+  _globals['_RECORDFILEDELETIONREQUEST']._serialized_start=2211
+  _globals['_RECORDFILEDELETIONREQUEST']._serialized_end=2285
+  _globals['_RECORDFILEDELETIONRESPONSE']._serialized_start=2287
+  _globals['_RECORDFILEDELETIONRESPONSE']._serialized_end=2378
 # @@protoc_insertion_point(module_scope)

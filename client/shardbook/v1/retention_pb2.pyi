@@ -10,14 +10,18 @@ from typing import Any as _Any, ClassVar as _ClassVar, Iterable as _Iterable, Ma
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DeleteCheckpointRequest(_message.Message):
-    __slots__ = ("name", "force", "delete_files")
+    __slots__ = ("name", "force", "delete_files", "request_id", "etag")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FORCE_FIELD_NUMBER: _ClassVar[int]
     DELETE_FILES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     force: bool
     delete_files: bool
-    def __init__(self, name: _Optional[str] = ..., force: bool = ..., delete_files: bool = ...) -> None: ...
+    request_id: str
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., force: bool = ..., delete_files: bool = ..., request_id: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class DeleteCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint", "deleted_aliases")
@@ -28,10 +32,12 @@ class DeleteCheckpointResponse(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., deleted_aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class UndeleteCheckpointRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "request_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class UndeleteCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint",)
@@ -40,14 +46,16 @@ class UndeleteCheckpointResponse(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class HoldCheckpointRequest(_message.Message):
-    __slots__ = ("name", "holder", "ttl")
+    __slots__ = ("name", "holder", "ttl", "request_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     TTL_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     holder: str
     ttl: _duration_pb2.Duration
-    def __init__(self, name: _Optional[str] = ..., holder: _Optional[str] = ..., ttl: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., holder: _Optional[str] = ..., ttl: _Optional[_Union[_duration_pb2.Duration, _Mapping[str, _Any]]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class HoldCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint", "hold")
@@ -58,12 +66,14 @@ class HoldCheckpointResponse(_message.Message):
     def __init__(self, checkpoint: _Optional[_Union[_types_pb2.Checkpoint, _Mapping[str, _Any]]] = ..., hold: _Optional[_Union[_types_pb2.Hold, _Mapping[str, _Any]]] = ...) -> None: ...
 
 class ReleaseCheckpointRequest(_message.Message):
-    __slots__ = ("name", "holder")
+    __slots__ = ("name", "holder", "request_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     holder: str
-    def __init__(self, name: _Optional[str] = ..., holder: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., holder: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ReleaseCheckpointResponse(_message.Message):
     __slots__ = ("checkpoint",)
@@ -100,28 +110,36 @@ class GetRetentionPolicyRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class GetRetentionPolicyResponse(_message.Message):
-    __slots__ = ("policy", "inherited", "update_time")
+    __slots__ = ("policy", "inherited", "update_time", "etag")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     INHERITED_FIELD_NUMBER: _ClassVar[int]
     UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     policy: RetentionPolicy
     inherited: bool
     update_time: _timestamp_pb2.Timestamp
-    def __init__(self, policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ..., inherited: bool = ..., update_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ...) -> None: ...
+    etag: str
+    def __init__(self, policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ..., inherited: bool = ..., update_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class SetRetentionPolicyRequest(_message.Message):
-    __slots__ = ("name", "policy")
+    __slots__ = ("name", "policy", "request_id", "etag")
     NAME_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     policy: RetentionPolicy
-    def __init__(self, name: _Optional[str] = ..., policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ...) -> None: ...
+    request_id: str
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ..., request_id: _Optional[str] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class SetRetentionPolicyResponse(_message.Message):
-    __slots__ = ("policy",)
+    __slots__ = ("policy", "etag")
     POLICY_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     policy: RetentionPolicy
-    def __init__(self, policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ...) -> None: ...
+    etag: str
+    def __init__(self, policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class PruneDecision(_message.Message):
     __slots__ = ("name", "ref", "keep", "reasons", "size_bytes", "create_time")
@@ -160,16 +178,18 @@ class PreviewPruneResponse(_message.Message):
     def __init__(self, decisions: _Optional[_Iterable[_Union[PruneDecision, _Mapping[str, _Any]]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class PruneRequest(_message.Message):
-    __slots__ = ("parent", "policy", "names", "delete_files")
+    __slots__ = ("parent", "policy", "names", "delete_files", "request_id")
     PARENT_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     DELETE_FILES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     parent: str
     policy: RetentionPolicy
     names: _containers.RepeatedScalarFieldContainer[str]
     delete_files: bool
-    def __init__(self, parent: _Optional[str] = ..., policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ..., names: _Optional[_Iterable[str]] = ..., delete_files: bool = ...) -> None: ...
+    request_id: str
+    def __init__(self, parent: _Optional[str] = ..., policy: _Optional[_Union[RetentionPolicy, _Mapping[str, _Any]]] = ..., names: _Optional[_Iterable[str]] = ..., delete_files: bool = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class PruneResponse(_message.Message):
     __slots__ = ("decisions",)
@@ -178,12 +198,14 @@ class PruneResponse(_message.Message):
     def __init__(self, decisions: _Optional[_Iterable[_Union[PruneDecision, _Mapping[str, _Any]]]] = ...) -> None: ...
 
 class ReportMissingDataRequest(_message.Message):
-    __slots__ = ("name", "missing")
+    __slots__ = ("name", "missing", "request_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     missing: bool
-    def __init__(self, name: _Optional[str] = ..., missing: bool = ...) -> None: ...
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., missing: bool = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ReportMissingDataResponse(_message.Message):
     __slots__ = ("checkpoint",)

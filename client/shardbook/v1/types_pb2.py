@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shardbook/v1/types.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x01\n\nAttemptKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04part\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0f\n\x07session\x18\x04 \x01(\x03\x12\x13\n\x0bincarnation\x18\x05 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\x12\n\nworld_size\x18\x07 \x01(\x05\"3\n\x0f\x41ttemptLocation\x12\x10\n\x08location\x18\x01 \x01(\t\x12\x0e\n\x06prefix\x18\x02 \x01(\t\"=\n\x04\x42lob\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.shardbook.v1.BlobKind\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"?\n\x07\x42lobRef\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.shardbook.v1.BlobKind\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x9b\x08\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0f\n\x07session\x18\x04 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x13\n\x0bincarnation\x18\x06 \x01(\x0c\x12\x12\n\nworld_size\x18\x07 \x01(\x05\x12,\n\x05state\x18\x08 \x01(\x0e\x32\x1d.shardbook.v1.CheckpointState\x12\x0c\n\x04live\x18\t \x01(\x08\x12/\n\x08location\x18\n \x01(\x0b\x32\x1d.shardbook.v1.AttemptLocation\x12\x14\n\x0ctensor_count\x18\x0b \x01(\x03\x12\x13\n\x0b\x63hunk_count\x18\x0c \x01(\x03\x12\x19\n\x11\x62ytes_entry_count\x18\r \x01(\x03\x12\x12\n\nsize_bytes\x18\x0e \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08warnings\x18\x11 \x03(\t\x12\x0f\n\x07\x66\x61ilure\x18\x12 \x01(\t\x12\x18\n\x10structure_digest\x18\x13 \x01(\x0c\x12\x11\n\trecovered\x18\x14 \x01(\x08\x12\x34\n\x06labels\x18\x15 \x03(\x0b\x32$.shardbook.v1.Checkpoint.LabelsEntry\x12\x36\n\x07metrics\x18\x16 \x03(\x0b\x32%.shardbook.v1.Checkpoint.MetricsEntry\x12\x0f\n\x07\x61liases\x18\x17 \x03(\t\x12\x0c\n\x04note\x18\x18 \x01(\t\x12$\n\x06writer\x18\x19 \x01(\x0b\x32\x14.shardbook.v1.Writer\x12(\n\x06timing\x18\x1a \x01(\x0b\x32\x18.shardbook.v1.SaveTiming\x12\x17\n\x0fother_locations\x18( \x03(\t\x12/\n\x0b\x64\x65lete_time\x18\x1b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\npurge_time\x18\x1c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64\x61ta_missing\x18\x1d \x01(\x08\x12\x31\n\rfile_deletion\x18\x1e \x01(\x0e\x32\x1a.shardbook.v1.FileDeletion\x12!\n\x05holds\x18\x1f \x03(\x0b\x32\x12.shardbook.v1.Hold\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"x\n\x04Hold\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb7\x02\n\x0b\x44\x65scription\x12\x35\n\x06labels\x18\x01 \x03(\x0b\x32%.shardbook.v1.Description.LabelsEntry\x12\x37\n\x07metrics\x18\x02 \x03(\x0b\x32&.shardbook.v1.Description.MetricsEntry\x12\x0c\n\x04note\x18\x03 \x01(\t\x12$\n\x06writer\x18\x04 \x01(\x0b\x32\x14.shardbook.v1.Writer\x12%\n\x07origins\x18\x05 \x03(\x0b\x32\x14.shardbook.v1.Origin\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x06Origin\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12\x0e\n\x06source\x18\x02 \x01(\t\"w\n\x06Writer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x04 \x01(\t\x12\x15\n\rtorch_version\x18\x05 \x01(\t\x12\x12\n\ngit_commit\x18\x06 \x01(\t\"\xaf\x01\n\nSaveTiming\x12)\n\x06phases\x18\x01 \x03(\x0b\x32\x19.shardbook.v1.PhaseTiming\x12)\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12largest_rank_bytes\x18\x03 \x01(\x03\x12\x14\n\x0clargest_rank\x18\x04 \x01(\x05\x12\x19\n\x11median_rank_bytes\x18\x05 \x01(\x03\"\x9f\x01\n\x0bPhaseTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12*\n\x07slowest\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cslowest_rank\x18\x03 \x01(\x05\x12\x14\n\x0cslowest_host\x18\x04 \x01(\t\x12)\n\x06median\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"j\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x05parts\x18\x03 \x03(\x0b\x32\x15.shardbook.v1.RunPart\"\xd8\x01\n\x07RunPart\x12\x0c\n\x04part\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x03\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\x0f\n\x07writing\x18\x06 \x01(\x08\x12\x32\n\x0elast_seen_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06latest\x18\x08 \x01(\t\x12\x13\n\x0blatest_step\x18\t \x01(\x03\x12\x18\n\x10\x63heckpoint_count\x18\n \x01(\x03\"\x89\x02\n\x0f\x41ttemptProgress\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.shardbook.v1.CheckpointState\x12\x15\n\rplanned_count\x18\x02 \x01(\x05\x12\x18\n\x10registered_count\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12\'\n\x07missing\x18\x05 \x03(\x0b\x32\x16.shardbook.v1.RankHost\x12*\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x19.shardbook.v1.RankFailure\x12.\n\x0bretry_delay\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\x08RankHost\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\"H\n\x0bRankFailure\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t*g\n\x08\x42lobKind\x12\x19\n\x15\x42LOB_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42LOB_KIND_TABLE\x10\x01\x12\x12\n\x0e\x42LOB_KIND_PLAN\x10\x02\x12\x17\n\x13\x42LOB_KIND_STRUCTURE\x10\x03*\xc7\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43HECKPOINT_STATE_OPEN\x10\x01\x12\x1e\n\x1a\x43HECKPOINT_STATE_COMMITTED\x10\x02\x12\x1b\n\x17\x43HECKPOINT_STATE_FAILED\x10\x03\x12\x1c\n\x18\x43HECKPOINT_STATE_EXPIRED\x10\x04\x12\x1c\n\x18\x43HECKPOINT_STATE_DELETED\x10\x05*^\n\x0c\x46ileDeletion\x12\x1d\n\x19\x46ILE_DELETION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46ILE_DELETION_BEGUN\x10\x01\x12\x16\n\x12\x46ILE_DELETION_DONE\x10\x02*\xac\x01\n\x0bLineageKind\x12\x1c\n\x18LINEAGE_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19LINEAGE_KIND_RESUMED_FROM\x10\x01\x12 \n\x1cLINEAGE_KIND_FINE_TUNED_FROM\x10\x02\x12\x1f\n\x1bLINEAGE_KIND_CONVERTED_FROM\x10\x03\x12\x1d\n\x19LINEAGE_KIND_EVALUATED_BY\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shardbook/v1/types.proto\x12\x0cshardbook.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x01\n\nAttemptKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04part\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0f\n\x07session\x18\x04 \x01(\x03\x12\x13\n\x0bincarnation\x18\x05 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\x12\n\nworld_size\x18\x07 \x01(\x05\"3\n\x0f\x41ttemptLocation\x12\x10\n\x08location\x18\x01 \x01(\t\x12\x0e\n\x06prefix\x18\x02 \x01(\t\"=\n\x04\x42lob\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.shardbook.v1.BlobKind\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"?\n\x07\x42lobRef\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.shardbook.v1.BlobKind\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\xa9\x08\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03ref\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x0f\n\x07session\x18\x04 \x01(\x03\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x13\n\x0bincarnation\x18\x06 \x01(\x0c\x12\x12\n\nworld_size\x18\x07 \x01(\x05\x12,\n\x05state\x18\x08 \x01(\x0e\x32\x1d.shardbook.v1.CheckpointState\x12\x0c\n\x04live\x18\t \x01(\x08\x12/\n\x08location\x18\n \x01(\x0b\x32\x1d.shardbook.v1.AttemptLocation\x12\x14\n\x0ctensor_count\x18\x0b \x01(\x03\x12\x13\n\x0b\x63hunk_count\x18\x0c \x01(\x03\x12\x19\n\x11\x62ytes_entry_count\x18\r \x01(\x03\x12\x12\n\nsize_bytes\x18\x0e \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08warnings\x18\x11 \x03(\t\x12\x0f\n\x07\x66\x61ilure\x18\x12 \x01(\t\x12\x18\n\x10structure_digest\x18\x13 \x01(\x0c\x12\x11\n\trecovered\x18\x14 \x01(\x08\x12\x34\n\x06labels\x18\x15 \x03(\x0b\x32$.shardbook.v1.Checkpoint.LabelsEntry\x12\x36\n\x07metrics\x18\x16 \x03(\x0b\x32%.shardbook.v1.Checkpoint.MetricsEntry\x12\x0f\n\x07\x61liases\x18\x17 \x03(\t\x12\x0c\n\x04note\x18\x18 \x01(\t\x12$\n\x06writer\x18\x19 \x01(\x0b\x32\x14.shardbook.v1.Writer\x12(\n\x06timing\x18\x1a \x01(\x0b\x32\x18.shardbook.v1.SaveTiming\x12\x17\n\x0fother_locations\x18( \x03(\t\x12/\n\x0b\x64\x65lete_time\x18\x1b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\npurge_time\x18\x1c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x64\x61ta_missing\x18\x1d \x01(\x08\x12\x31\n\rfile_deletion\x18\x1e \x01(\x0e\x32\x1a.shardbook.v1.FileDeletion\x12!\n\x05holds\x18\x1f \x03(\x0b\x32\x12.shardbook.v1.Hold\x12\x0c\n\x04\x65tag\x18) \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"x\n\x04Hold\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb7\x02\n\x0b\x44\x65scription\x12\x35\n\x06labels\x18\x01 \x03(\x0b\x32%.shardbook.v1.Description.LabelsEntry\x12\x37\n\x07metrics\x18\x02 \x03(\x0b\x32&.shardbook.v1.Description.MetricsEntry\x12\x0c\n\x04note\x18\x03 \x01(\t\x12$\n\x06writer\x18\x04 \x01(\x0b\x32\x14.shardbook.v1.Writer\x12%\n\x07origins\x18\x05 \x03(\x0b\x32\x14.shardbook.v1.Origin\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"A\n\x06Origin\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.shardbook.v1.LineageKind\x12\x0e\n\x06source\x18\x02 \x01(\t\"w\n\x06Writer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04user\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x04 \x01(\t\x12\x15\n\rtorch_version\x18\x05 \x01(\t\x12\x12\n\ngit_commit\x18\x06 \x01(\t\"\xaf\x01\n\nSaveTiming\x12)\n\x06phases\x18\x01 \x03(\x0b\x32\x19.shardbook.v1.PhaseTiming\x12)\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12largest_rank_bytes\x18\x03 \x01(\x03\x12\x14\n\x0clargest_rank\x18\x04 \x01(\x05\x12\x19\n\x11median_rank_bytes\x18\x05 \x01(\x03\"\x9f\x01\n\x0bPhaseTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12*\n\x07slowest\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cslowest_rank\x18\x03 \x01(\x05\x12\x14\n\x0cslowest_host\x18\x04 \x01(\t\x12)\n\x06median\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"j\n\x03Run\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x05parts\x18\x03 \x03(\x0b\x32\x15.shardbook.v1.RunPart\"\xd8\x01\n\x07RunPart\x12\x0c\n\x04part\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x03\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x0e\n\x06job_id\x18\x05 \x01(\t\x12\x0f\n\x07writing\x18\x06 \x01(\x08\x12\x32\n\x0elast_seen_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06latest\x18\x08 \x01(\t\x12\x13\n\x0blatest_step\x18\t \x01(\x03\x12\x18\n\x10\x63heckpoint_count\x18\n \x01(\x03\"\x89\x02\n\x0f\x41ttemptProgress\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.shardbook.v1.CheckpointState\x12\x15\n\rplanned_count\x18\x02 \x01(\x05\x12\x18\n\x10registered_count\x18\x03 \x01(\x05\x12\x12\n\nworld_size\x18\x04 \x01(\x05\x12\'\n\x07missing\x18\x05 \x03(\x0b\x32\x16.shardbook.v1.RankHost\x12*\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x19.shardbook.v1.RankFailure\x12.\n\x0bretry_delay\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\x08RankHost\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\"H\n\x0bRankFailure\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t*g\n\x08\x42lobKind\x12\x19\n\x15\x42LOB_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42LOB_KIND_TABLE\x10\x01\x12\x12\n\x0e\x42LOB_KIND_PLAN\x10\x02\x12\x17\n\x13\x42LOB_KIND_STRUCTURE\x10\x03*\xc7\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43HECKPOINT_STATE_OPEN\x10\x01\x12\x1e\n\x1a\x43HECKPOINT_STATE_COMMITTED\x10\x02\x12\x1b\n\x17\x43HECKPOINT_STATE_FAILED\x10\x03\x12\x1c\n\x18\x43HECKPOINT_STATE_EXPIRED\x10\x04\x12\x1c\n\x18\x43HECKPOINT_STATE_DELETED\x10\x05*^\n\x0c\x46ileDeletion\x12\x1d\n\x19\x46ILE_DELETION_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46ILE_DELETION_BEGUN\x10\x01\x12\x16\n\x12\x46ILE_DELETION_DONE\x10\x02*\xac\x01\n\x0bLineageKind\x12\x1c\n\x18LINEAGE_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19LINEAGE_KIND_RESUMED_FROM\x10\x01\x12 \n\x1cLINEAGE_KIND_FINE_TUNED_FROM\x10\x02\x12\x1f\n\x1bLINEAGE_KIND_CONVERTED_FROM\x10\x03\x12\x1d\n\x19LINEAGE_KIND_EVALUATED_BY\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,14 +42,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIPTION_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIPTION_METRICSENTRY']._loaded_options = None
   _globals['_DESCRIPTION_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_BLOBKIND']._serialized_start=3146
-  _globals['_BLOBKIND']._serialized_end=3249
-  _globals['_CHECKPOINTSTATE']._serialized_start=3252
-  _globals['_CHECKPOINTSTATE']._serialized_end=3451
-  _globals['_FILEDELETION']._serialized_start=3453
-  _globals['_FILEDELETION']._serialized_end=3547
-  _globals['_LINEAGEKIND']._serialized_start=3550
-  _globals['_LINEAGEKIND']._serialized_end=3722
+  _globals['_BLOBKIND']._serialized_start=3160
+  _globals['_BLOBKIND']._serialized_end=3263
+  _globals['_CHECKPOINTSTATE']._serialized_start=3266
+  _globals['_CHECKPOINTSTATE']._serialized_end=3465
+  _globals['_FILEDELETION']._serialized_start=3467
+  _globals['_FILEDELETION']._serialized_end=3561
+  _globals['_LINEAGEKIND']._serialized_start=3564
+  _globals['_LINEAGEKIND']._serialized_end=3736
   _globals['_ATTEMPTKEY']._serialized_start=108
   _globals['_ATTEMPTKEY']._serialized_end=236
   _globals['_ATTEMPTLOCATION']._serialized_start=238
@@ -59,35 +59,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BLOBREF']._serialized_start=354
   _globals['_BLOBREF']._serialized_end=417
   _globals['_CHECKPOINT']._serialized_start=420
-  _globals['_CHECKPOINT']._serialized_end=1471
-  _globals['_CHECKPOINT_LABELSENTRY']._serialized_start=1378
-  _globals['_CHECKPOINT_LABELSENTRY']._serialized_end=1423
-  _globals['_CHECKPOINT_METRICSENTRY']._serialized_start=1425
-  _globals['_CHECKPOINT_METRICSENTRY']._serialized_end=1471
-  _globals['_HOLD']._serialized_start=1473
-  _globals['_HOLD']._serialized_end=1593
-  _globals['_DESCRIPTION']._serialized_start=1596
-  _globals['_DESCRIPTION']._serialized_end=1907
-  _globals['_DESCRIPTION_LABELSENTRY']._serialized_start=1378
-  _globals['_DESCRIPTION_LABELSENTRY']._serialized_end=1423
-  _globals['_DESCRIPTION_METRICSENTRY']._serialized_start=1425
-  _globals['_DESCRIPTION_METRICSENTRY']._serialized_end=1471
-  _globals['_ORIGIN']._serialized_start=1909
-  _globals['_ORIGIN']._serialized_end=1974
-  _globals['_WRITER']._serialized_start=1976
-  _globals['_WRITER']._serialized_end=2095
-  _globals['_SAVETIMING']._serialized_start=2098
-  _globals['_SAVETIMING']._serialized_end=2273
-  _globals['_PHASETIMING']._serialized_start=2276
-  _globals['_PHASETIMING']._serialized_end=2435
-  _globals['_RUN']._serialized_start=2437
-  _globals['_RUN']._serialized_end=2543
-  _globals['_RUNPART']._serialized_start=2546
-  _globals['_RUNPART']._serialized_end=2762
-  _globals['_ATTEMPTPROGRESS']._serialized_start=2765
-  _globals['_ATTEMPTPROGRESS']._serialized_end=3030
-  _globals['_RANKHOST']._serialized_start=3032
-  _globals['_RANKHOST']._serialized_end=3070
-  _globals['_RANKFAILURE']._serialized_start=3072
-  _globals['_RANKFAILURE']._serialized_end=3144
+  _globals['_CHECKPOINT']._serialized_end=1485
+  _globals['_CHECKPOINT_LABELSENTRY']._serialized_start=1392
+  _globals['_CHECKPOINT_LABELSENTRY']._serialized_end=1437
+  _globals['_CHECKPOINT_METRICSENTRY']._serialized_start=1439
+  _globals['_CHECKPOINT_METRICSENTRY']._serialized_end=1485
+  _globals['_HOLD']._serialized_start=1487
+  _globals['_HOLD']._serialized_end=1607
+  _globals['_DESCRIPTION']._serialized_start=1610
+  _globals['_DESCRIPTION']._serialized_end=1921
+  _globals['_DESCRIPTION_LABELSENTRY']._serialized_start=1392
+  _globals['_DESCRIPTION_LABELSENTRY']._serialized_end=1437
+  _globals['_DESCRIPTION_METRICSENTRY']._serialized_start=1439
+  _globals['_DESCRIPTION_METRICSENTRY']._serialized_end=1485
+  _globals['_ORIGIN']._serialized_start=1923
+  _globals['_ORIGIN']._serialized_end=1988
+  _globals['_WRITER']._serialized_start=1990
+  _globals['_WRITER']._serialized_end=2109
+  _globals['_SAVETIMING']._serialized_start=2112
+  _globals['_SAVETIMING']._serialized_end=2287
+  _globals['_PHASETIMING']._serialized_start=2290
+  _globals['_PHASETIMING']._serialized_end=2449
+  _globals['_RUN']._serialized_start=2451
+  _globals['_RUN']._serialized_end=2557
+  _globals['_RUNPART']._serialized_start=2560
+  _globals['_RUNPART']._serialized_end=2776
+  _globals['_ATTEMPTPROGRESS']._serialized_start=2779
+  _globals['_ATTEMPTPROGRESS']._serialized_end=3044
+  _globals['_RANKHOST']._serialized_start=3046
+  _globals['_RANKHOST']._serialized_end=3084
+  _globals['_RANKFAILURE']._serialized_start=3086
+  _globals['_RANKFAILURE']._serialized_end=3158
 # @@protoc_insertion_point(module_scope)

@@ -100,7 +100,7 @@ class BlobRef(_message.Message):
     def __init__(self, kind: _Optional[_Union[BlobKind, str]] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("name", "ref", "step", "session", "attempt", "incarnation", "world_size", "state", "live", "location", "tensor_count", "chunk_count", "bytes_entry_count", "size_bytes", "create_time", "commit_time", "warnings", "failure", "structure_digest", "recovered", "labels", "metrics", "aliases", "note", "writer", "timing", "other_locations", "delete_time", "purge_time", "data_missing", "file_deletion", "holds")
+    __slots__ = ("name", "ref", "step", "session", "attempt", "incarnation", "world_size", "state", "live", "location", "tensor_count", "chunk_count", "bytes_entry_count", "size_bytes", "create_time", "commit_time", "warnings", "failure", "structure_digest", "recovered", "labels", "metrics", "aliases", "note", "writer", "timing", "other_locations", "delete_time", "purge_time", "data_missing", "file_deletion", "holds", "etag")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class Checkpoint(_message.Message):
     DATA_MISSING_FIELD_NUMBER: _ClassVar[int]
     FILE_DELETION_FIELD_NUMBER: _ClassVar[int]
     HOLDS_FIELD_NUMBER: _ClassVar[int]
+    ETAG_FIELD_NUMBER: _ClassVar[int]
     name: str
     ref: str
     step: int
@@ -179,7 +180,8 @@ class Checkpoint(_message.Message):
     data_missing: bool
     file_deletion: FileDeletion
     holds: _containers.RepeatedCompositeFieldContainer[Hold]
-    def __init__(self, name: _Optional[str] = ..., ref: _Optional[str] = ..., step: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., world_size: _Optional[int] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., live: bool = ..., location: _Optional[_Union[AttemptLocation, _Mapping[str, _Any]]] = ..., tensor_count: _Optional[int] = ..., chunk_count: _Optional[int] = ..., bytes_entry_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., commit_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., warnings: _Optional[_Iterable[str]] = ..., failure: _Optional[str] = ..., structure_digest: _Optional[bytes] = ..., recovered: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., aliases: _Optional[_Iterable[str]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ..., timing: _Optional[_Union[SaveTiming, _Mapping[str, _Any]]] = ..., other_locations: _Optional[_Iterable[str]] = ..., delete_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., purge_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., data_missing: bool = ..., file_deletion: _Optional[_Union[FileDeletion, str]] = ..., holds: _Optional[_Iterable[_Union[Hold, _Mapping[str, _Any]]]] = ...) -> None: ...
+    etag: str
+    def __init__(self, name: _Optional[str] = ..., ref: _Optional[str] = ..., step: _Optional[int] = ..., session: _Optional[int] = ..., attempt: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., world_size: _Optional[int] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., live: bool = ..., location: _Optional[_Union[AttemptLocation, _Mapping[str, _Any]]] = ..., tensor_count: _Optional[int] = ..., chunk_count: _Optional[int] = ..., bytes_entry_count: _Optional[int] = ..., size_bytes: _Optional[int] = ..., create_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., commit_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., warnings: _Optional[_Iterable[str]] = ..., failure: _Optional[str] = ..., structure_digest: _Optional[bytes] = ..., recovered: bool = ..., labels: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., aliases: _Optional[_Iterable[str]] = ..., note: _Optional[str] = ..., writer: _Optional[_Union[Writer, _Mapping[str, _Any]]] = ..., timing: _Optional[_Union[SaveTiming, _Mapping[str, _Any]]] = ..., other_locations: _Optional[_Iterable[str]] = ..., delete_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., purge_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping[str, _Any]]] = ..., data_missing: bool = ..., file_deletion: _Optional[_Union[FileDeletion, str]] = ..., holds: _Optional[_Iterable[_Union[Hold, _Mapping[str, _Any]]]] = ..., etag: _Optional[str] = ...) -> None: ...
 
 class Hold(_message.Message):
     __slots__ = ("holder", "create_time", "expire_time")

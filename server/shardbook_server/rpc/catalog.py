@@ -13,6 +13,7 @@ from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
 from shardbook_server.rpc import convert, describing, events, limits, lineage, locating, retaining
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
+from shardbook_server.rpc.once import Writes
 from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.services import Services
 
@@ -32,6 +33,7 @@ class CatalogHandlers(CatalogServiceServicer):
         self._deletions = services.deletions
         self._retention = services.retention
         self._bridge = bridge
+        self._once = Writes(bridge, services.requests).once
 
     async def ListProjects(self, request: pb.ListProjectsRequest, context: Context) -> pb.ListProjectsResponse:
         """Lists projects by name, a page at a time."""
@@ -81,16 +83,26 @@ class CatalogHandlers(CatalogServiceServicer):
         self, request: pb.UpdateCheckpointRequest, context: Context
     ) -> pb.UpdateCheckpointResponse:
         """Changes what is said of a checkpoint."""
-        changes = describing.changes(request)
-        checkpoint = await self._bridge.write("update", self._descriptions.update, request.checkpoint.name, changes)
-        return pb.UpdateCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+        changes, wanted = describing.changes(request), request.checkpoint
+
+        def write() -> pb.UpdateCheckpointResponse:
+            checkpoint = self._descriptions.update(wanted.name, changes, etag=wanted.etag)
+            return pb.UpdateCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        return await self._once("update", request, wanted.name, pb.UpdateCheckpointResponse, write)
 
     async def MoveCheckpoints(
         self, request: locations_pb2.MoveCheckpointsRequest, context: Context
     ) -> locations_pb2.MoveCheckpointsResponse:
         """Gives checkpoints other locations."""
-        moved = await self._bridge.write("move", self._services.locations.move, locating.moves(request))
-        return locations_pb2.MoveCheckpointsResponse(checkpoints=map(convert.checkpoint, moved))
+        moves = locating.moves(request)
+
+        def write() -> locations_pb2.MoveCheckpointsResponse:
+            moved = self._services.locations.move(moves)
+            return locations_pb2.MoveCheckpointsResponse(checkpoints=map(convert.checkpoint, moved))
+
+        about = moves[0].name if moves else ""
+        return await self._once("move", request, about, locations_pb2.MoveCheckpointsResponse, write)
 
     async def ListRanks(self, request: pb.ListRanksRequest, context: Context) -> pb.ListRanksResponse:
         """Lists what the ranks of a committed checkpoint took and wrote."""
@@ -115,46 +127,71 @@ class CatalogHandlers(CatalogServiceServicer):
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Makes an alias or moves it."""
         wanted = describing.alias_request(request)
-        alias = await self._bridge.write("alias", self._aliases.set, wanted)
-        return pb.SetAliasResponse(alias=describing.alias(alias))
+
+        def write() -> pb.SetAliasResponse:
+            return pb.SetAliasResponse(alias=describing.alias(self._aliases.set(wanted)))
+
+        return await self._once("alias", request, wanted.name, pb.SetAliasResponse, write)
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
         """Deletes an alias."""
-        await self._bridge.write("alias", self._aliases.delete, request.name, force=request.force)
-        return pb.DeleteAliasResponse()
+
+        def write() -> pb.DeleteAliasResponse:
+            self._aliases.delete(request.name, force=request.force, etag=request.etag)
+            return pb.DeleteAliasResponse()
+
+        return await self._once("alias", request, request.name, pb.DeleteAliasResponse, write)
 
     async def DeleteCheckpoint(
         self, request: retention_pb2.DeleteCheckpointRequest, context: Context
     ) -> retention_pb2.DeleteCheckpointResponse:
         """Deletes a committed checkpoint."""
-        checkpoint, aliases = await self._bridge.write(
-            "delete", self._deletions.delete, request.name, force=request.force, files=request.delete_files
-        )
-        return retention_pb2.DeleteCheckpointResponse(
-            checkpoint=convert.checkpoint(checkpoint), deleted_aliases=aliases
-        )
+
+        def write() -> retention_pb2.DeleteCheckpointResponse:
+            checkpoint, aliases = self._deletions.delete(
+                request.name, force=request.force, files=request.delete_files, etag=request.etag
+            )
+            return retention_pb2.DeleteCheckpointResponse(
+                checkpoint=convert.checkpoint(checkpoint), deleted_aliases=aliases
+            )
+
+        return await self._once("delete", request, request.name, retention_pb2.DeleteCheckpointResponse, write)
 
     async def UndeleteCheckpoint(
         self, request: retention_pb2.UndeleteCheckpointRequest, context: Context
     ) -> retention_pb2.UndeleteCheckpointResponse:
         """Brings a deleted checkpoint back."""
-        checkpoint = await self._bridge.write("delete", self._deletions.undelete, request.name)
-        return retention_pb2.UndeleteCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        def write() -> retention_pb2.UndeleteCheckpointResponse:
+            checkpoint = self._deletions.undelete(request.name)
+            return retention_pb2.UndeleteCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        return await self._once("delete", request, request.name, retention_pb2.UndeleteCheckpointResponse, write)
 
     async def HoldCheckpoint(
         self, request: retention_pb2.HoldCheckpointRequest, context: Context
     ) -> retention_pb2.HoldCheckpointResponse:
         """Keeps a checkpoint from being deleted for a while."""
         ttl_us = retaining.ttl_us(request)
-        checkpoint, hold = await self._bridge.write("hold", self._holds.hold, request.name, request.holder, ttl_us)
-        return retention_pb2.HoldCheckpointResponse(checkpoint=convert.checkpoint(checkpoint), hold=convert.hold(hold))
+
+        def write() -> retention_pb2.HoldCheckpointResponse:
+            checkpoint, hold = self._holds.hold(request.name, request.holder, ttl_us)
+            return retention_pb2.HoldCheckpointResponse(
+                checkpoint=convert.checkpoint(checkpoint), hold=convert.hold(hold)
+            )
+
+        return await self._once("hold", request, request.name, retention_pb2.HoldCheckpointResponse, write)
 
     async def ReleaseCheckpoint(
         self, request: retention_pb2.ReleaseCheckpointRequest, context: Context
     ) -> retention_pb2.ReleaseCheckpointResponse:
         """Ends a hold."""
-        checkpoint = await self._bridge.write("hold", self._holds.release, request.name, request.holder)
-        return retention_pb2.ReleaseCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        def write() -> retention_pb2.ReleaseCheckpointResponse:
+            checkpoint = self._holds.release(request.name, request.holder)
+            return retention_pb2.ReleaseCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        return await self._once("hold", request, request.name, retention_pb2.ReleaseCheckpointResponse, write)
 
     async def GetRetentionPolicy(
         self, request: retention_pb2.GetRetentionPolicyRequest, context: Context
@@ -165,6 +202,7 @@ class CatalogHandlers(CatalogServiceServicer):
             policy=retaining.policy_message(view.policy),
             inherited=view.is_inherited,
             update_time=timestamp(view.update_time_us),
+            etag=view.etag,
         )
 
     async def SetRetentionPolicy(
@@ -172,8 +210,14 @@ class CatalogHandlers(CatalogServiceServicer):
     ) -> retention_pb2.SetRetentionPolicyResponse:
         """Stores what is kept of a part."""
         policy = retaining.policy(request.policy)
-        view = await self._bridge.write("policy", self._retention.set_policy, request.name, policy)
-        return retention_pb2.SetRetentionPolicyResponse(policy=retaining.policy_message(view.policy))
+
+        def write() -> retention_pb2.SetRetentionPolicyResponse:
+            view = self._retention.set_policy(request.name, policy, etag=request.etag)
+            return retention_pb2.SetRetentionPolicyResponse(
+                policy=retaining.policy_message(view.policy), etag=view.etag
+            )
+
+        return await self._once("policy", request, request.name, retention_pb2.SetRetentionPolicyResponse, write)
 
     async def PreviewPrune(
         self, request: retention_pb2.PreviewPruneRequest, context: Context
@@ -193,18 +237,23 @@ class CatalogHandlers(CatalogServiceServicer):
     async def Prune(self, request: retention_pb2.PruneRequest, context: Context) -> retention_pb2.PruneResponse:
         """Deletes what a policy does not keep."""
         policy = retaining.policy_of(request)
-        names, files = list(request.names), request.delete_files
-        views = await self._bridge.write("prune", self._retention.prune, request.parent, policy, names, files=files)
-        return retention_pb2.PruneResponse(decisions=[retaining.decision(view) for view in views])
+
+        def write() -> retention_pb2.PruneResponse:
+            views = self._retention.prune(request.parent, policy, list(request.names), files=request.delete_files)
+            return retention_pb2.PruneResponse(decisions=[retaining.decision(view) for view in views])
+
+        return await self._once("prune", request, request.parent, retention_pb2.PruneResponse, write)
 
     async def ReportMissingData(
         self, request: retention_pb2.ReportMissingDataRequest, context: Context
     ) -> retention_pb2.ReportMissingDataResponse:
         """Notes that data files are lost, or found again."""
-        checkpoint = await self._bridge.write(
-            "missing", self._deletions.report_missing, request.name, missing=request.missing
-        )
-        return retention_pb2.ReportMissingDataResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        def write() -> retention_pb2.ReportMissingDataResponse:
+            checkpoint = self._deletions.report_missing(request.name, missing=request.missing)
+            return retention_pb2.ReportMissingDataResponse(checkpoint=convert.checkpoint(checkpoint))
+
+        return await self._once("missing", request, request.name, retention_pb2.ReportMissingDataResponse, write)
 
     async def RecordFileDeletion(
         self, request: retention_pb2.RecordFileDeletionRequest, context: Context
@@ -219,15 +268,23 @@ class CatalogHandlers(CatalogServiceServicer):
         self, request: lineage_pb2.AddLineageRequest, context: Context
     ) -> lineage_pb2.AddLineageResponse:
         """Says where a checkpoint comes from, or what evaluated it."""
-        edge = await self._bridge.write("lineage", self._services.lineage.add, lineage.edge_request(request))
-        return lineage_pb2.AddLineageResponse(edge=lineage.edge(edge))
+        wanted = lineage.edge_request(request)
+
+        def write() -> lineage_pb2.AddLineageResponse:
+            return lineage_pb2.AddLineageResponse(edge=lineage.edge(self._services.lineage.add(wanted)))
+
+        return await self._once("lineage", request, request.subject, lineage_pb2.AddLineageResponse, write)
 
     async def RemoveLineage(
         self, request: lineage_pb2.RemoveLineageRequest, context: Context
     ) -> lineage_pb2.RemoveLineageResponse:
         """Takes an edge back."""
-        removed = await self._bridge.write("lineage", self._services.lineage.remove, lineage.edge_request(request))
-        return lineage_pb2.RemoveLineageResponse(removed=removed)
+        wanted = lineage.edge_request(request)
+
+        def write() -> lineage_pb2.RemoveLineageResponse:
+            return lineage_pb2.RemoveLineageResponse(removed=self._services.lineage.remove(wanted))
+
+        return await self._once("lineage", request, request.subject, lineage_pb2.RemoveLineageResponse, write)
 
     async def ListLineage(
         self, request: lineage_pb2.ListLineageRequest, context: Context
@@ -298,5 +355,9 @@ class CatalogHandlers(CatalogServiceServicer):
         self, request: events_pb2.DeleteSubscriptionRequest, context: Context
     ) -> events_pb2.DeleteSubscriptionResponse:
         """Forgets a subscription."""
-        await self._bridge.write("claim", self._services.claims.delete, request.name)
-        return events_pb2.DeleteSubscriptionResponse()
+
+        def write() -> events_pb2.DeleteSubscriptionResponse:
+            self._services.claims.delete(request.name)
+            return events_pb2.DeleteSubscriptionResponse()
+
+        return await self._once("claim", request, request.name, events_pb2.DeleteSubscriptionResponse, write)

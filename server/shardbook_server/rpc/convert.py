@@ -254,6 +254,7 @@ def checkpoint(view: views.CheckpointInfo) -> types_pb2.Checkpoint:
         data_missing=view.data_missing,
         file_deletion=types_pb2.FileDeletion.Name(view.file_deletion),
         holds=[hold(one) for one in view.holds],
+        etag=view.etag,
     )
 
 

@@ -42,7 +42,7 @@ def alias_request(request: catalog_pb2.SetAliasRequest) -> aliases.AliasRequest:
     except ValueError:
         raise InvalidArgumentError(f"{wanted.direction} is no direction", field="alias.direction") from None
     return aliases.AliasRequest(
-        wanted.name, wanted.checkpoint, wanted.metric, direction, wanted.protected, request.force
+        wanted.name, wanted.checkpoint, wanted.metric, direction, wanted.protected, request.force, wanted.etag
     )
 
 
@@ -55,6 +55,7 @@ def alias(view: views.AliasInfo) -> catalog_pb2.Alias:
         direction=catalog_pb2.Alias.Direction.Name(view.direction),
         protected=view.protected,
         update_time=timestamp(view.update_time_us),
+        etag=view.etag,
     )
 
 

@@ -10,6 +10,7 @@ from shardbook.core.description import check_name
 from shardbook.core.names import LATEST, AliasName, CheckpointName, PartName
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook_server.service import present
+from shardbook_server.service.etags import check_etag, etag_of
 from shardbook_server.service.pages import Tokens, page_count
 from shardbook_server.service.places import parse_parent, part_ids_of
 from shardbook_server.service.views import AliasInfo, Page
@@ -41,6 +42,7 @@ class AliasRequest:
         direction: Which value is best; BY_HAND without a metric.
         protected: It is not to be moved without force.
         force: Move one that is protected.
+        etag: What it is like as the caller saw it; empty when he does not care.
     """
 
     name: str
@@ -49,6 +51,7 @@ class AliasRequest:
     direction: Direction = Direction.BY_HAND
     protected: bool = False
     force: bool = False
+    etag: str = ""
 
     def __post_init__(self) -> None:
         _settable(self.name, "alias.name")
@@ -106,12 +109,14 @@ class AliasService:
             FailedPreconditionError: The checkpoint is not committed (``NOT_COMMITTED``), or the alias is protected
                 (``ALIAS_PROTECTED``).
             InvalidArgumentError: The checkpoint is one of another part.
+            AbortedError: It has another etag by now, or is gone.
         """
         name = _settable(request.name, "alias.name")
         with self._database.write([name.part.run]) as connection:
             now_us = self._database.now_us(connection)
             part = present.existing_part(connection, name.part)
             held = alias_rows.find_alias(connection, part.id, name.alias)
+            check_etag(request.etag, _etag(held), name.ref, "alias.etag")
             if request.metric:
                 best = alias_rows.best_checkpoint(connection, part.id, request.metric, request.direction)
             else:
@@ -135,12 +140,13 @@ class AliasService:
             raise InvalidArgumentError(f"{wanted.ref} is no checkpoint of {name.part.ref}", field="alias.checkpoint")
         return present.resolve_committed(connection, wanted).id
 
-    def delete(self, text: str, *, force: bool = False) -> None:
+    def delete(self, text: str, *, force: bool = False, etag: str = "") -> None:
         """Deletes an alias.
 
         Raises:
             NotFoundError: There is no such alias.
             FailedPreconditionError: It is protected (``ALIAS_PROTECTED``).
+            AbortedError: It has another etag by now.
         """
         name = _settable(text, "name")
         with self._database.write([name.part.run]) as connection:
@@ -148,6 +154,7 @@ class AliasService:
             held = alias_rows.find_alias(connection, part.id, name.alias)
             if held is None:
                 raise NotFoundError(f"{name.ref} does not exist; `shardbook alias {name.part.ref}` lists what there is")
+            check_etag(etag, _etag(held), name.ref, "etag")
             _check_unprotected(held, name, force=force)
             alias_rows.delete_alias(connection, part.id, name.alias)
             event = Event(EventKind.ALIAS_DELETED, part.id, held.checkpoint_id or 0, name.alias)
@@ -191,6 +198,10 @@ def _content(row: AliasRow) -> tuple[object, ...]:
     return row.checkpoint_id, row.metric, row.direction, row.protected
 
 
+def _etag(row: AliasRow | None) -> str:
+    return "" if row is None or row.name == LATEST else etag_of(row.part_id, row.name, *_content(row))
+
+
 def _place(row: AliasRow) -> tuple[int, str]:
     return row.part_id, row.name
 
@@ -222,6 +233,7 @@ def _infos(connection: Connection, rows: Sequence[AliasRow]) -> list[AliasInfo]:
                 direction=Direction(row.direction),
                 protected=row.protected,
                 update_time_us=row.update_time_us or None,
+                etag=_etag(row),
             )
         )
     return infos

@@ -15,7 +15,7 @@ from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotF
 from shardbook_server.service import checks, present
 from shardbook_server.service.aliases import follow
 from shardbook_server.service.closing import is_newer, moves_latest
-from shardbook_server.service.descriptions import full_info
+from shardbook_server.service.descriptions import check_unchanged, full_info
 from shardbook_server.service.holds import check_not_held
 from shardbook_server.service.views import CheckpointInfo, CheckpointState
 from shardbook_server.storage import aliases as alias_rows
@@ -41,7 +41,9 @@ class DeletionService:
         self._database = database
         self._undelete_us = round(undelete_s * 1e6)
 
-    def delete(self, name: str, *, force: bool = False, files: bool = False) -> tuple[CheckpointInfo, tuple[str, ...]]:
+    def delete(
+        self, name: str, *, force: bool = False, files: bool = False, etag: str = ""
+    ) -> tuple[CheckpointInfo, tuple[str, ...]]:
         """Deletes a committed checkpoint, and the aliases that mean it; the same again answers the same.
 
         With ``force`` also one that ``latest`` means, which then means the newest one left, or that a protected alias
@@ -56,11 +58,13 @@ class DeletionService:
             FailedPreconditionError: It is not committed (``NOT_COMMITTED``), somebody holds it or works on it
                 (``CHECKPOINT_HELD``),
                 ``latest`` means it (``LATEST_CHECKPOINT``), or a protected alias (``ALIAS_PROTECTED``).
+            AbortedError: It has another etag by now.
         """
         parsed = CheckpointName.parse(name, "name")
         with self._database.write([parsed.part.run]) as connection:
             now_us = self._database.now_us(connection)
             row = self._named(connection, parsed)
+            check_unchanged(connection, row.id, parsed, etag, now_us, "etag")
             if row.state == CheckpointState.DELETED:
                 if files and not row.flags & (FILES_GOING | PURGED):
                     rows.set_flags(connection, row.id, row.flags | FILES_GOING)

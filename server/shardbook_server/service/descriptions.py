@@ -11,6 +11,7 @@ from shardbook.core.names import LATEST, CheckpointName
 from shardbook.errors import InvalidArgumentError
 from shardbook_server.service import aliases, present
 from shardbook_server.service.describing import Changes, Description, Writer
+from shardbook_server.service.etags import check_etag, checkpoint_etag
 from shardbook_server.service.timing import timing_from_json
 from shardbook_server.service.views import CheckpointInfo, HoldView
 from shardbook_server.storage import checkpoints as checkpoint_rows
@@ -31,20 +32,22 @@ class DescriptionService:
         """Keeps no state of its own."""
         self._database = database
 
-    def update(self, name: str, changes: Changes) -> CheckpointInfo:
+    def update(self, name: str, changes: Changes, *, etag: str = "") -> CheckpointInfo:
         """Changes what is said of a checkpoint; aliases that follow a metric move in the same transaction.
 
-        The same again changes nothing more.
+        The same again changes nothing more, but with an etag, which is another one then.
 
         Raises:
             NotFoundError: There is no such checkpoint.
             InvalidArgumentError: It would have too many labels or metrics.
+            AbortedError: It has another etag by now.
         """
         parsed = CheckpointName.parse(name, "checkpoint.name")
         with self._database.write([parsed.part.run]) as connection:
             now_us = self._database.now_us(connection)
             checkpoint_id = present.resolve(connection, parsed)
             row = checkpoint_rows.find_by_id(connection, checkpoint_id)
+            check_unchanged(connection, row.id, parsed, etag, now_us, "checkpoint.etag")
             held = description_rows.find_said(connection, [row.id]).get(row.id, NOTHING_SAID)
             self._labels(connection, row, held.labels, changes)
             measured = self._metrics(connection, row, held.metrics, changes)
@@ -111,7 +114,21 @@ def full_info(connection: Connection, checkpoint_id: int, now_us: int) -> Checkp
     writer = Writer(**{one.name: known.get(one.name, "") for one in dataclasses.fields(Writer)})
     held = hold_rows.find_holds(connection, [checkpoint_id], now_us).get(checkpoint_id, [])
     holds = tuple(HoldView(**vars(one)) for one in held)
-    return dataclasses.replace(info, note=row.note, writer=writer, timing=timing_from_json(row.timing), holds=holds)
+    timing = timing_from_json(row.timing)
+    info = dataclasses.replace(info, note=row.note, writer=writer, timing=timing, holds=holds)
+    return dataclasses.replace(info, etag=checkpoint_etag(info))
+
+
+def check_unchanged(
+    connection: Connection, checkpoint_id: int, name: CheckpointName, etag: str, now_us: int, field: str
+) -> None:
+    """Refuses to change a checkpoint that is not as the caller saw it; without an etag he saw it as it is.
+
+    Raises:
+        AbortedError: It has another etag by now.
+    """
+    if etag:
+        check_etag(etag, full_info(connection, checkpoint_id, now_us).etag, name.ref, field)
 
 
 def _completed(writer: Writer, session: SessionRow) -> Writer:

@@ -13,6 +13,7 @@ from shardbook.core.retention import Candidate, Decision, RetentionPolicy, judge
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook_server.service import present
 from shardbook_server.service.deletion import UNDELETE_S, mark
+from shardbook_server.service.etags import check_etag, etag_of
 from shardbook_server.service.holds import find_holders
 from shardbook_server.service.pages import Tokens, page_count
 from shardbook_server.service.places import Place, parse_parent, part_ids_of
@@ -65,16 +66,19 @@ class RetentionService:
             stored = rows.find_policies(connection, _run_id(connection, run))
         return _policy_view(_stored(stored, place.part), place.part)
 
-    def set_policy(self, name: str, policy: RetentionPolicy) -> PolicyView:
+    def set_policy(self, name: str, policy: RetentionPolicy, *, etag: str = "") -> PolicyView:
         """Stores the policy of a part, or with ``parts/-`` of the run; one without any rule removes it.
 
         Raises:
             NotFoundError: The run or part does not exist.
+            AbortedError: What is stored there has another etag by now.
         """
         place, run = _one_run(name)
         with self._database.write([run]) as connection:
             part_ids_of(connection, place)
             run_id, part = _run_id(connection, run), place.part or ""
+            stored = rows.find_policies(connection, run_id).get(part)
+            check_etag(etag, _etag(stored), f"the policy of {name}", "etag")
             row = PolicyRow(part, policy.text, self._database.now_us(connection)) if policy else None
             rows.put_policy(connection, run_id, row, part)
             return _policy_view(row, part)
@@ -257,5 +261,11 @@ def _stored(stored: dict[str, PolicyRow], part: str | None) -> PolicyRow | None:
 
 def _policy_view(row: PolicyRow | None, part: str | None) -> PolicyView:
     if row is None:
-        return PolicyView(None)
-    return PolicyView(RetentionPolicy.from_text(row.policy), row.part != (part or ""), row.update_time_us)
+        return PolicyView(None, etag=_etag(None))
+    is_inherited = row.part != (part or "")
+    stored = None if is_inherited else row
+    return PolicyView(RetentionPolicy.from_text(row.policy), is_inherited, row.update_time_us, _etag(stored))
+
+
+def _etag(stored: PolicyRow | None) -> str:
+    return etag_of("policy", None if stored is None else stored.policy)

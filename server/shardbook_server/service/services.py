@@ -23,6 +23,7 @@ from shardbook_server.service.progress import ProgressService
 from shardbook_server.service.query import QueryService
 from shardbook_server.service.record import RecordService
 from shardbook_server.service.registration import RegistrationService
+from shardbook_server.service.requests import RequestService
 from shardbook_server.service.retention import RetentionService
 from shardbook_server.service.sessions import REAP_INTERVAL_S, SessionService
 from shardbook_server.service.status import StatusService
@@ -62,6 +63,7 @@ class Services:
     events: EventService
     claims: ClaimService
     locations: LocationService
+    requests: RequestService
 
 
 def build_services(
@@ -102,4 +104,5 @@ def build_services(
         events=EventService(database),
         claims=ClaimService(database),
         locations=LocationService(database),
+        requests=RequestService(database),
     )

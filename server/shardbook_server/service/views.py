@@ -217,6 +217,7 @@ class CheckpointInfo:
     file_deletion: FileDeletion = FileDeletion.NONE
     holds: tuple[HoldView, ...] = ()
     other_locations: tuple[str, ...] = ()
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ class PolicyView:
     policy: RetentionPolicy | None
     is_inherited: bool = False
     update_time_us: int | None = None
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,7 @@ class AliasInfo:
     direction: int
     protected: bool
     update_time_us: int | None
+    etag: str = ""
 
 
 @dataclass(frozen=True)

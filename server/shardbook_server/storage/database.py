@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final
 
 from sqlalchemy import Connection, Engine, RootTransaction, exc, select
 from sqlalchemy.pool import QueuePool
@@ -17,6 +19,9 @@ from shardbook_server.storage.failures import translate
 from shardbook_server.storage.postgres import PostgresBackend, PostgresOptions
 from shardbook_server.storage.sqlite import SqliteBackend
 from shardbook_server.storage.urls import is_postgres, shown_url
+
+#: The transaction that writes of the current call are part of; None where each has its own.
+_joined: Final[ContextVar[tuple[Database, Connection] | None]] = ContextVar("shardbook_transaction", default=None)
 
 
 class Database:
@@ -72,6 +77,8 @@ class Database:
     def write(self, runs: Iterable[RunName] = (), *, exclusive: bool = True, lock: str = "") -> Iterator[Connection]:
         """Yields a connection in one write transaction that commits when the block ends without an error.
 
+        Within ``transaction`` it is part of that one, and commits with it.
+
         Each statement sees what was committed before it. An error at the commit itself may mean either: what is
         written has to be fit to be written again.
 
@@ -84,12 +91,37 @@ class Database:
         Raises:
             ShardbookError: The database failed; already translated.
         """
+        outer = _joined.get()
+        if outer is not None and outer[0] is self:
+            self._lock(outer[1], runs, exclusive=exclusive, lock=lock)
+            yield outer[1]
+            return
         with self._transaction(self.backend.writer) as connection:
             self.backend.prepare(connection, writes=True)
-            self.backend.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
-            if lock:
-                self.backend.lock(connection, lock)
+            self._lock(connection, runs, exclusive=exclusive, lock=lock)
             yield connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Yields a connection in a write transaction that every ``write`` of this thread within the block is part of.
+
+        They commit together when the block ends, or not at all: an error of one must not be passed over. Each takes its
+        locks as it begins.
+
+        Raises:
+            ShardbookError: The database failed; already translated.
+        """
+        with self.write() as connection:
+            token = _joined.set((self, connection))
+            try:
+                yield connection
+            finally:
+                _joined.reset(token)
+
+    def _lock(self, connection: Connection, runs: Iterable[RunName], *, exclusive: bool, lock: str) -> None:
+        self.backend.lock_runs(connection, sorted(set(runs)), exclusive=exclusive)
+        if lock:
+            self.backend.lock(connection, lock)
 
     def now_us(self, connection: Connection) -> int:
         """Returns the database's time, microseconds since the epoch."""

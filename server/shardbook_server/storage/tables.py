@@ -1,4 +1,4 @@
-"""Tables of what is saved; ``metadata`` has those of ``event_tables``, ``lineage_tables`` and ``retention_tables`` too.
+"""Tables of what is saved; ``metadata`` has those of the other modules named ``*_tables`` too.
 
 The migrations build the same schema (a test compares them); numbers of states and kinds are stored. Keys are integers
 and digests are BLOBs, so that rows stay small. Ids of content and of checkpoints are never reused (AUTOINCREMENT,
@@ -23,7 +23,13 @@ from sqlalchemy import (
     text,
 )
 
-from shardbook_server.storage import columns, event_tables, lineage_tables, retention_tables  # noqa: F401 - ``metadata`` has them
+from shardbook_server.storage import (  # noqa: F401 - ``metadata`` has their tables
+    columns,
+    event_tables,
+    lineage_tables,
+    request_tables,
+    retention_tables,
+)
 from shardbook_server.storage.columns import CLUSTERED as _CLUSTERED
 from shardbook_server.storage.columns import NEVER_REUSED as _NEVER_REUSED
 from shardbook_server.storage.columns import STRICT as _STRICT

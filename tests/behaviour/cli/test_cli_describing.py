@@ -65,6 +65,32 @@ def test_a_filter_that_cannot_be_read_is_a_usage_error(runs: str, shardbook: Sha
     assert "--all` shows" in shardbook("ls", f"{runs}/*", "-f", "step = 77").out
 
 
+def test_what_was_changed_since_is_not_changed(runs: str, shardbook: Shardbook) -> None:
+    """With the etag that --json showed: exit 1, and it is as the other left it; with the new one it goes through."""
+    ref, run = f"{runs}/8b-a@10", f"{runs}/8b-a"
+
+    def of(*args: str, kind: str = "checkpoint") -> str:
+        ran = shardbook(*args, "--json")
+        assert (0, "") == (ran.code, ran.err)
+        found = ran.json[kind]
+        etag: str = (found[0] if isinstance(found, list) else found)["etag"]
+        return etag
+
+    first = of("show", ref)
+    second = of("label", ref, "stage=eval", "--etag", first)
+    for change in (("label", ref, "stage=x"), ("metric", ref, "loss=9"), ("note", ref, "x"), ("rm", ref)):
+        ran = shardbook(*change, "--etag", first)
+        assert (1, True) == (ran.code, "was changed since it was read: read it again, then decide again\n" in ran.err)
+    assert second == of("show", ref)
+    made = of("alias", "golden", ref, kind="aliases")
+    moved = of("alias", "golden", f"{run}@20", "--etag", made, kind="aliases")
+    assert 1 == shardbook("alias", "golden", ref, "--etag", made).code
+    assert 1 == shardbook("alias", "golden", run, "--metric", "loss", "--min", "--etag", made).code
+    assert 1 == shardbook("alias", "golden", run, "--delete", "--etag", made).code
+    assert 0 == shardbook("alias", "golden", run, "--delete", "--etag", moved).code
+    assert 0 == shardbook("rm", ref, "--etag", second).code
+
+
 def test_labels_metrics_and_notes(runs: str, shardbook: Shardbook) -> None:
     """Set, shown, removed; `show` tells all of it."""
     ref = f"{runs}/8b-a@20"

@@ -31,6 +31,7 @@ S = grpc.StatusCode
         (S.FAILED_PRECONDITION, "RANK_FAILED", errors.RankFailedError),
         (S.FAILED_PRECONDITION, "GEOMETRY_OVERLAP", errors.InvalidGeometryError),
         (S.FAILED_PRECONDITION, "A_REASON_OF_TOMORROW", errors.FailedPreconditionError),
+        (S.ABORTED, "ETAG_MISMATCH", errors.AbortedError),
         (S.RESOURCE_EXHAUSTED, "STORAGE_FULL", errors.ResourceExhaustedError),
         (S.UNAUTHENTICATED, "TOKEN_EXPIRED", errors.UnauthenticatedError),
         (S.PERMISSION_DENIED, "PERMISSION_DENIED", errors.PermissionDeniedError),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -223,3 +224,15 @@ def test_backoff_grows_to_its_cap_with_jitter() -> None:
     for count, top in ((1, 0.1), (2, 0.2), (3, 0.4), (6, 2.0), (10_000, 2.0)):
         drawn = [delay_s(count) for _ in range(50)]
         assert top / 2 <= min(drawn) < max(drawn) <= top
+
+
+def test_tries_of_a_write_are_one_request() -> None:
+    """Each under the id of the first; another write has another one."""
+    answer = catalog_pb2.DeleteAliasResponse()
+    with scripted_server(DeleteAlias=failing_first(2, unavailable, answer)) as server:
+        client = Client(server.target)
+        for _ in range(2):
+            client.delete_alias("llm/8b@best", deadline_s=10)
+        ids = [request.request_id for request in server.of("DeleteAlias")]
+    assert [True, True, True] == [uuid.UUID(one).version == 4 for one in ids[1:]]
+    assert (4, 1, 2) == (len(ids), len(set(ids[:3])), len(set(ids)))

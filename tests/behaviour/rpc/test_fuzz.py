@@ -36,6 +36,7 @@ STRINGS = st.sampled_from(
         "../..",
         "x" * 5000,
         "\u202e",
+        "3f1d7a2e-9c40-4a8e-8f5b-0f6f2f1f9a11",
     ]
 ) | st.text(max_size=20)
 BYTES = st.sampled_from([b"", b"x" * 16, b"x" * 32, bytes(32), b"\x00\x01\x00\x00"]) | st.binary(max_size=40)
