@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardbook._version import __version__
 from shardbook.errors import (
+    AbortedError,
     AlreadyExistsError,
     CheckpointClosedError,
     CheckpointMismatchError,
@@ -87,6 +88,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AbortedError",
     "__version__",
     "Client",
     "ClientConfig",

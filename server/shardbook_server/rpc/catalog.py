@@ -84,25 +84,27 @@ class CatalogHandlers(CatalogServiceServicer):
     ) -> pb.UpdateCheckpointResponse:
         """Changes what is said of a checkpoint."""
         changes, wanted = describing.changes(request), request.checkpoint
-
-        def write() -> pb.UpdateCheckpointResponse:
-            checkpoint = self._descriptions.update(wanted.name, changes, etag=wanted.etag)
-            return pb.UpdateCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
-
-        return await self._once("update", request, wanted.name, pb.UpdateCheckpointResponse, write)
+        return await self._once(
+            "update",
+            request,
+            lambda found: pb.UpdateCheckpointResponse(checkpoint=convert.checkpoint(found)),
+            self._descriptions.update,
+            wanted.name,
+            changes,
+            etag=wanted.etag,
+        )
 
     async def MoveCheckpoints(
         self, request: locations_pb2.MoveCheckpointsRequest, context: Context
     ) -> locations_pb2.MoveCheckpointsResponse:
         """Gives checkpoints other locations."""
-        moves = locating.moves(request)
-
-        def write() -> locations_pb2.MoveCheckpointsResponse:
-            moved = self._services.locations.move(moves)
-            return locations_pb2.MoveCheckpointsResponse(checkpoints=map(convert.checkpoint, moved))
-
-        about = moves[0].name if moves else ""
-        return await self._once("move", request, about, locations_pb2.MoveCheckpointsResponse, write)
+        return await self._once(
+            "move",
+            request,
+            lambda moved: locations_pb2.MoveCheckpointsResponse(checkpoints=map(convert.checkpoint, moved)),
+            self._services.locations.move,
+            locating.moves(request),
+        )
 
     async def ListRanks(self, request: pb.ListRanksRequest, context: Context) -> pb.ListRanksResponse:
         """Lists what the ranks of a committed checkpoint took and wrote."""
@@ -126,72 +128,72 @@ class CatalogHandlers(CatalogServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         """Makes an alias or moves it."""
-        wanted = describing.alias_request(request)
-
-        def write() -> pb.SetAliasResponse:
-            return pb.SetAliasResponse(alias=describing.alias(self._aliases.set(wanted)))
-
-        return await self._once("alias", request, wanted.name, pb.SetAliasResponse, write)
+        return await self._once(
+            "alias",
+            request,
+            lambda alias: pb.SetAliasResponse(alias=describing.alias(alias)),
+            self._aliases.set,
+            describing.alias_request(request),
+        )
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
         """Deletes an alias."""
-
-        def write() -> pb.DeleteAliasResponse:
-            self._aliases.delete(request.name, force=request.force, etag=request.etag)
-            return pb.DeleteAliasResponse()
-
-        return await self._once("alias", request, request.name, pb.DeleteAliasResponse, write)
+        return await self._once(
+            "alias",
+            request,
+            lambda _: pb.DeleteAliasResponse(),
+            self._aliases.delete,
+            request.name,
+            force=request.force,
+            etag=request.etag,
+        )
 
     async def DeleteCheckpoint(
         self, request: retention_pb2.DeleteCheckpointRequest, context: Context
     ) -> retention_pb2.DeleteCheckpointResponse:
         """Deletes a committed checkpoint."""
-
-        def write() -> retention_pb2.DeleteCheckpointResponse:
-            checkpoint, aliases = self._deletions.delete(
-                request.name, force=request.force, files=request.delete_files, etag=request.etag
-            )
-            return retention_pb2.DeleteCheckpointResponse(
-                checkpoint=convert.checkpoint(checkpoint), deleted_aliases=aliases
-            )
-
-        return await self._once("delete", request, request.name, retention_pb2.DeleteCheckpointResponse, write)
+        return await self._once(
+            "delete",
+            request,
+            retaining.deleted,
+            self._deletions.delete,
+            request.name,
+            force=request.force,
+            files=request.delete_files,
+            etag=request.etag,
+        )
 
     async def UndeleteCheckpoint(
         self, request: retention_pb2.UndeleteCheckpointRequest, context: Context
     ) -> retention_pb2.UndeleteCheckpointResponse:
         """Brings a deleted checkpoint back."""
-
-        def write() -> retention_pb2.UndeleteCheckpointResponse:
-            checkpoint = self._deletions.undelete(request.name)
-            return retention_pb2.UndeleteCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
-
-        return await self._once("delete", request, request.name, retention_pb2.UndeleteCheckpointResponse, write)
+        return await self._once(
+            "delete",
+            request,
+            lambda found: retention_pb2.UndeleteCheckpointResponse(checkpoint=convert.checkpoint(found)),
+            self._deletions.undelete,
+            request.name,
+        )
 
     async def HoldCheckpoint(
         self, request: retention_pb2.HoldCheckpointRequest, context: Context
     ) -> retention_pb2.HoldCheckpointResponse:
         """Keeps a checkpoint from being deleted for a while."""
         ttl_us = retaining.ttl_us(request)
-
-        def write() -> retention_pb2.HoldCheckpointResponse:
-            checkpoint, hold = self._holds.hold(request.name, request.holder, ttl_us)
-            return retention_pb2.HoldCheckpointResponse(
-                checkpoint=convert.checkpoint(checkpoint), hold=convert.hold(hold)
-            )
-
-        return await self._once("hold", request, request.name, retention_pb2.HoldCheckpointResponse, write)
+        return await self._once("hold", request, retaining.held, self._holds.hold, request.name, request.holder, ttl_us)
 
     async def ReleaseCheckpoint(
         self, request: retention_pb2.ReleaseCheckpointRequest, context: Context
     ) -> retention_pb2.ReleaseCheckpointResponse:
         """Ends a hold."""
-
-        def write() -> retention_pb2.ReleaseCheckpointResponse:
-            checkpoint = self._holds.release(request.name, request.holder)
-            return retention_pb2.ReleaseCheckpointResponse(checkpoint=convert.checkpoint(checkpoint))
-
-        return await self._once("hold", request, request.name, retention_pb2.ReleaseCheckpointResponse, write)
+        return await self._once(
+            "hold",
+            request,
+            lambda found: retention_pb2.ReleaseCheckpointResponse(checkpoint=convert.checkpoint(found)),
+            self._holds.release,
+            request.name,
+            request.holder,
+        )
 
     async def GetRetentionPolicy(
         self, request: retention_pb2.GetRetentionPolicyRequest, context: Context
@@ -210,14 +212,15 @@ class CatalogHandlers(CatalogServiceServicer):
     ) -> retention_pb2.SetRetentionPolicyResponse:
         """Stores what is kept of a part."""
         policy = retaining.policy(request.policy)
-
-        def write() -> retention_pb2.SetRetentionPolicyResponse:
-            view = self._retention.set_policy(request.name, policy, etag=request.etag)
-            return retention_pb2.SetRetentionPolicyResponse(
-                policy=retaining.policy_message(view.policy), etag=view.etag
-            )
-
-        return await self._once("policy", request, request.name, retention_pb2.SetRetentionPolicyResponse, write)
+        return await self._once(
+            "policy",
+            request,
+            retaining.policy_set,
+            self._retention.set_policy,
+            request.name,
+            policy,
+            etag=request.etag,
+        )
 
     async def PreviewPrune(
         self, request: retention_pb2.PreviewPruneRequest, context: Context
@@ -236,24 +239,29 @@ class CatalogHandlers(CatalogServiceServicer):
 
     async def Prune(self, request: retention_pb2.PruneRequest, context: Context) -> retention_pb2.PruneResponse:
         """Deletes what a policy does not keep."""
-        policy = retaining.policy_of(request)
-
-        def write() -> retention_pb2.PruneResponse:
-            views = self._retention.prune(request.parent, policy, list(request.names), files=request.delete_files)
-            return retention_pb2.PruneResponse(decisions=[retaining.decision(view) for view in views])
-
-        return await self._once("prune", request, request.parent, retention_pb2.PruneResponse, write)
+        return await self._once(
+            "prune",
+            request,
+            lambda views: retention_pb2.PruneResponse(decisions=map(retaining.decision, views)),
+            self._retention.prune,
+            request.parent,
+            retaining.policy_of(request),
+            list(request.names),
+            files=request.delete_files,
+        )
 
     async def ReportMissingData(
         self, request: retention_pb2.ReportMissingDataRequest, context: Context
     ) -> retention_pb2.ReportMissingDataResponse:
         """Notes that data files are lost, or found again."""
-
-        def write() -> retention_pb2.ReportMissingDataResponse:
-            checkpoint = self._deletions.report_missing(request.name, missing=request.missing)
-            return retention_pb2.ReportMissingDataResponse(checkpoint=convert.checkpoint(checkpoint))
-
-        return await self._once("missing", request, request.name, retention_pb2.ReportMissingDataResponse, write)
+        return await self._once(
+            "missing",
+            request,
+            lambda found: retention_pb2.ReportMissingDataResponse(checkpoint=convert.checkpoint(found)),
+            self._deletions.report_missing,
+            request.name,
+            missing=request.missing,
+        )
 
     async def RecordFileDeletion(
         self, request: retention_pb2.RecordFileDeletionRequest, context: Context
@@ -268,23 +276,25 @@ class CatalogHandlers(CatalogServiceServicer):
         self, request: lineage_pb2.AddLineageRequest, context: Context
     ) -> lineage_pb2.AddLineageResponse:
         """Says where a checkpoint comes from, or what evaluated it."""
-        wanted = lineage.edge_request(request)
-
-        def write() -> lineage_pb2.AddLineageResponse:
-            return lineage_pb2.AddLineageResponse(edge=lineage.edge(self._services.lineage.add(wanted)))
-
-        return await self._once("lineage", request, request.subject, lineage_pb2.AddLineageResponse, write)
+        return await self._once(
+            "lineage",
+            request,
+            lambda edge: lineage_pb2.AddLineageResponse(edge=lineage.edge(edge)),
+            self._services.lineage.add,
+            lineage.edge_request(request),
+        )
 
     async def RemoveLineage(
         self, request: lineage_pb2.RemoveLineageRequest, context: Context
     ) -> lineage_pb2.RemoveLineageResponse:
         """Takes an edge back."""
-        wanted = lineage.edge_request(request)
-
-        def write() -> lineage_pb2.RemoveLineageResponse:
-            return lineage_pb2.RemoveLineageResponse(removed=self._services.lineage.remove(wanted))
-
-        return await self._once("lineage", request, request.subject, lineage_pb2.RemoveLineageResponse, write)
+        return await self._once(
+            "lineage",
+            request,
+            lambda removed: lineage_pb2.RemoveLineageResponse(removed=removed),
+            self._services.lineage.remove,
+            lineage.edge_request(request),
+        )
 
     async def ListLineage(
         self, request: lineage_pb2.ListLineageRequest, context: Context
@@ -355,9 +365,10 @@ class CatalogHandlers(CatalogServiceServicer):
         self, request: events_pb2.DeleteSubscriptionRequest, context: Context
     ) -> events_pb2.DeleteSubscriptionResponse:
         """Forgets a subscription."""
-
-        def write() -> events_pb2.DeleteSubscriptionResponse:
-            self._services.claims.delete(request.name)
-            return events_pb2.DeleteSubscriptionResponse()
-
-        return await self._once("claim", request, request.name, events_pb2.DeleteSubscriptionResponse, write)
+        return await self._once(
+            "claim",
+            request,
+            lambda _: events_pb2.DeleteSubscriptionResponse(),
+            self._services.claims.delete,
+            request.name,
+        )

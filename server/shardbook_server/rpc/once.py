@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from functools import cache
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.call import current_call
 from shardbook_server.service.requests import RequestService, parse_request_id
 from shardbook_server.storage.requests import RequestKey
 
+P = ParamSpec("P")
+T = TypeVar("T")
 R = TypeVar("R", bound=Message)
 
 #: What a name begins with; a name that is none is refused by whoever reads the rest of it.
@@ -27,29 +32,54 @@ class Writes:
         self._bridge = bridge
         self._requests = requests
 
-    async def once(self, name: str, request: Any, about: str, answer: type[R], write: Callable[[], R]) -> R:
-        """Returns what ``write`` answers, or answered when the same request was made before.
+    async def once(
+        self,
+        name: str,
+        request: Any,
+        told: Callable[[T], R],
+        call: Callable[P, T],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Returns what a service's method answers, or answered when the same request was made before.
 
         Args:
             name: The call's name in ``failpoints.POINTS``.
             request: A message with a ``request_id``, which may be empty.
-            about: Name of what it is about, of whose project it is.
-            answer: Class of the answer.
-            write: Calls the service, in a thread, and makes its answer a message.
+            told: Makes the method's answer a message; in the thread, too.
+            call: The service's method.
+            *args: Passed on.
+            **kwargs: Passed on.
 
         Raises:
             InvalidArgumentError: The id is none, or was used for something else.
             ShardbookError: What the service raised.
         """
         if not request.request_id:
-            return await self._bridge.write(name, write)
-        call = current_call()
-        request_id = parse_request_id(request.request_id)
-        project = _PROJECT.match(about)
-        key = RequestKey("" if project is None else project[1], call.principal, call.method, request_id)
-        digest = _digest(request)
-        made = await self._bridge.write(name, self._requests.once, key, digest, lambda: write().SerializeToString())
-        return answer.FromString(made)
+            return told(await self._bridge.write(name, call, *args, **kwargs))
+        key = _key(request)
+        made = await self._bridge.write(
+            name, self._requests.once, key, _digest(request), lambda: told(call(*args, **kwargs)).SerializeToString()
+        )
+        return cast("R", _answer_to(request.DESCRIPTOR).FromString(made))
+
+
+def _key(request: Any) -> RequestKey:
+    call = current_call()
+    request_id = parse_request_id(request.request_id)
+    project = _PROJECT.match(_about(request))
+    return RequestKey("" if project is None else project[1], call.principal, call.method, request_id)
+
+
+def _about(request: Any) -> str:
+    """Returns the name of what a request is about."""
+    for field in ("name", "parent", "subject"):
+        if hasattr(request, field):
+            return str(getattr(request, field))
+    if hasattr(request, "moves"):
+        return request.moves[0].name if request.moves else ""
+    return str(request.alias.name if hasattr(request, "alias") else request.checkpoint.name)
 
 
 def _digest(request: Message) -> bytes:
@@ -58,3 +88,10 @@ def _digest(request: Message) -> bytes:
     content.CopyFrom(request)
     content.ClearField("request_id")
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
+
+
+@cache
+def _answer_to(request: Descriptor) -> type[Message]:
+    """Returns the class of a call's answer, which is named like its request and stands beside it."""
+    name = request.name.removesuffix("Request") + "Response"
+    return GetMessageClass(request.file.message_types_by_name[name])

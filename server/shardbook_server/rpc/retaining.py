@@ -8,6 +8,7 @@ from shardbook.core import limits
 from shardbook.core.retention import KeepBest, RetentionPolicy
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import retention_pb2 as pb
+from shardbook_server.rpc import convert
 from shardbook_server.rpc.times import timestamp
 from shardbook_server.service import views
 
@@ -53,6 +54,23 @@ def policy_message(view: RetentionPolicy | None) -> pb.RetentionPolicy | None:
     if view.newer_than_s:
         message.newer_than.FromSeconds(view.newer_than_s)
     return message
+
+
+def policy_set(view: views.PolicyView) -> pb.SetRetentionPolicyResponse:
+    """Returns the answer to SetRetentionPolicy."""
+    return pb.SetRetentionPolicyResponse(policy=policy_message(view.policy), etag=view.etag)
+
+
+def deleted(answer: tuple[views.CheckpointInfo, tuple[str, ...]]) -> pb.DeleteCheckpointResponse:
+    """Returns the answer to DeleteCheckpoint."""
+    checkpoint, aliases = answer
+    return pb.DeleteCheckpointResponse(checkpoint=convert.checkpoint(checkpoint), deleted_aliases=aliases)
+
+
+def held(answer: tuple[views.CheckpointInfo, views.HoldView]) -> pb.HoldCheckpointResponse:
+    """Returns the answer to HoldCheckpoint."""
+    checkpoint, hold = answer
+    return pb.HoldCheckpointResponse(checkpoint=convert.checkpoint(checkpoint), hold=convert.hold(hold))
 
 
 def decision(view: views.PruneView) -> pb.PruneDecision:
