@@ -13,10 +13,10 @@ from typing import Any
 import typer
 
 from shardbook.catalog import Checkpoint, Run, RunPart, TensorInfo
-from shardbook.cli.app import app as client_app
 from shardbook.cli.cat import PrintedTensor
 from shardbook.cli.chunks import PrintedChunk
 from shardbook.cli.read import Statistics
+from shardbook.cli.registry import COMMANDS
 from shardbook.collecting import LeftAttempt
 from shardbook.comparing import CheckpointDiff, ComparedCheckpoint, TensorChange, TensorFacts
 from shardbook.config import CONFIG_VARIABLE, SETTINGS
@@ -209,9 +209,10 @@ def _settings(rows: Iterable[tuple[str, str, str, str]]) -> Iterator[str]:
 def commands_page() -> str:
     """Returns the page of every command of both programs, and of the JSON they print."""
     lines = [_HEAD, "# Commands"]
-    for program, app in (("shardbook", client_app), ("shardbook-server", server_app)):
-        for words, command in _leaves(program, typer.main.get_command(app)):
-            lines += ["", f"## {words}", "", *_command(words, command)]
+    leaves = [(f"shardbook {name}", one.load()) for name, one in COMMANDS.items()]
+    leaves += _leaves("shardbook-server", typer.main.get_command(server_app))
+    for words, command in leaves:
+        lines += ["", f"## {words}", "", *_command(words, command)]
     lines.append(_JSON.rstrip("\n"))
     for name, described in _OBJECTS:
         lines += ["", f"### {name}", "", *_attributes(described)]

@@ -49,7 +49,7 @@ from shardbook.errors import (
 )
 
 if TYPE_CHECKING:
-    from shardbook.catalog import Checkpoint, CheckpointState, Run, RunPart, StoredMetadata, TensorInfo
+    from shardbook.catalog import Checkpoint, CheckpointState, Run, RunPart, TensorInfo
     from shardbook.client import Client
     from shardbook.comparing import CheckpointDiff, diff
     from shardbook.config import ClientConfig, Mode
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from shardbook.lineage import Lineage, LineageEdge, LineageKind, LineageNode
     from shardbook.moving import MovedCheckpoint, move
     from shardbook.reading import read, read_many
+    from shardbook.stored_metadata import StoredMetadata
     from shardbook.verifying import VerifyReport, verify
 
 _HOME = {
@@ -69,7 +70,7 @@ _HOME = {
     "CheckpointState": "shardbook.catalog",
     "Run": "shardbook.catalog",
     "RunPart": "shardbook.catalog",
-    "StoredMetadata": "shardbook.catalog",
+    "StoredMetadata": "shardbook.stored_metadata",
     "TensorInfo": "shardbook.catalog",
     "Event": "shardbook.events",
     "EventKind": "shardbook.events",

@@ -14,7 +14,6 @@ from typing import Final, Generic, TypeVar
 
 from shardbook._disk_cache import DiskCache, cache_directory
 from shardbook._reading import ChunkPages
-from shardbook.catalog import StoredMetadata
 from shardbook.chunks import CheckpointChunks
 from shardbook.client import Client
 from shardbook.config import ClientConfig
@@ -25,6 +24,7 @@ from shardbook.core.names import CheckpointName
 from shardbook.core.places import decode_places, together
 from shardbook.core.wanted import Wanted, encode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError
+from shardbook.stored_metadata import StoredMetadata
 from shardbook.v1.types_pb2 import Checkpoint
 
 T = TypeVar("T")

@@ -16,7 +16,6 @@ from shardbook._newest import incomplete_attempts, read_attempt
 from shardbook._plain import footprint_of, world_size_of
 from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import Tree, open_tree
-from shardbook.catalog import StoredMetadata
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA
@@ -32,6 +31,7 @@ from shardbook.errors import (
     StorageError,
 )
 from shardbook.reading.plain_metadata import read_stand_ins
+from shardbook.stored_metadata import StoredMetadata
 from shardbook.stores import encodable, normalized
 
 #: A checkpoint as people pass it.

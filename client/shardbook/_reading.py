@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shardbook._patterns import listing_place
 from shardbook._targets import resource_name
 from shardbook._transport import Rpc, StreamRpc, Transport
-from shardbook.catalog import Checkpoint, Run, StoredMetadata, TensorInfo
-from shardbook.chunks import CheckpointChunks
-from shardbook.core.columns import encode_name, unframe
+from shardbook.catalog import Checkpoint, Run, TensorInfo
 from shardbook.core.digest import digest_of
-from shardbook.core.found import decode_part, merge
 from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, RunName, check_segment
-from shardbook.core.wanted import Wanted, encode_wanted
+from shardbook.core.texts import encode_name
 from shardbook.errors import InternalError, InvalidArgumentError
 from shardbook.status import RunStatus, ServerInfo
 from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
+
+# What takes numpy is imported where it is asked for: most commands ask for none of it, and a person waits.
+if TYPE_CHECKING:
+    from shardbook.chunks import CheckpointChunks
+    from shardbook.core.wanted import Wanted
+    from shardbook.stored_metadata import StoredMetadata
 
 GET_METADATA = StreamRpc("GetMetadata", lambda on: on.metadata.GetMetadata)
 QUERY_CHUNKS = Rpc("QueryChunks", lambda on: on.metadata.QueryChunks)
@@ -120,6 +124,8 @@ class ReadingCalls:
             InvalidArgumentError: A box does not fit its tensor, and the tensor's shape was not stated; or the question
                 is larger than the 4 MiB of one call.
         """
+        from shardbook.core.wanted import encode_wanted
+
         request = metadata_pb2.QueryChunksRequest(
             name=resource_name(name), wanted=encode_wanted(wanted), include_head=include_head
         )
@@ -136,6 +142,8 @@ class ReadingCalls:
             held: Pages of ``found`` that another checkpoint was answered with; they are not sent again.
             deadline_s: Seconds for each call.
         """
+        from shardbook.core.columns import unframe
+
         digests = [digest_of(unframe(page)) if page else b"" for page in held]
         request = metadata_pb2.QueryChunksRequest(name=resource_name(name), wanted=wanted, apart=True)
         pages = self._pages(request, deadline_s, digests)
@@ -269,8 +277,15 @@ class ReadingCalls:
             filter=" AND ".join([*([filter] if filter.strip() else []), *conditions]),
             order_by=order_by,
         )
+        for page in self._checkpoint_pages(request, deadline_s):
+            yield from map(Checkpoint.of, page)
+
+    def _checkpoint_pages(
+        self, request: catalog_pb2.ListCheckpointsRequest, deadline_s: float | None = None
+    ) -> Iterator[Sequence[CheckpointMessage]]:
+        """Yields checkpoints as they came, a page at a time: for who adds up 100,000 of them."""
         for page in self._transport.pages(LIST_CHECKPOINTS, request, deadline_s=deadline_s):
-            yield from map(Checkpoint.of, page.checkpoints)
+            yield page.checkpoints
 
 
 def _prefix(fqn_prefix: str | bytes) -> bytes:
@@ -279,6 +294,9 @@ def _prefix(fqn_prefix: str | bytes) -> bytes:
 
 def _found(wanted: Wanted, pages: list[metadata_pb2.QueryChunksResponse]) -> CheckpointChunks:
     """Puts the pages of an answer together; raises InternalError when they are damaged."""
+    from shardbook.chunks import CheckpointChunks
+    from shardbook.core.found import decode_part, merge
+
     try:
         found = merge(wanted, [decode_part(page.found) for page in pages if page.found])
     except InvalidArgumentError as error:
@@ -291,6 +309,8 @@ def _found(wanted: Wanted, pages: list[metadata_pb2.QueryChunksResponse]) -> Che
 
 def _stored(messages: list[metadata_pb2.GetMetadataResponse]) -> StoredMetadata:
     """Puts the messages of a stream together; raises InternalError when the header is not there."""
+    from shardbook.stored_metadata import StoredMetadata
+
     header: metadata_pb2.MetadataHeader | None = None
     segments: list[tuple[int, bytes]] = []
     blocks: list[bytes] = []

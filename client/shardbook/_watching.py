@@ -20,7 +20,7 @@ from shardbook._retry import may_pass
 from shardbook._transport import Rpc, StreamRpc, Transport
 from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.errors import InvalidArgumentError, ShardbookError, UnavailableError
-from shardbook.events import CLAIM_STATES, KINDS, Claim, ClaimState, Event, EventKind, Subscription
+from shardbook.events import CLAIM_STATES, EVERYTHING, KINDS, NOW, Claim, ClaimState, Event, EventKind, Subscription
 from shardbook.v1 import events_pb2
 
 WATCH_CHECKPOINTS = StreamRpc("WatchCheckpoints", lambda on: on.catalog.WatchCheckpoints)
@@ -30,9 +30,6 @@ FINISH_CLAIM = Rpc("FinishClaim", lambda on: on.catalog.FinishClaim)
 GET_SUBSCRIPTION = Rpc("GetSubscription", lambda on: on.catalog.GetSubscription)
 DELETE_SUBSCRIPTION = Rpc("DeleteSubscription", lambda on: on.catalog.DeleteSubscription)
 
-#: Everything, as a pattern of runs.
-EVERYTHING: Final = "*/*"
-NOW: Final = "now"
 #: A stream without a sign of life for so long is dead, whatever its connection says; servers send one every 10 s.
 SILENCE_S: Final = 35.0
 
@@ -355,4 +352,4 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-__all__ = ["EVERYTHING", "NOW", "Watching", "WatchingCalls"]
+__all__ = ["Watching", "WatchingCalls"]

@@ -2,26 +2,22 @@
 
 ``to_json`` of each returns the object that the command line prints with ``--json``. Its schema is stable: keys are
 only ever added. Times are RFC 3339 in UTC, missing ones null; sizes are bytes; digests and incarnations are hex.
+
+Nothing here needs numpy, nor does a command that only lists: ``shardbook.stored_metadata`` has what does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from shardbook._times import datetime_of, rfc3339
-from shardbook.core.blocks import decode_blocks
-from shardbook.core.checkpoint import CheckpointStructure
-from shardbook.core.columns import decode_name
 from shardbook.core.description import decode_note
-from shardbook.core.extents import decode_segment
-from shardbook.core.head import MetadataHeader, decode_head, decode_metadata_header, default_header
-from shardbook.core.locate import Located, locate
 from shardbook.core.names import CheckpointName, RunName
-from shardbook.core.pickled_metadata import pickled_metadata
+from shardbook.core.texts import decode_name
 from shardbook.descriptions import Hold, SaveTiming, Writer
 from shardbook.v1 import metadata_pb2, types_pb2
 
@@ -329,58 +325,3 @@ class TensorInfo:
     def to_json(self) -> Json:
         """Returns every attribute under its own name."""
         return {**vars(self), "shape": list(self.shape)}
-
-
-@dataclass(frozen=True)
-class StoredMetadata:
-    """The metadata of a committed checkpoint as the service keeps it; ``shardbook.core`` decodes the payloads.
-
-    Attributes:
-        checkpoint: The checkpoint.
-        head: Payload of ``shardbook.core.head``: file names by rank, key paths.
-        metadata_header: Payload of ``shardbook.core.head``: storage meta and version; empty for the defaults.
-        segments: (first rank, payload of ``shardbook.core.extents``), by rank.
-        blocks: One payload of ``shardbook.core.blocks`` an entry, in state-dict order.
-    """
-
-    checkpoint: types_pb2.Checkpoint
-    head: bytes
-    metadata_header: bytes
-    segments: tuple[tuple[int, bytes], ...]
-    blocks: list[bytes]
-
-    @property
-    def locations(self) -> tuple[str, ...]:
-        """Where the checkpoint is, in the order in which readers try them."""
-        return self.checkpoint.location.location, *self.checkpoint.other_locations
-
-    def columns(self) -> tuple[CheckpointStructure, Located]:
-        """Returns entries and chunks, and where they lie."""
-        head = decode_head(self.head)
-        body = decode_blocks(self.blocks, head.rank_files)
-        structure = replace(body, key_paths=head.key_paths, warnings=head.warnings)
-        registrations = [pair for _, payload in sorted(self.segments) for pair in decode_segment(payload)]
-        return structure, locate(structure, registrations)
-
-    def header(self, directory: str) -> MetadataHeader:
-        """Returns what belongs to the whole: as it was imported, else that of a save into ``directory``."""
-        if self.metadata_header:
-            return decode_metadata_header(self.metadata_header)
-        return default_header(directory, self.checkpoint.location.prefix)
-
-    def dcp_metadata(self, directory: str | None = None) -> Iterator[bytes]:
-        """Returns the content of DCP's own ``.metadata`` in blocks of about a megabyte; needs no torch.
-
-        Written into the checkpoint's directory, it is what plain ``torch.distributed.checkpoint`` loads from there.
-
-        Args:
-            directory: Path or URL of the checkpoint's directory; the location as the catalogue has it when None.
-
-        Raises:
-            UnsupportedMetadataError: The checkpoint has a memory format that DCP cannot pickle, or a dtype that this
-                release does not know; before the first block.
-        """
-        place = self.checkpoint.location
-        structure, located = self.columns()
-        header = self.header(place.location if directory is None else directory)
-        return pickled_metadata(structure, located, place.prefix, header)

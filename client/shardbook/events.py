@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from shardbook._times import datetime_of, rfc3339
 from shardbook.catalog import Checkpoint
@@ -13,6 +13,11 @@ from shardbook.core.names import CheckpointId, CheckpointName, PartName
 from shardbook.v1 import events_pb2
 
 Json = dict[str, Any]
+
+#: Everything, as a pattern of runs.
+EVERYTHING: Final = "*/*"
+#: Where a watch begins that is not told: what happens from now on.
+NOW: Final = "now"
 
 
 class EventKind(StrEnum):

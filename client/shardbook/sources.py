@@ -17,7 +17,6 @@ import numpy as np
 from shardbook._answers import Answers
 from shardbook._disk_cache import DiskCache
 from shardbook._lost import tell_lost
-from shardbook.catalog import StoredMetadata
 from shardbook.chunks import CheckpointChunks
 from shardbook.client import Client
 from shardbook.core import limits
@@ -36,6 +35,7 @@ from shardbook.core.query import find, place
 from shardbook.core.table import KeyPaths
 from shardbook.core.wanted import Wanted
 from shardbook.errors import CorruptManifestError, InvalidArgumentError, UnavailableError
+from shardbook.stored_metadata import StoredMetadata
 from shardbook.stores import Stores
 
 

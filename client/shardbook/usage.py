@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from shardbook.catalog import CheckpointState
 from shardbook.client import Client
+from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import RunName
+from shardbook.v1 import catalog_pb2
 
 #: Hears how many checkpoints were counted so far, twice, and that it is checkpoints.
 Progress = Callable[[int, int, str], None]
@@ -53,16 +54,20 @@ def usage(client: Client, runs: Iterable[RunName], progress: Progress | None = N
     """
     seen = 0
     for run in runs:
-        parts: dict[str, list[tuple[int, bool]]] = {}
-        for one in client.list_checkpoints(run, show_all=True):
-            seen += 1
+        sizes: dict[tuple[str, bool], list[int]] = {}
+        request = catalog_pb2.ListCheckpointsRequest(
+            parent=f"{run}/parts/-", show_all=True, filter="state = COMMITTED", page_size=MAX_PAGE_SIZE
+        )
+        for page in client._checkpoint_pages(request):  # noqa: SLF001
+            for one in page:
+                # projects/P/runs/R/parts/PART/checkpoints/...: parsed as a name it takes longer than all the rest.
+                sizes.setdefault((one.name.split("/")[5], one.live), []).append(one.size_bytes)
+            seen += len(page)
             if progress is not None:
                 progress(seen, seen, "checkpoints")
-            if one.state is CheckpointState.COMMITTED:
-                parts.setdefault(one.part, []).append((one.size_bytes, one.live))
-        for part, sizes in sorted(parts.items()):
-            old = [size for size, live in sizes if not live]
-            yield PartUsage(run.ref, part, len(sizes), sum(size for size, _ in sizes), len(old), sum(old))
+        for part in sorted({part for part, _ in sizes}):
+            live, old = sizes.get((part, True), []), sizes.get((part, False), [])
+            yield PartUsage(run.ref, part, len(live) + len(old), sum(live) + sum(old), len(old), sum(old))
 
 
 __all__ = ["PartUsage", "usage"]

@@ -16,7 +16,8 @@ import psycopg
 import pytest
 
 from shardbook import Client, verify
-from shardbook.catalog import Checkpoint, CheckpointState, StoredMetadata
+from shardbook.catalog import Checkpoint, CheckpointState
+from shardbook.stored_metadata import StoredMetadata
 from shardbook_server.storage import migrate
 from tests.databases import KINDS
 from tests.faults.server import ServerProcess

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardbook.cli import completing, names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Etag, Plain, Server, Timeout, client_of
-from shardbook.client import Client
-from shardbook.core.names import AliasName, PartName
+from shardbook.core.limits import MAX_COMPARISONS
+from shardbook.core.names import AliasName, CheckpointName, PartName, RunName
 from shardbook.descriptions import Alias, Direction
 from shardbook.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from shardbook.client import Client
 
 EXAMPLES = """\b
 Examples:
@@ -58,7 +61,7 @@ def alias(
     client, _ = client_of(server, timeout_s)
     if len(words) == 1:
         run, part = names.run_of(words[0])
-        _print(list(client.list_aliases(run, part=part)), as_json=as_json, is_plain=is_plain)
+        _print(client, run, list(client.list_aliases(run, part=part)), as_json=as_json, is_plain=is_plain)
         return
     name, target = words
     if delete:
@@ -77,7 +80,7 @@ def alias(
             raise InvalidArgumentError("an alias that follows a metric cannot be protected", field="protect")
         direction = Direction.MIN if smallest else Direction.MAX
         done = client.follow_metric(_alias_of(name, target), metric, direction, force=force, etag=etag)
-    _print([done], as_json=as_json, is_plain=is_plain)
+    _print(client, AliasName.parse(done.name).part.run, [done], as_json=as_json, is_plain=is_plain)
 
 
 def _set(client: Client, name: str, target: str, *, protect: bool, force: bool, etag: str) -> Alias:
@@ -90,17 +93,29 @@ def _alias_of(name: str, target: str) -> AliasName:
     return AliasName(PartName(run) if part is None else PartName(run, part), name)
 
 
-def _print(aliases: Sequence[Alias], *, as_json: bool, is_plain: bool) -> None:
+def refs_of(client: Client, run: RunName, aliases: Iterable[Alias]) -> dict[str, str]:
+    """Returns the refs of what aliases of a run mean, as listings have them, by name: short ones of what is live."""
+    refs = {one.checkpoint: one.checkpoint_ref for one in aliases if one.checkpoint}
+    steps = sorted({step for name in refs if (step := CheckpointName.parse(name).id.step) is not None})
+    for at in range(0, len(steps), MAX_COMPARISONS):
+        wanted = " OR ".join(f"step = {step}" for step in steps[at : at + MAX_COMPARISONS])
+        refs |= {one.name: one.ref for one in client.list_checkpoints(run, filter=wanted) if one.name in refs}
+    return refs
+
+
+def _print(client: Client, run: RunName, aliases: Sequence[Alias], *, as_json: bool, is_plain: bool) -> None:
     if as_json:
         output.print_json({"aliases": [one.to_json() for one in aliases]})
         return
-    output.print_table(_COLUMNS, map(_row, aliases), expendable=_EXPENDABLE, is_plain=is_plain)
+    refs = refs_of(client, run, aliases)
+    rows = (_row(one, refs.get(one.checkpoint, "")) for one in aliases)
+    output.print_table(_COLUMNS, rows, expendable=_EXPENDABLE, is_plain=is_plain)
 
 
-def _row(one: Alias) -> tuple[str, ...]:
+def _row(one: Alias, means: str) -> tuple[str, ...]:
     return (
         one.ref,
-        output.or_dash(one.checkpoint_ref),
+        output.or_dash(means),
         "-" if one.direction is None else f"{one.direction.value} {one.metric}",
         "yes" if one.protected else "no",
         output.table_time(one.update_time),

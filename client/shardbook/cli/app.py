@@ -1,44 +1,16 @@
-"""Puts the commands together. No command's own code stands here."""
+"""Puts the commands together. No command's own code stands here, and none is imported before it is called."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from shardbook._version import __version__
-from shardbook.cli import (
-    aliases,
-    cat,
-    checkpoints,
-    chunks,
-    completing,
-    deleting,
-    demo,
-    describing,
-    diff,
-    doctor,
-    du,
-    export,
-    failures,
-    gc,
-    imports,
-    lineage,
-    move,
-    projects,
-    pruning,
-    read,
-    relay,
-    runs,
-    status,
-    stores,
-    sync,
-    tensors,
-    verify,
-    watch,
-)
+from shardbook.cli import completing, failures
+from shardbook.cli.registry import COMMANDS
 
 _EPILOG = """\b
 Exit codes: 0 ok, 1 negative answer, 2 usage, 3 not found, 4 unavailable, 5 denied.
@@ -46,8 +18,24 @@ A REF is project/run@1500, @1500.s3 (of session 3), @latest, @best or another al
 Commands that read a checkpoint take a directory or URL in place of a REF.
 SHARDBOOK_SERVER=host:port says where the server is; `shardbook-server serve` starts one."""
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands: listed by name and summary, and imported one by one, when they are called or completed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for one in COMMANDS.values():
+            self.add_command(typer.core.TyperCommand(one.name, help=one.summary, rich_markup_mode=None))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Returns the name of the command that is called, the command, and what is left for it."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found if name is None else COMMANDS[name].load(), rest
+
+
 app = typer.Typer(
     name="shardbook",
+    cls=_Commands,
     help="Find, describe, check and recover the checkpoints that a Shardbook server knows.",
     epilog=_EPILOG,
     no_args_is_help=True,
@@ -71,41 +59,6 @@ def _root(
     ] = False,
 ) -> None:
     """Finds, describes, checks and recovers checkpoints."""
-
-
-app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
-app.command("projects", epilog=projects.EXAMPLES)(projects.list_projects)
-app.command("runs", epilog=runs.EXAMPLES)(runs.list_runs)
-app.command("ls", epilog=checkpoints.LS_EXAMPLES)(checkpoints.list_checkpoints)
-app.command("show", epilog=checkpoints.SHOW_EXAMPLES)(checkpoints.show_checkpoint)
-app.command("label", epilog=describing.LABEL_EXAMPLES)(describing.label)
-app.command("metric", epilog=describing.METRIC_EXAMPLES)(describing.metric)
-app.command("note", epilog=describing.NOTE_EXAMPLES)(describing.note)
-app.command("alias", epilog=aliases.EXAMPLES)(aliases.alias)
-app.command("lineage", epilog=lineage.EXAMPLES)(lineage.lineage)
-app.command("watch", epilog=watch.EXAMPLES)(watch.watch)
-app.command("tensors", epilog=tensors.EXAMPLES)(tensors.list_tensors)
-app.command("chunks", epilog=chunks.EXAMPLES)(chunks.list_chunks)
-app.command("diff", epilog=diff.EXAMPLES)(diff.diff_checkpoints)
-app.command("status", epilog=status.EXAMPLES)(status.show_status)
-app.command("cat", epilog=cat.EXAMPLES)(cat.cat)
-app.command("read", epilog=read.EXAMPLES)(read.read)
-app.command("export", epilog=export.EXAMPLES)(export.export)
-app.command("du", epilog=du.EXAMPLES)(du.disk_usage)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify_checkpoint)
-app.command("hold", epilog=deleting.HOLD_EXAMPLES)(deleting.hold)
-app.command("release", epilog=deleting.RELEASE_EXAMPLES)(deleting.release)
-app.command("prune", epilog=pruning.EXAMPLES)(pruning.prune)
-app.command("policy", epilog=pruning.POLICY_EXAMPLES)(pruning.policy)
-app.command("rm", epilog=deleting.RM_EXAMPLES)(deleting.rm)
-app.command("undelete", epilog=deleting.UNDELETE_EXAMPLES)(deleting.undelete)
-app.command("sync", epilog=sync.EXAMPLES)(sync.sync)
-app.command("import", epilog=imports.EXAMPLES)(imports.import_checkpoints)
-app.command("gc", epilog=gc.EXAMPLES)(gc.collect)
-app.command("move", epilog=move.EXAMPLES)(move.move_checkpoints)
-app.command("stores", epilog=stores.EXAMPLES)(stores.list_stores)
-app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
-app.command("relay", epilog=relay.EXAMPLES)(relay.relay)
 
 
 def run() -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import numpy as np
 import typer
 
 from shardbook.cli import output, progress
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout
 from shardbook.cli.wanted import Target, check_size, found_in, regions_of
-from shardbook.reading.api import read_found
-from shardbook.reading.files import check_output, write_arrays
-from shardbook.reading.finding import Found, WantedTensor
-from shardbook.reading.stored import Array
+
+if TYPE_CHECKING:
+    from shardbook.reading.finding import Found, WantedTensor
+    from shardbook.reading.stored import Array
 
 EXAMPLES = """\b
 Examples:
@@ -98,6 +97,9 @@ def cat(
 
     A directory or URL is read without any server.
     """
+    from shardbook.reading.api import read_found
+    from shardbook.reading.files import check_output, write_arrays
+
     regions = regions_of(tensors)
     if target is not None:
         check_output(target, len(regions))
@@ -122,6 +124,8 @@ def _print(found: Found, arrays: dict[str, Array], target: Path | None, *, as_js
         noun = "tensor" if len(arrays) == 1 else "tensors"
         output.print_line(f"{target}: {len(arrays)} {noun}, {output.size(size_bytes)}", is_plain=is_plain)
         return
+    import numpy as np
+
     for wanted, array in both:
         shape = ", ".join(map(str, array.shape))
         output.print_line(f"{wanted.chunks.fqn}: {wanted.chunks.dtype} [{shape}]", is_plain=is_plain)

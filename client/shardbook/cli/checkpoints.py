@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -12,6 +13,7 @@ from shardbook.catalog import Checkpoint, CheckpointState, FileDeletion
 from shardbook.cli import completing, names, output, progress
 from shardbook.cli.describing import note_text
 from shardbook.cli.options import (
+    DEFAULT_LIMIT,
     DEFAULT_TIMEOUT_S,
     AsJson,
     Limit,
@@ -21,6 +23,7 @@ from shardbook.cli.options import (
     client_of,
     counted,
     page_size,
+    rows_at_most,
     take,
 )
 from shardbook.core.names import RunName
@@ -53,6 +56,14 @@ _COLUMNS = (
 _RANK_COLUMNS = (("RANK", True), ("SIZE", True), ("PLAN S", True), ("WRITE S", True), ("REGISTER S", True))
 #: Columns that a narrow terminal does without, the first one first.
 _EXPENDABLE = ("SESSION", "CHUNKS", "TENSORS", "WORLD", "SIZE", "CREATED", "ALIASES", "STATE", "STEP")
+#: A text of a filter, which is passed over, or a field that is compared (docs/filters.md). The server has the grammar.
+_COMPARED: Final = re.compile(
+    r"\"(?:[^\"\\]|\\.)*\""
+    r"|'(?:[^'\\]|\\.)*'"
+    r"|(?<![\w.*/+@-])([\w.*/+@-]+)\s*[<>=!:]"
+)
+#: Labels and metrics that have columns.
+_MOST_FIELDS: Final = 4
 
 
 def list_checkpoints(
@@ -76,7 +87,7 @@ def list_checkpoints(
     show_all: Annotated[
         bool, typer.Option("--all", "-a", help="Open, failed, expired, superseded and deleted ones too.")
     ] = False,
-    limit: Limit = 50,
+    limit: Limit = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -85,15 +96,16 @@ def list_checkpoints(
     """List the checkpoints of one run or of several.
 
     Those of a run come with the newest session and step first, those of several runs with the newest first, unless
-    --order-by says otherwise.
+    --order-by says otherwise. Labels and metrics that are asked for have columns.
     """
     name, part = names.runs_of(run)
+    at_most = rows_at_most(limit)
     client, _ = client_of(server, timeout_s)
     found = client.list_checkpoints(
-        name, part=part, show_all=show_all, filter=filter_text, order_by=order_by, page_size=page_size(limit)
+        name, part=part, show_all=show_all, filter=filter_text, order_by=order_by, page_size=page_size(at_most)
     )
     with progress.shown("listing", is_wanted=not (is_plain or as_json)) as tell:
-        checkpoints, more = take(counted(found, tell, "checkpoints"), limit)
+        checkpoints, more = take(counted(found, tell, "checkpoints"), at_most)
     if as_json:
         rows = [checkpoint.to_json() for checkpoint in checkpoints]
         # By part. The listing does not say: what @latest means need not be among what it shows.
@@ -104,17 +116,16 @@ def list_checkpoints(
         )
         output.print_json({"checkpoints": rows, "more": more, "latest": latest})
         return
-    ordered = _described_fields(order_by)
-    columns = (*_COLUMNS[:4], *((field.partition(".")[2], field.startswith("metrics.")) for field in ordered))
-    columns = (*columns, *_COLUMNS[4:])
-    shown = (_row(one, ordered) for one in checkpoints)
+    fields = _described_fields(filter_text, order_by)
+    columns = (*_COLUMNS[:4], *_columns_of(fields), *_COLUMNS[4:])
+    shown = (_row(one, fields) for one in checkpoints)
     output.print_table(columns, shown, expendable=_EXPENDABLE, is_plain=is_plain)
     if not checkpoints and not show_all:
         what = "such checkpoint is committed" if filter_text or order_by else "committed checkpoints"
         every = f"`shardbook ls {shlex.quote(run)} --all` shows every attempt"
         output.print_line(f"no {what}: {every}", is_plain=is_plain)
-    if more:
-        output.print_line(f"only the first {limit} checkpoints: --limit 0 shows all", is_plain=is_plain)
+    if more and limit is None:
+        output.print_line(f"only the first {DEFAULT_LIMIT} checkpoints: --limit 0 shows all", is_plain=is_plain)
 
 
 def show_checkpoint(
@@ -152,15 +163,26 @@ def _rank_row(one: RankInfo) -> tuple[str, ...]:
     return (str(one.rank), output.size(one.size_bytes), *(f"{time_s:.3f}" for time_s in times))
 
 
-def _described_fields(order_by: str) -> list[str]:
-    """Returns the labels and metrics that are ordered by: they are worth a column."""
-    fields = [one.split()[0] for one in order_by.split(",") if one.strip()]
-    return [field for field in fields if field.startswith(("labels.", "metrics."))]
+def _described_fields(filter_text: str, order_by: str) -> list[str]:
+    """Returns the labels and metrics that are asked for, those that are ordered by first: they are worth a column."""
+    ordered = [one.split()[0] for one in order_by.split(",") if one.strip()]
+    compared = [match[1] for match in _COMPARED.finditer(filter_text) if match[1]]
+    fields = [field for field in (*ordered, *compared) if field.startswith(("labels.", "metrics."))]
+    return list(dict.fromkeys(fields))[:_MOST_FIELDS]
+
+
+def _columns_of(fields: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    keys = [field.partition(".")[2] for field in fields]
+    taken = {header for header, _ in _COLUMNS}
+    for field, key in zip(fields, keys, strict=True):
+        yield (key if keys.count(key) == 1 and key not in taken else field), field.startswith("metrics.")
 
 
 def _value(checkpoint: Checkpoint, field: str) -> str:
     kind, _, key = field.partition(".")
-    return checkpoint.labels.get(key, "-") if kind == "labels" else f"{checkpoint.metrics[key]:g}"
+    if kind == "labels":
+        return checkpoint.labels.get(key, "-")
+    return f"{checkpoint.metrics[key]:g}" if key in checkpoint.metrics else "-"
 
 
 def _row(checkpoint: Checkpoint, fields: Sequence[str]) -> tuple[str, ...]:
@@ -242,14 +264,20 @@ def _said(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     if checkpoint.note is not None:
         yield "note", note_text(checkpoint.note)
     writer = checkpoint.writer
-    if writer.host or writer.user:
-        job = f", job {writer.job_id}" if writer.job_id else ""
-        yield "written by", f"{writer.user or 'someone'} on {writer.host or 'some host'}{job}"
+    who = who_wrote(writer.user, writer.host, writer.job_id)
+    if who:
+        yield "written by", who
     versions = versions_of(writer)
     if versions:
         yield "written with", versions
     if checkpoint.timing is not None:
         yield from timing_of(checkpoint.timing)
+
+
+def who_wrote(user: str, host: str, job_id: str) -> str:
+    """Returns user, host and job of a writer, as far as they are known: ``ada on node-7, job 4711``, ``on node-7``."""
+    place = " ".join([*([user] if user else []), *([f"on {host}"] if host else [])])
+    return ", ".join(one for one in (place, f"job {job_id}" if job_id else "") if one)
 
 
 def versions_of(writer: Writer) -> str:

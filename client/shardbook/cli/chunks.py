@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shardbook.cli import output, progress
 from shardbook.cli.failures import asking_storage
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout
+from shardbook.cli.options import DEFAULT_LIMIT, DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, rows_at_most
 from shardbook.cli.wanted import Target, found_in
-from shardbook.core.footprint import rank_of_file
-from shardbook.core.table import printable
 from shardbook.errors import InvalidArgumentError
-from shardbook.reading.finding import Found, WantedTensor
-from shardbook.reading.region import parse_tensor
+
+if TYPE_CHECKING:
+    from shardbook.reading.finding import Found, WantedTensor
 
 EXAMPLES = """\b
 Examples:
@@ -67,7 +66,7 @@ def list_chunks(
     ref: Target,
     tensor: Annotated[str, typer.Argument(metavar="TENSOR", help="Its name; a part of it, as in 'w[0:10]'.")],
     region: Annotated[str | None, typer.Argument(metavar="[REGION]", help="The part alone: 0:10,:.")] = None,
-    limit: Limit = 50,
+    limit: Limit = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -77,6 +76,9 @@ def list_chunks(
 
     A directory or URL is read without any server.
     """
+    from shardbook.core.table import printable
+    from shardbook.reading.region import parse_tensor
+
     fqn, cells = parse_tensor(tensor)
     if region is not None:
         if cells is not None:
@@ -85,7 +87,7 @@ def list_chunks(
     with asking_storage(), progress.shown("looking", is_wanted=not (is_plain or as_json)):
         found = found_in(ref, {fqn: cells}, server, timeout_s)
     rows = found.tensors[0].chunks.touching(found.tensors[0].selection.box).tolist()
-    shown = rows[: limit or None]
+    shown = rows[: rows_at_most(limit) or None]
     chunks = list(_chunks(found.tensors[0], shown))
     if as_json:
         _print_json(found, chunks, more=len(shown) < len(rows))
@@ -95,12 +97,14 @@ def list_chunks(
     of = f"{output.count(len(rows))} of {output.count(len(one.length))} chunks"
     output.print_line(f"{printable(one.fqn)}: {one.dtype} [{shape}], {of}, in {found.directory}", is_plain=is_plain)
     output.print_table(_COLUMNS, map(_row, chunks), expendable=_EXPENDABLE, is_plain=is_plain)
-    if len(shown) < len(rows):
-        output.print_line(f"only the first {limit} chunks: --limit 0 shows all", is_plain=is_plain)
+    if len(shown) < len(rows) and limit is None:
+        output.print_line(f"only the first {DEFAULT_LIMIT} chunks: --limit 0 shows all", is_plain=is_plain)
 
 
 def _chunks(wanted: WantedTensor, rows: list[int]) -> Iterator[PrintedChunk]:
     """The chunks that are shown: as many as somebody asked to look at."""
+    from shardbook.core.footprint import rank_of_file
+
     one = wanted.chunks
     for row in rows:
         path, transform = one.paths[int(one.file[row])], int(one.transform_index[row])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import re
 import socket
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,8 +15,10 @@ from shardbook.cli.describing import Ref
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Etag, Plain, Server, Timeout, client_of
 from shardbook.core.names import CheckpointName
-from shardbook.deleting import DeletedFiles, check_reach, delete_files, list_files
 from shardbook.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from shardbook.deleting import DeletedFiles
 
 RM_EXAMPLES = """\b
 Examples:
@@ -66,6 +68,8 @@ def rm(
     A deletion of files that was interrupted is ended by the same command: --delete-files takes no alias, which would
     mean another checkpoint by then.
     """
+    from shardbook.deleting import check_reach, delete_files, list_files
+
     name = names.checkpoint_of(ref)
     if delete_data and name.id.alias is not None and not dry_run:
         raise InvalidArgumentError(

@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
-import numpy as np
 import typer
 
 from shardbook.cli import failures, output
 from shardbook.cli.options import AsJson, Plain
-from shardbook.client import Client
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 
 EXAMPLES = """\b
@@ -106,6 +104,7 @@ class _Story:
 
     def tell(self) -> None:
         """Tells it; raises where something does not hold."""
+        from shardbook.client import Client
         from shardbook.demo import DemoJob
 
         self._title("A server on SQLite")
@@ -193,6 +192,8 @@ class _Story:
         self._check(code in (None, failures.OK), f"shardbook {words[0]}", is_told=False)
 
     def _loads(self, target: str, step: int) -> None:
+        import numpy as np
+
         from shardbook.demo import expected
         from shardbook.reading import read
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from shardbook.cli import output, progress
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout
-from shardbook.doctor import Finding, Health, examine
+
+if TYPE_CHECKING:
+    from shardbook.doctor import Finding
 
 EXAMPLES = """\b
 Examples:
@@ -26,6 +30,8 @@ def doctor(
 
     Exits 1 when something does not work; what only works less well is a warning. Changes nothing.
     """
+    from shardbook.doctor import Health, examine
+
     with progress.shown("checking", is_wanted=not (is_plain or as_json)) as tell:
         findings: list[Finding] = []
         for finding in examine(server=server, timeout_s=timeout_s):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardbook.cli import completing, names, output, progress
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
-from shardbook.client import Client
 from shardbook.core.names import DEFAULT_PART, RunName
-from shardbook.usage import PartUsage, usage
+
+if TYPE_CHECKING:
+    from shardbook.client import Client
+    from shardbook.usage import PartUsage
 
 EXAMPLES = """\b
 Examples:
@@ -40,6 +42,8 @@ def disk_usage(
 
     SUPERSEDED is what later sessions saved anew. What killed saves left is not counted: `shardbook gc` finds it.
     """
+    from shardbook.usage import usage
+
     client, _ = client_of(server, timeout_s)
     with progress.shown("counting", is_wanted=not (is_plain or as_json)) as tell:
         parts = list(usage(client, dict.fromkeys(_runs(client, targets or [])), tell))

@@ -10,7 +10,6 @@ from shardbook._targets import checkpoint_named
 from shardbook.cli import completing, output, progress
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
-from shardbook.exporting import export_metadata
 
 EXAMPLES = """\b
 Examples:
@@ -42,6 +41,8 @@ def export(
 
     Data files stay where they are: in their directory, the file makes them loadable without Shardbook.
     """
+    from shardbook.exporting import export_metadata
+
     client, config = client_of(server, timeout_s) if checkpoint_named(ref) is not None else (None, None)
     with asking_storage(), progress.shown("exporting", is_wanted=not (is_plain or as_json)):
         size_bytes = export_metadata(ref, target, force=force, config=config, client=client)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shardbook.cli import completing, durations, names, output, progress
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
-from shardbook.collecting import LeftAttempt, Verdict, find_orphans, remove_orphan
-from shardbook.collecting.known import Known
 from shardbook.config import ClientConfig
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from shardbook.collecting import LeftAttempt, Verdict
+    from shardbook.collecting.known import Known
 
 EXAMPLES = """\b
 Examples:
@@ -35,18 +37,6 @@ _KEPT_COLUMNS = (("KEPT", False), *_COLUMNS)
 _EXPENDABLE = ("RECORDS", "FILES", "CATALOGUE", "LAST WRITE")
 #: Deadline of one call, seconds: nobody waits at a prompt.
 _TIMEOUT_S = 60.0
-_WHY = {
-    Verdict.MANIFEST: "has a manifest",
-    Verdict.REFERENCED: "named by .metadata",
-    Verdict.WHOLE: "whole: `shardbook sync` records it",
-    Verdict.UNREADABLE: "its records are damaged",
-    Verdict.YOUNG: "written lately",
-    Verdict.UNDATED: "of unknown age",
-    Verdict.OPEN: "open in the catalogue",
-    Verdict.COMMITTED: "committed in the catalogue",
-    Verdict.DELETED: "deleted in the catalogue, which can be undone",
-    Verdict.REVIVABLE: "its session is alive",
-}
 
 
 def collect(
@@ -92,6 +82,8 @@ def collect(
     Kept is whatever has a manifest, a record of every rank, or a name in .metadata, was written lately, or is open or
     committed in the catalogue. In doubt it is kept.
     """
+    from shardbook.collecting import find_orphans
+
     if not (is_dry or is_sure or sys.stdin.isatty()):
         raise InvalidArgumentError("nobody is there to be asked: pass --dry-run, or --yes to remove", field="yes")
     known, config = _known(is_offline=is_offline, run=run, server=server, timeout_s=timeout_s)
@@ -119,6 +111,8 @@ def collect(
 def _known(
     *, is_offline: bool, run: str | None, server: str | None, timeout_s: float
 ) -> tuple[Known | None, ClientConfig]:
+    from shardbook.collecting.known import Known
+
     of_run = None if run is None else names.run_of(run)[0]
     if is_offline:
         return None, ClientConfig.from_env()
@@ -138,6 +132,8 @@ def _confirmed(orphans: list[LeftAttempt]) -> bool:
 
 
 def _removed(one: LeftAttempt, known: Known | None, older_than_s: float | None) -> list[LeftAttempt]:
+    from shardbook.collecting import remove_orphan
+
     try:
         return [remove_orphan(one, known=known, older_than_s=older_than_s)]
     except FailedPreconditionError as error:
@@ -145,24 +141,44 @@ def _removed(one: LeftAttempt, known: Known | None, older_than_s: float | None) 
         return []
 
 
+def _why_kept() -> dict[Verdict, str]:
+    from shardbook.collecting import Verdict
+
+    return {
+        Verdict.MANIFEST: "has a manifest",
+        Verdict.REFERENCED: "named by .metadata",
+        Verdict.WHOLE: "whole: `shardbook sync` records it",
+        Verdict.UNREADABLE: "its records are damaged",
+        Verdict.YOUNG: "written lately",
+        Verdict.UNDATED: "of unknown age",
+        Verdict.OPEN: "open in the catalogue",
+        Verdict.COMMITTED: "committed in the catalogue",
+        Verdict.DELETED: "deleted in the catalogue, which can be undone",
+        Verdict.REVIVABLE: "its session is alive",
+    }
+
+
 def _print(found: list[LeftAttempt], *, show_all: bool, is_plain: bool, is_offline: bool) -> None:
     orphans = [one for one in found if one.is_orphan]
     kept = Counter(one.verdict for one in found if not one.is_orphan)
+    why_kept = _why_kept()
     if show_all and found:
-        rows = [(("-" if one.is_orphan else _WHY[one.verdict]), *_row(one)) for one in found]
+        rows = [(("-" if one.is_orphan else why_kept[one.verdict]), *_row(one)) for one in found]
         output.print_table(_KEPT_COLUMNS, rows, expendable=_EXPENDABLE, folded=("DIRECTORY",), is_plain=is_plain)
     elif orphans:
         rows = list(map(_row, orphans))
         output.print_table(_COLUMNS, rows, expendable=_EXPENDABLE, folded=("DIRECTORY",), is_plain=is_plain)
     output.print_line(f"nobody needs {_counted(orphans)}" if orphans else "no orphans", is_plain=is_plain)
     if kept:
-        told = ", ".join(f"{output.count(kept[one])} {why}" for one, why in _WHY.items() if kept[one])
+        told = ", ".join(f"{output.count(kept[one])} {why}" for one, why in why_kept.items() if kept[one])
         output.print_line(f"kept: {told}", is_plain=is_plain)
     if is_offline:
         output.print_line("no server was asked: by manifests, records and age alone", is_plain=is_plain)
 
 
 def _print_json(found: list[LeftAttempt], removed: list[LeftAttempt], *, is_offline: bool) -> None:
+    from shardbook.collecting import Verdict
+
     kept = Counter(one.verdict for one in found if not one.is_orphan)
     output.print_json(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +12,9 @@ from shardbook.cli.describing import given_labels, given_metrics
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
 from shardbook.errors import InvalidArgumentError, ShardbookError
-from shardbook.importing import (
-    ImportedCheckpoint,
-    ImportInto,
-    ImportOutcome,
-    find_directories,
-    import_directories,
-)
+
+if TYPE_CHECKING:
+    from shardbook.importing import ImportedCheckpoint
 
 EXAMPLES = """\b
 Examples:
@@ -96,6 +92,8 @@ def import_checkpoints(
     Safe to repeat: the same content again is fine, other content under the same name is refused. Exits 1 when a
     checkpoint was not recorded, or none was found.
     """
+    from shardbook.importing import ImportInto, find_directories, import_directories
+
     into_run, part_of_run = names.run_of(run)
     if part_of_run is not None and part not in (None, part_of_run):
         raise InvalidArgumentError(f"{run} and --part {part} name two parts", field="part")
@@ -130,6 +128,8 @@ def import_checkpoints(
 
 
 def _print(results: list[ImportedCheckpoint], *, as_json: bool, is_plain: bool) -> None:
+    from shardbook.importing import ImportOutcome
+
     counts = Counter(result.outcome for result in results)
     if as_json:
         output.print_json(

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.text import Text
-from rich.tree import Tree
 
 from shardbook.cli import names, output
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
-from shardbook.client import Client
 from shardbook.core import limits
 from shardbook.core.lineage import LineageKind
 from shardbook.core.names import CheckpointName
 from shardbook.errors import InvalidArgumentError
 from shardbook.lineage import Lineage, LineageEdge, LineageNode
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from shardbook.client import Client
 
 EXAMPLES = """\b
 Examples:
@@ -124,6 +126,9 @@ def _rows(found: Lineage) -> Sequence[tuple[str, ...]]:
 
 def _tree(found: Lineage) -> Tree:
     """Returns the checkpoint with what it comes from and what came of it below; each checkpoint is unfolded once."""
+    from rich.text import Text
+    from rich.tree import Tree
+
     root = Tree(Text(output.plain(_shown(found.checkpoint)), style="bold"))
     for title, edges, is_up in (("comes from", found.ancestors, True), ("came of it", found.descendants, False)):
         if edges:
@@ -135,6 +140,8 @@ def _tree(found: Lineage) -> Tree:
 
 
 def _grow(branch: Tree, ref: str, edges: dict[str, list[LineageEdge]], unfolded: set[str], *, is_up: bool) -> None:
+    from rich.text import Text
+
     unfolded.add(ref)
     for edge in edges.get(ref, ()):
         end = edge.older if is_up else edge.younger

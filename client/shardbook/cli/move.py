@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,9 @@ from shardbook.cli import completing, names, output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.core.names import CheckpointName, RunName
-from shardbook.moving import MovedCheckpoint, MoveOutcome, move
+
+if TYPE_CHECKING:
+    from shardbook.moving import MovedCheckpoint
 
 EXAMPLES = """\b
 Examples:
@@ -53,6 +55,8 @@ def move_checkpoints(
     below --from. A checkpoint of which a file lacks or is too short stays where it was, and the exit code is 1. The
     same again goes on where it was interrupted.
     """
+    from shardbook.moving import move
+
     wanted: RunName | CheckpointName
     wanted, part = (names.checkpoint_of(target), None) if "@" in target else names.run_of(target)
     client, config = client_of(server, timeout_s)
@@ -79,6 +83,8 @@ def move_checkpoints(
 
 
 def _print(found: list[MovedCheckpoint], *, is_dry: bool, is_plain: bool) -> None:
+    from shardbook.moving import MoveOutcome
+
     if found:
         output.print_table(_COLUMNS, map(_row, found), expendable=("SIZE",), folded=("WHY",), is_plain=is_plain)
     counts = Counter(one.outcome for one in found)

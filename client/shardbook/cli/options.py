@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 import typer
 
-from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from shardbook.client import Client
 
 _T = TypeVar("_T")
 
@@ -38,7 +40,12 @@ Etag = Annotated[
     str,
     typer.Option("--etag", metavar="ETAG", help="Only while it is as --json showed it with this etag; else exit 1."),
 ]
-Limit = Annotated[int, typer.Option("--limit", "-n", min=0, metavar="N", help="Rows at most; 0 for all.")]
+#: Rows that a command shows which is told no number.
+DEFAULT_LIMIT: Final = 50
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", "-n", min=0, metavar="N", help=f"Rows at most; 0 for all. [default: {DEFAULT_LIMIT}]"),
+]
 
 
 def client_of(server: str | None, timeout_s: float) -> tuple[Client, ClientConfig]:
@@ -47,6 +54,9 @@ def client_of(server: str | None, timeout_s: float) -> tuple[Client, ClientConfi
     Raises:
         InvalidArgumentError: Neither names one, or a setting is wrong.
     """
+    # gRPC with it: nobody waits for that who asks for help, or has a shell complete an option.
+    from shardbook.client import Client
+
     config = ClientConfig.from_env()
     address = address_of(server, config)
     return Client(address, token=config.token, timeout_s=timeout_s, outage_s=_OUTAGE_S), config
@@ -67,6 +77,11 @@ def address_of(server: str | None, config: ClientConfig) -> str:
             field="server",
         )
     return address
+
+
+def rows_at_most(limit: int | None) -> int:
+    """Returns how many rows to show, 0 for all. Who chose the number is not told that there are more."""
+    return DEFAULT_LIMIT if limit is None else limit
 
 
 def page_size(limit: int) -> int:

@@ -2,6 +2,8 @@
 
 With ``--json`` a command prints one object. Its keys are only ever added, see ``docs/cli.md``. Names may hold any
 character, also ones that move a cursor or are no valid Unicode: JSON escapes them, tables show them escaped.
+
+rich is imported with the first line that is drawn: neither ``--json`` nor a shell that completes waits for it.
 """
 
 from __future__ import annotations
@@ -11,13 +13,11 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.tree import Tree
 
 #: Width of tables that no terminal shows: wide enough that nothing is cut or wrapped on its way into a pipe.
 _PIPE_WIDTH: Final = 4096
@@ -56,6 +56,10 @@ def print_table(
         folded: Headers of columns of prose, which goes on below where the terminal is too narrow.
         is_plain: Print as off a terminal, whatever shows it.
     """
+    from rich.cells import cell_len
+    from rich.table import Table
+    from rich.text import Text
+
     console = _console(is_plain=is_plain)
     cells = [[plain(cell) for cell in row] for row in rows]
     widths = {
@@ -83,6 +87,9 @@ def _line_width(widths: Mapping[str, int]) -> int:
 
 def print_facts(facts: Iterable[tuple[str, str]], *, is_plain: bool = False) -> None:
     """Prints names and values, one a line."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, show_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -99,6 +106,8 @@ def print_tree(tree: Tree) -> None:
 
 def print_line(text: str, *, is_plain: bool = False) -> None:
     """Prints one line for people."""
+    from rich.text import Text
+
     _console(is_plain=is_plain).print(Text(plain(text)), soft_wrap=True)
 
 
@@ -108,6 +117,8 @@ def print_error(text: str) -> None:
 
 
 def _console(*, is_plain: bool = False) -> Console:
+    from rich.console import Console
+
     if is_plain or not sys.stdout.isatty():
         # Off a terminal rich would wrap at 80 columns.
         return Console(highlight=False, width=_PIPE_WIDTH, color_system=None if is_plain else "auto")

@@ -8,20 +8,8 @@ from contextlib import contextmanager
 from threading import Lock, Timer
 from typing import Final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn
-from rich.text import Text
-
 #: What nobody needs to be told the progress of, seconds.
 _SOON_S: Final = 1.0
-
-
-class _Count(MofNCompleteColumn):
-    """How many of how many; nothing for what does not count."""
-
-    def render(self, task: Task) -> Text:
-        """Returns the text of the column."""
-        return Text() if task.total is None else super().render(task)
 
 
 @contextmanager
@@ -35,9 +23,9 @@ def shown(what: str, *, is_wanted: bool = True) -> Iterator[Callable[[int, int, 
     if not (is_wanted and sys.stderr.isatty()):
         yield lambda _done, _total, _unit: None
         return
-    unit = TextColumn("{task.fields[unit]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), unit, TimeElapsedColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    from shardbook.cli.bars import new_bar
+
+    bar = new_bar()
     task = bar.add_task(what, total=None, unit="")
     lock, has_ended = Lock(), False
 

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from shardbook.cli import output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import (
+    DEFAULT_LIMIT,
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    Limit,
+    Plain,
+    Server,
+    Timeout,
+    client_of,
+    page_size,
+    rows_at_most,
+    take,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -13,7 +25,7 @@ _COLUMNS = (("PROJECT", False), ("RUNS", True))
 
 
 def list_projects(
-    limit: Limit = 50,
+    limit: Limit = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -21,7 +33,8 @@ def list_projects(
 ) -> None:
     """List projects."""
     client, _ = client_of(server, timeout_s)
-    projects, more = take(client.list_projects(page_size=page_size(limit)), limit)
+    at_most = rows_at_most(limit)
+    projects, more = take(client.list_projects(page_size=page_size(at_most)), at_most)
     if as_json:
         output.print_json({"projects": [project.to_json() for project in projects], "more": more})
         return
@@ -31,5 +44,5 @@ def list_projects(
         output.print_line(
             "no projects yet: `shardbook.dcp.init(run='project/run')` starts a run, and its project", is_plain=is_plain
         )
-    if more:
-        output.print_line(f"only the first {limit} projects: --limit 0 shows all", is_plain=is_plain)
+    if more and limit is None:
+        output.print_line(f"only the first {DEFAULT_LIMIT} projects: --limit 0 shows all", is_plain=is_plain)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,13 +15,15 @@ from shardbook.cli import completing, durations, names, output, progress
 from shardbook.cli.deleting import DeleteFiles, DryRun, told
 from shardbook.cli.failures import NEGATIVE, USAGE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
-from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core.names import RunName
 from shardbook.core.retention import KeepBest, RetentionPolicy
-from shardbook.deleting import DeletedFiles, PrunedDirectories, delete_files, plan_directories
 from shardbook.descriptions import PruneDecision
 from shardbook.errors import InvalidArgumentError, ShardbookError
+
+if TYPE_CHECKING:
+    from shardbook.client import Client
+    from shardbook.deleting import DeletedFiles, PrunedDirectories
 
 EXAMPLES = """\b
 Examples:
@@ -178,6 +180,8 @@ class _Run:
         return decisions, [one.ref for one in begun]
 
     def delete(self, doomed: Sequence[PruneDecision], tell: Any) -> _Done:
+        from shardbook.deleting import delete_files
+
         wanted = [one.name for one in doomed]
         made = list(
             self._client.prune(self._run, wanted, self._policy, part=self._part, delete_files=self._delete_data)
@@ -210,6 +214,8 @@ class _Directories:
         self._planned: PrunedDirectories | None = None
 
     def plan(self) -> tuple[list[PruneDecision], list[str]]:
+        from shardbook.deleting import plan_directories
+
         self._planned = plan_directories(self._paths, self._policy, now_us=time.time_ns() // 1000)
         begun = [ref for _, ref in self._planned.unfinished] if self.can_delete else []
         return list(self._planned.decisions), begun

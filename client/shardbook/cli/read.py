@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import numpy as np
 import typer
 
 from shardbook.cli import output, progress
 from shardbook.cli.failures import asking_storage
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout
 from shardbook.cli.wanted import Target, check_size, found_in, regions_of
-from shardbook.core.table import printable
-from shardbook.reading.api import read_found
-from shardbook.reading.stored import Array
+
+if TYPE_CHECKING:
+    from shardbook.reading.stored import Array
 
 EXAMPLES = """\b
 Examples:
@@ -73,6 +72,8 @@ class Statistics:
     @classmethod
     def of(cls, fqn: str, dtype: str, array: Array) -> Statistics:
         """Returns what an array is like."""
+        import numpy as np
+
         is_complex = array.dtype.name.startswith("complex")
         wide = array.astype(np.complex128 if is_complex else np.float64).reshape(-1)
         nan, inf = np.isnan(wide), np.isinf(wide)
@@ -109,6 +110,8 @@ def read(
 
     `shardbook cat` prints the values. A directory or URL is read without any server. Needs no torch.
     """
+    from shardbook.reading.api import read_found
+
     regions = regions_of(tensors)
     with asking_storage(), progress.shown("reading", is_wanted=not (is_plain or as_json)):
         found = found_in(ref, regions, server, timeout_s)
@@ -125,6 +128,8 @@ def read(
 
 
 def _row(one: Statistics) -> tuple[str, ...]:
+    from shardbook.core.table import printable
+
     values = ("-" if value is None else f"{value:.6g}" for value in (one.min, one.max, one.mean, one.std))
     counts = map(output.count, (one.zero_count, one.nan_count, one.inf_count))
     return printable(one.fqn), one.dtype, "[" + ", ".join(map(str, one.shape)) + "]", *values, *counts

@@ -8,7 +8,19 @@ import typer
 
 from shardbook.catalog import Run, RunPart
 from shardbook.cli import completing, names, output
-from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Limit, Plain, Server, Timeout, client_of, page_size, take
+from shardbook.cli.options import (
+    DEFAULT_LIMIT,
+    DEFAULT_TIMEOUT_S,
+    AsJson,
+    Limit,
+    Plain,
+    Server,
+    Timeout,
+    client_of,
+    page_size,
+    rows_at_most,
+    take,
+)
 from shardbook.core.names import DEFAULT_PART
 
 EXAMPLES = """\b
@@ -34,7 +46,7 @@ def list_runs(
         str | None,
         typer.Argument(metavar="[PROJECT]", help="Only the runs of one project.", autocompletion=completing.projects),
     ] = None,
-    limit: Limit = 50,
+    limit: Limit = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -44,7 +56,8 @@ def list_runs(
     if project is not None:
         project = names.project_of(project)
     client, _ = client_of(server, timeout_s)
-    runs, more = take(client.list_runs(project, page_size=page_size(limit)), limit)
+    at_most = rows_at_most(limit)
+    runs, more = take(client.list_runs(project, page_size=page_size(at_most)), at_most)
     if as_json:
         output.print_json({"runs": [run.to_json() for run in runs], "more": more})
         return
@@ -63,8 +76,8 @@ def list_runs(
             output.print_line(
                 f"no runs yet: `shardbook.dcp.init(run='{project or 'project'}/run')` starts one", is_plain=is_plain
             )
-    if more:
-        output.print_line(f"only the first {limit} runs: --limit 0 shows all", is_plain=is_plain)
+    if more and limit is None:
+        output.print_line(f"only the first {DEFAULT_LIMIT} runs: --limit 0 shows all", is_plain=is_plain)
 
 
 def _row(run: Run, part: RunPart) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from typing import Annotated, Final
 import typer
 
 from shardbook.cli import completing, durations, names, output
-from shardbook.cli.checkpoints import state_of, timing_of
+from shardbook.cli.aliases import refs_of
+from shardbook.cli.checkpoints import state_of, timing_of, who_wrote
 from shardbook.cli.durations import told
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
@@ -65,7 +66,7 @@ def show_status(
             }
         )
     else:
-        _print(status, aliases, is_plain=is_plain)
+        _print(status, aliases, refs_of(client, name, aliases), is_plain=is_plain)
         for one in stale:
             assert max_age_s is not None  # noqa: S101 - or nothing were stale
             output.print_line(f"{_ref(status, one)}: no commit within {told(max_age_s)}", is_plain=is_plain)
@@ -73,10 +74,10 @@ def show_status(
         raise typer.Exit(NEGATIVE)
 
 
-def _print(status: RunStatus, aliases: list[Alias], *, is_plain: bool) -> None:
+def _print(status: RunStatus, aliases: list[Alias], refs: dict[str, str], *, is_plain: bool) -> None:
     for one in status.parts:
         facts = [("run", _ref(status, one)), ("writer", _writer(status, one)), ("last commit", _last(one))]
-        facts += [("alias", text) for text in _aliases(status, one, aliases)]
+        facts += [("alias", text) for text in _aliases(status, one, aliases, refs)]
         if one.last_failure is not None:
             failed = one.last_failure
             why = f": {failed.failure}" if failed.failure else ""
@@ -95,7 +96,7 @@ def _ref(status: RunStatus, one: PartStatus) -> str:
     return status.run if one.part.part == DEFAULT_PART else f"{status.run}:{one.part.part}"
 
 
-def _aliases(status: RunStatus, one: PartStatus, aliases: list[Alias]) -> list[str]:
+def _aliases(status: RunStatus, one: PartStatus, aliases: list[Alias], refs: dict[str, str]) -> list[str]:
     """What the aliases of a part mean, and what they follow."""
     texts = []
     for alias in aliases:
@@ -103,7 +104,7 @@ def _aliases(status: RunStatus, one: PartStatus, aliases: list[Alias]) -> list[s
         if place == _ref(status, one):
             best = f", best {alias.metric} ({alias.direction.value})" if alias.direction is not None else ""
             protected = ", protected" if alias.protected else ""
-            texts.append(f"@{name}: {alias.checkpoint_ref}{best}{protected}")
+            texts.append(f"@{name}: {refs[alias.checkpoint]}{best}{protected}")
     return texts
 
 
@@ -111,8 +112,8 @@ def _writer(status: RunStatus, one: PartStatus) -> str:
     part = one.part
     if not part.session:
         return "none: saved offline"
-    job = f", job {part.job_id}" if part.job_id else ""
-    who = f"session {part.session}, {output.or_dash(part.user)} on {output.or_dash(part.host)}{job}"
+    known = who_wrote(part.user, part.host, part.job_id)
+    who = f"session {part.session}, {known}" if known else f"session {part.session}"
     if part.last_seen_time is None:
         return who
     ago = told(max(0.0, (status.read_time - part.last_seen_time).total_seconds()))

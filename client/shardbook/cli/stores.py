@@ -8,7 +8,6 @@ from shardbook.cli import output
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import AsJson, Plain
 from shardbook.config import ClientConfig
-from shardbook.doctor import Health, examine_store
 
 EXAMPLES = """\b
 Examples:
@@ -23,6 +22,8 @@ def list_stores(as_json: AsJson = False, is_plain: Plain = False) -> None:
     A location in the catalogue is STORE:PATH; SHARDBOOK_STORES, or [stores] in the configuration file, says what root
     that is on this machine. Exits 1 when one cannot be listed. Asks no server.
     """
+    from shardbook.doctor import Health, examine_store
+
     stores = ClientConfig.from_env().stores
     looked = [(name, root, examine_store(name, root)) for name, root in stores.roots.items()]
     if as_json:

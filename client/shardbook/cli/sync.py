@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,9 @@ from shardbook.cli import output, progress
 from shardbook.cli.failures import NEGATIVE
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, client_of
 from shardbook.errors import ShardbookError
-from shardbook.sync import SyncedAttempt, SyncOutcome, sync_directories, unsettled
+
+if TYPE_CHECKING:
+    from shardbook.sync import SyncedAttempt
 
 EXAMPLES = """\b
 Examples:
@@ -40,6 +42,8 @@ def sync(
     are put right, too. Safe to repeat, and while jobs save. Exits 1 when a save was
     found that could not be recorded, or none was found.
     """
+    from shardbook.sync import sync_directories, unsettled
+
     client, config = client_of(server, timeout_s)
     results: list[SyncedAttempt] = []
     try:
@@ -58,6 +62,8 @@ def sync(
 
 
 def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool, is_plain: bool) -> None:
+    from shardbook.sync import SyncOutcome
+
     results = sorted(results, key=lambda result: _natural(result.directory))
     counts = Counter(result.outcome for result in results)
     if as_json:
@@ -82,6 +88,8 @@ def _print(results: list[SyncedAttempt], *, show_all: bool, as_json: bool, is_pl
 
 def _is_old_news(result: SyncedAttempt) -> bool:
     """True for what the catalogue had and nothing is to be said about: the count is enough."""
+    from shardbook.sync import SyncOutcome
+
     return result.outcome is SyncOutcome.PRESENT and not result.message
 
 

@@ -9,6 +9,7 @@ import typer
 from shardbook.catalog import TensorInfo
 from shardbook.cli import completing, names, output, progress
 from shardbook.cli.options import (
+    DEFAULT_LIMIT,
     DEFAULT_TIMEOUT_S,
     AsJson,
     Limit,
@@ -18,6 +19,7 @@ from shardbook.cli.options import (
     client_of,
     counted,
     page_size,
+    rows_at_most,
     take,
 )
 
@@ -35,7 +37,7 @@ def list_tensors(
         str, typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @latest.", autocompletion=completing.refs)
     ],
     prefix: Annotated[str, typer.Option("--prefix", "-p", help="Only entries whose name starts with this.")] = "",
-    limit: Limit = 50,
+    limit: Limit = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -44,9 +46,10 @@ def list_tensors(
     """List what a committed checkpoint holds, in state-dict order."""
     name = names.checkpoint_of(ref)
     client, _ = client_of(server, timeout_s)
-    found = client.list_tensors(name, prefix, page_size=page_size(limit))
+    at_most = rows_at_most(limit)
+    found = client.list_tensors(name, prefix, page_size=page_size(at_most))
     with progress.shown("listing", is_wanted=not (is_plain or as_json)) as tell:
-        tensors, more = take(counted(found, tell, "entries"), limit)
+        tensors, more = take(counted(found, tell, "entries"), at_most)
     if as_json:
         output.print_json({"tensors": [tensor.to_json() for tensor in tensors], "more": more})
         return
@@ -55,10 +58,9 @@ def list_tensors(
         output.print_line(
             f"nothing begins with {prefix}: `shardbook tensors {ref}` lists every entry", is_plain=is_plain
         )
-    if more:
-        output.print_line(
-            f"only the first {limit} entries: --limit 0 shows all, --prefix narrows them down", is_plain=is_plain
-        )
+    if more and limit is None:
+        told = f"only the first {DEFAULT_LIMIT} entries: --limit 0 shows all, --prefix narrows them down"
+        output.print_line(told, is_plain=is_plain)
 
 
 def _row(tensor: TensorInfo) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,10 +10,11 @@ from shardbook._targets import checkpoint_named
 from shardbook.cli import completing, output, progress
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
-from shardbook.client import Client
-from shardbook.core.table import printable
 from shardbook.errors import ShardbookError
-from shardbook.verifying import FaultKind, FileFault, VerifyReport, flag, verify
+
+if TYPE_CHECKING:
+    from shardbook.client import Client
+    from shardbook.verifying import FileFault, VerifyReport
 
 EXAMPLES = """\b
 Examples:
@@ -64,6 +65,8 @@ def verify_checkpoint(
     is in one of them; the others are told. A checkpoint of the catalogue that lost files is flagged: @latest and @best
     pass over it, until it is verified and all there.
     """
+    from shardbook.verifying import verify
+
     client, config = client_of(server, timeout_s) if checkpoint_named(target) is not None else (None, None)
     with asking_storage(), progress.shown("verifying", is_wanted=not (is_plain or as_json)) as tell:
         report = verify(
@@ -82,6 +85,8 @@ def verify_checkpoint(
 
 def _flagged(report: VerifyReport, client: Client | None) -> list[str]:
     """Tells the catalogue what was found of one of its checkpoints; what was found counts whatever it answers."""
+    from shardbook.verifying import flag
+
     if client is None:
         return []
     try:
@@ -104,6 +109,8 @@ def _print(target: str, report: VerifyReport, *, is_plain: bool) -> None:
 
 
 def _summary(target: str, report: VerifyReport) -> list[str]:
+    from shardbook.verifying import FaultKind
+
     rank_count = report.world_size if report.ranks is None else len(report.ranks)
     where = "" if target == report.directory else f" in {report.directory}"
     looked = (
@@ -131,6 +138,8 @@ def _counted(number: int, what: str) -> str:
 
 
 def _row(fault: FileFault) -> tuple[str, ...]:
+    from shardbook.core.table import printable
+
     more = ", ..." if fault.extent_count > len(fault.fqns) else ""
     return (
         "-" if fault.rank is None else str(fault.rank),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,10 +12,11 @@ from shardbook._targets import checkpoint_named
 from shardbook.cli import completing, output
 from shardbook.cli.options import client_of
 from shardbook.config import ClientConfig
-from shardbook.core.dtype import ITEMSIZES, dtype_code
 from shardbook.errors import InvalidArgumentError
-from shardbook.reading.finding import Found, chunks_of
-from shardbook.reading.region import Region, parse_tensor
+
+if TYPE_CHECKING:
+    from shardbook.reading.finding import Found
+    from shardbook.reading.region import Region
 
 #: A checkpoint that is read with or without a server.
 Target = Annotated[
@@ -34,6 +35,8 @@ def regions_of(tensors: list[str]) -> dict[str, Region]:
     Raises:
         InvalidArgumentError: One is no part of a tensor, or a tensor is named twice.
     """
+    from shardbook.reading.region import parse_tensor
+
     parsed = [parse_tensor(text) for text in tensors]
     regions = dict(parsed)
     if len(regions) < len(parsed):
@@ -43,6 +46,8 @@ def regions_of(tensors: list[str]) -> dict[str, Region]:
 
 def found_in(target: str, regions: Mapping[str, Region], server: str | None, timeout_s: float) -> Found:
     """Returns where the cells lie; only for a ref is a server needed. Raises as ``chunks_of`` and ``client_of``."""
+    from shardbook.reading.finding import chunks_of
+
     if checkpoint_named(target) is None:
         return chunks_of(target, regions, ClientConfig.from_env())
     client, config = client_of(server, timeout_s)
@@ -51,6 +56,8 @@ def found_in(target: str, regions: Mapping[str, Region], server: str | None, tim
 
 def check_size(found: Found, limit_bytes: int, advice: str) -> None:
     """Raises InvalidArgumentError for more than a command is good for, before it is read; ``advice`` ends the line."""
+    from shardbook.core.dtype import ITEMSIZES, dtype_code
+
     size_bytes = sum(
         math.prod(one.selection.box.sizes) * int(ITEMSIZES[dtype_code(one.chunks.dtype)]) for one in found.tensors
     )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardbook._watching import EVERYTHING, NOW, Watching
 from shardbook.cli import completing, names, output
 from shardbook.cli.checkpoints import state_of
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
-from shardbook.client import Client
 from shardbook.core.names import check_segment
 from shardbook.errors import InvalidArgumentError
-from shardbook.events import Event, EventKind, Subscription
+from shardbook.events import EVERYTHING, NOW, Event, EventKind, Subscription
+
+if TYPE_CHECKING:
+    from shardbook._watching import Watching
+    from shardbook.client import Client
 
 EXAMPLES = """\b
 Examples:

@@ -124,6 +124,12 @@ class CheckpointDiff:
         return not (self.added or self.removed or self.changed)
 
     @property
+    def only_resharded(self) -> bool:
+        """True when both have the same tensors, and some of them are cut into other chunks."""
+        changes = {change.changed for change in self.changed}
+        return changes == {(Change.SHARDING,)} and not (self.added or self.removed)
+
+    @property
     def is_same(self) -> bool:
         """True when nothing differs: tensors, ranks that saved, bytes. Values are not compared."""
         mine, theirs = self.a, self.b

@@ -15,7 +15,7 @@ from shardbook._described import Source, Target, read_directory, told_as_ours
 from shardbook._plain import footprint_of, world_size_of
 from shardbook._targets import METADATA_S, checkpoint_named
 from shardbook._trees import open_tree
-from shardbook.catalog import Checkpoint, CheckpointState, StoredMetadata
+from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
 from shardbook.comparing.report import ComparedCheckpoint
 from shardbook.config import ClientConfig
@@ -30,6 +30,7 @@ from shardbook.core.names import CheckpointName
 from shardbook.errors import FailedPreconditionError
 from shardbook.reading.chunks import TensorChunks
 from shardbook.reading.plain_metadata import read_plain_metadata, read_stand_ins
+from shardbook.stored_metadata import StoredMetadata
 from shardbook.stores import normalized
 
 #: A prefix that the fqn of no entry has: names are UTF-8, and this is none.

@@ -16,8 +16,6 @@ from shardbook.core.columns import (
     ByteReader,
     ByteWriter,
     Int64Array,
-    decode_name,
-    encode_name,
     expect_magic,
     frame,
     magic,
@@ -27,6 +25,7 @@ from shardbook.core.columns import (
 )
 from shardbook.core.digest import digest_of
 from shardbook.core.table import Encoded
+from shardbook.core.texts import decode_name, encode_name
 
 _KIND = b"BK"
 _VERSION = 1

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import zstandard
 
 from shardbook.core import limits
+from shardbook.core.texts import decode_name, encode_name
 from shardbook.errors import InvalidArgumentError
 
 Int64Array = npt.NDArray[np.int64]
@@ -46,19 +47,6 @@ def malformed(what: str, *, field: str = "payload") -> InvalidArgumentError:
 def not_canonical(what: str, *, field: str = "payload") -> InvalidArgumentError:
     """Returns the error for bytes that decode, but are not the one encoding of what they mean."""
     return InvalidArgumentError(f"payload is not canonical: {what}", reason="NOT_CANONICAL", field=field)
-
-
-def encode_name(name: str) -> bytes:
-    """Returns a name in UTF-8 with lone surrogates passed through, so that every ``str`` has bytes."""
-    return name.encode("utf-8", "surrogatepass")
-
-
-def decode_name(content: bytes) -> str:
-    """Returns the name that ``encode_name`` packed; raises InvalidArgumentError for other bytes."""
-    try:
-        return content.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError as exc:
-        raise malformed("a name is not UTF-8") from exc
 
 
 class ByteWriter:

@@ -14,7 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from shardbook.core.columns import Int64Array, encode_name
+from shardbook.core.columns import Int64Array
+from shardbook.core.texts import encode_name
 
 #: Begins a pickle of protocol 4, whose memo and frames every Python that runs torch knows.
 START: Final = pickle.PROTO + bytes((4,))

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from shardbook.core.columns import Int64Array, encode_name
+from shardbook.core.columns import Int64Array
 from shardbook.core.dtype import ITEMSIZES
 from shardbook.core.election import MAX_WEIGHT_BYTES
 from shardbook.core.merge import Declared, declare, distinct_tables
@@ -17,6 +17,7 @@ from shardbook.core.mixing import UInt64Array, mix
 from shardbook.core.ragged import firsts_of, runs_of
 from shardbook.core.structure import RankPlan
 from shardbook.core.table import EntryKind
+from shardbook.core.texts import encode_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,6 @@ from shardbook.core.columns import (
     ByteReader,
     ByteWriter,
     Int64Array,
-    encode_name,
     expect_magic,
     frame,
     magic,
@@ -38,6 +37,7 @@ from shardbook.core.digest import DIGEST_BYTES, digest_of
 from shardbook.core.dtype import ITEMSIZES
 from shardbook.core.interned import interned
 from shardbook.core.table import Encoded, EntryKind, TensorTable, read_padded
+from shardbook.core.texts import encode_name
 from shardbook.errors import InvalidArgumentError
 
 _PLAN, _STRUCTURE = b"PL", b"ST"

@@ -16,7 +16,6 @@ from shardbook.core.columns import (
     ByteReader,
     ByteWriter,
     Int64Array,
-    encode_name,
     expect_magic,
     frame,
     magic,
@@ -26,6 +25,7 @@ from shardbook.core.columns import (
 )
 from shardbook.core.digest import digest_of
 from shardbook.core.dtype import DTYPE_COUNT, LAYOUT_COUNT, MEMORY_FORMAT_COUNT
+from shardbook.core.texts import encode_name
 from shardbook.errors import InvalidArgumentError
 
 UInt8Array = npt.NDArray[np.uint8]

@@ -24,7 +24,6 @@ from shardbook._elsewhere import is_absent, read_elsewhere
 from shardbook._newest import read_newest
 from shardbook._publishing import export_dcp_metadata, fold_sets, settle
 from shardbook._targets import METADATA_S, checkpoint_named
-from shardbook.catalog import StoredMetadata
 from shardbook.config import ClientConfig
 from shardbook.core.directory import DCP_METADATA, MANIFEST
 from shardbook.core.names import CheckpointName
@@ -40,6 +39,7 @@ from shardbook.dcp.telling import origin_kind, tell_loaded
 from shardbook.dcp.writer import CheckpointFiles
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook.sources import ManifestSource, ServiceSource
+from shardbook.stored_metadata import StoredMetadata
 from shardbook.stores import encodable
 
 _LOG = logging.getLogger(__name__)

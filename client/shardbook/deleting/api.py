@@ -11,7 +11,7 @@ from shardbook._described import told_as_ours
 from shardbook._lost import is_within_reach
 from shardbook._targets import METADATA_S
 from shardbook._trees import Tree, open_tree
-from shardbook.catalog import Checkpoint, StoredMetadata
+from shardbook.catalog import Checkpoint
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core import directory as names
@@ -22,6 +22,7 @@ from shardbook.core.names import CheckpointName, prefix_of
 from shardbook.deleting.note import DeletionNote, check_inside
 from shardbook.deleting.removing import Doomed, Progress, remove, with_leftovers
 from shardbook.errors import NotFoundError
+from shardbook.stored_metadata import StoredMetadata
 from shardbook.stores import Stores, encodable, normalized
 
 #: In place of a name: something was saved over a checkpoint that plain DCP saved, and has its files.

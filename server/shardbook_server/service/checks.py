@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from shardbook.core import limits
-from shardbook.core.columns import encode_name
 from shardbook.core.names import DEFAULT_PART, PartName, RunName, check_segment
 from shardbook.core.table import TensorTable, printable
+from shardbook.core.texts import encode_name
 from shardbook.core.uris import check_no_credentials, check_stays_inside
 from shardbook.errors import InvalidArgumentError
 

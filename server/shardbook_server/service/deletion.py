@@ -286,6 +286,6 @@ def _check_undeletable(row: CheckpointRow, name: CheckpointName) -> None:
 def _purged(name: CheckpointName) -> FailedPreconditionError:
     return FailedPreconditionError(
         f"{name.ref} was deleted, and what was known of it is gone; its directory can be loaded by path while it is "
-        "there, and `shardbook import` records it anew",
+        "there, and `shardbook import` records it anew, in another run: this name is not given again",
         reason="CHECKPOINT_PURGED",
     )

@@ -16,12 +16,13 @@ from shardbook.core import limits
 from shardbook.core.assembly import ITEMS_AT_ONCE, Assembly
 from shardbook.core.blocks import encode_blocks
 from shardbook.core.checkpoint import CheckpointStructure
-from shardbook.core.columns import Int64Array, encode_name
+from shardbook.core.columns import Int64Array
 from shardbook.core.digest import structure_digest
 from shardbook.core.extents import encode_segment
 from shardbook.core.head import encode_head
 from shardbook.core.ragged import part_items
 from shardbook.core.table import EntryKind, printable
+from shardbook.core.texts import encode_name
 from shardbook.errors import InvalidArgumentError, InvalidGeometryError, ShardbookError, UnavailableError
 from shardbook_server.service.admission import MemoryBudget, SingleFlight
 from shardbook_server.service.blobs import BlobService

@@ -18,7 +18,7 @@ from shardbook.core import limits
 from shardbook.core.blocks import decode_blocks
 from shardbook.core.checkpoint import RankFiles
 from shardbook.core.chunk_index import ChunkIndex
-from shardbook.core.columns import Int64Array, decode_name, frame
+from shardbook.core.columns import Int64Array, frame
 from shardbook.core.digest import digest_of
 from shardbook.core.extents import decode_segment
 from shardbook.core.found import encode_part, part_content
@@ -27,6 +27,7 @@ from shardbook.core.names import CheckpointName
 from shardbook.core.places import encode_places
 from shardbook.core.query import Hits, find, place, place_apart, sliced
 from shardbook.core.ragged import bounds_of
+from shardbook.core.texts import decode_name
 from shardbook.core.wanted import Wanted, decode_wanted
 from shardbook.errors import InternalError, InvalidArgumentError, UnavailableError
 from shardbook_server.service import present

@@ -143,7 +143,7 @@ def test_usage_errors(client: Client, shardbook: Shardbook, args: tuple[str, ...
 def test_aliases(runs: str, shardbook: Shardbook) -> None:
     """By hand and by metric; protected ones need --force; each resolves as a ref."""
     run = f"{runs}/8b-a"
-    assert [f"{run}@best", f"{run}@10.s1.a1", "min loss", "no"] == shardbook(
+    assert [f"{run}@best", f"{run}@10", "min loss", "no"] == shardbook(
         "alias", "best", "--metric", "loss", "--min", run
     ).rows[1][:4]
     shardbook("metric", f"{run}@20", "loss=0.01")
@@ -158,6 +158,8 @@ def test_aliases(runs: str, shardbook: Shardbook) -> None:
         (one["ref"].partition("@")[2], one["protected"]) for one in listed
     ]
     assert ["best, latest", "golden"] == [row[3] for row in shardbook("ls", run).rows[1:]]
+    assert [["20"], ["10"], ["20"]] == [row[1].split("@")[1:] for row in shardbook("alias", run).rows[1:]]
+    assert [["20.s1.a1"], ["10.s1.a1"], ["20.s1.a1"]] == [one["checkpoint_ref"].split("@")[1:] for one in listed]
     assert 0 == shardbook("alias", "golden", run, "--delete", "--force").code
     gone = shardbook("show", f"{run}@golden")
     assert 3 == gone.code

@@ -153,6 +153,50 @@ def test_entries_come_and_go(tmp_path: Path) -> None:
     assert not swapped.same_structure
 
 
+def resharded(count: int, world_size: int) -> list[list[Item]]:
+    """What ranks write that share ``count`` tensors of four rows evenly."""
+    rows = 4 // world_size
+    return [
+        [shard(f"w{number}", (4, 2), (rank * rows, 0), (rows, 2)) for number in range(count)]
+        for rank in range(world_size)
+    ]
+
+
+def test_what_was_only_sharded_anew_is_counted(shardbook: Shardbook, tmp_path: Path) -> None:
+    """Rule: one row for many tensors that went from so many chunks to so many; what else differs keeps its own.
+
+    With --all each has a row, with --json each is there; the exit code is the same.
+    """
+    more = [shard("odd", (4, 2), (0, 0), (4, 1)), shard("odd", (4, 2), (0, 1), (4, 1)), whole("bias", (4,))]
+    other = [whole("odd", (4, 2)), whole("bias", (4,), "bfloat16")]
+    before, after = resharded(6, 4), resharded(6, 2)
+    a = left_by(tmp_path, "before", [before[0] + more, *before[1:]])
+    b = left_by(tmp_path, "after", [after[0] + other, *after[1:]])
+    ran = shardbook("diff", str(a), str(b))
+    assert (1, "") == (ran.code, ran.err)
+    assert ["~", "(6 tensors)", "sharding", "4 chunks each", "2 chunks each"] == ran.rows[1]
+    assert {"odd", "bias"} == {row[1] for row in ran.rows[2:4]}
+    assert ["tensors that were only sharded anew are counted: --all shows each", "tensors: 8 changed"] == (
+        ran.out.splitlines()[4:6]
+    )
+    every = shardbook("diff", str(a), str(b), "--all")
+    assert (1, {"odd", "bias", *(f"w{number}" for number in range(6))}) == (
+        every.code,
+        {row[1] for row in every.rows[1:9]},
+    )
+    assert 8 == len(shardbook("diff", str(a), str(b), "--json").json["diff"]["changed"])
+
+
+def test_a_whole_that_was_only_sharded_anew_says_so(shardbook: Shardbook, tmp_path: Path) -> None:
+    """Rule: few tensors have a row each, and the summary says that nothing else differs."""
+    a, b = (left_by(tmp_path, str(world), resharded(5, world)) for world in (4, 2))
+    ran = shardbook("diff", str(a), str(b))
+    assert ["~", "w0", "sharding", "float32 [4, 2] in 4", "float32 [4, 2] in 2"] == ran.rows[1]
+    assert (1, "tensors: 5 changed, in sharding alone") == (ran.code, ran.out.splitlines()[6])
+    assert package.diff(a, b).only_resharded
+    assert not package.diff(a, a).only_resharded
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [

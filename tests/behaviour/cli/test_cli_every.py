@@ -13,10 +13,9 @@ from typing import Any
 
 import grpc
 import pytest
-import typer
 
 from shardbook.cli import failures
-from shardbook.cli.app import app
+from shardbook.cli.registry import COMMANDS
 from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.directories import CheckpointDirectory, identity
@@ -63,9 +62,7 @@ OTHERS = {"doctor", "relay", "demo", "stores"}
 
 def commands() -> dict[str, Any]:
     """Every command that does something, by name."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, typer.core.TyperGroup)
-    return dict(group.commands)
+    return {name: one.load() for name, one in COMMANDS.items()}
 
 
 @pytest.fixture
@@ -191,6 +188,23 @@ def test_the_shell_completes_commands(completed: Callable[[str], list[str]]) -> 
     """Rule: `shardbook di<TAB>` is `diff`; all commands are offered."""
     assert ["diff"] == completed("shardbook di")
     assert set(commands()) == set(completed("shardbook "))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_list_of_commands_says_what_each_says_of_itself(command: str) -> None:
+    """Rule: the table that `shardbook --help` is made of, without importing a command, has its first sentence."""
+    one = COMMANDS[command]
+    loaded = one.load()
+    assert one.summary == re.split(r"(?<=\.)\s", loaded.help.partition("\n\n")[0])[0].replace("\n", " ")
+    assert command == loaded.name
+
+
+def test_a_command_that_cannot_be_imported_says_so(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: what is imported late fails as loudly; all other commands, and the list of them, go on."""
+    monkeypatch.setitem(sys.modules, "shardbook.cli.du", None)
+    with pytest.raises(ImportError, match=r"shardbook\.cli\.du"):
+        shardbook("du")
+    assert 0 == shardbook("--help").code
 
 
 def test_exit_codes_are_documented_and_those_of_the_code() -> None:

@@ -142,16 +142,63 @@ def test_ls_table(server: ScriptedServer, shardbook: Shardbook) -> None:
 
 
 def test_ls_pages_under_the_hood_and_says_when_it_stops(server: ScriptedServer, shardbook: Shardbook) -> None:
-    """`--limit` counts rows, not pages; what is left out is said; 0 shows all."""
+    """`--limit` counts rows, not pages; 0 shows all. Who chose the number is not told that there are more."""
     ran = shardbook("ls", "llm/8b", "--all", "--limit", "3")
-    assert ["40", "30", "20"] == [row[0] for row in ran.rows[1:4]]
-    assert "only the first 3 checkpoints: --limit 0 shows all" == ran.out.splitlines()[-1]
+    assert ["STEP", "40", "30", "20"] == [row[0] for row in ran.rows]
     assert 5 == len(shardbook("ls", "llm/8b", "--all", "-n", "0").rows)
     assert (3, True) == (
         len(shardbook("ls", "llm/8b", "--all", "-n", "3", "--json").json["checkpoints"]),
         shardbook("ls", "llm/8b", "--all", "-n", "3", "--json").json["more"],
     )
     assert not shardbook("ls", "llm/8b", "--all", "-n", "4", "--json").json["more"]
+
+
+def test_lists_that_end_by_themselves_say_so(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule: 50 rows unless a number is given, and then how to see all; nothing of that with a number."""
+    with scripted_server(
+        ListCheckpoints=lambda *_: catalog_pb2.ListCheckpointsResponse(checkpoints=[LATEST] * 51),
+        ListRuns=lambda *_: catalog_pb2.ListRunsResponse(runs=[RUN] * 51),
+        ListProjects=lambda *_: catalog_pb2.ListProjectsResponse(projects=[{"name": "projects/llm"}] * 51),
+        ListTensors=lambda *_: metadata_pb2.ListTensorsResponse(tensors=TENSORS[:1] * 51, total_size=51),
+    ) as running:
+        monkeypatch.setenv("SHARDBOOK_SERVER", running.target)
+        lists = {"ls": ("llm/8b",), "runs": (), "projects": (), "tensors": ("llm/8b@40",)}
+        last = {name: shardbook(name, *args).out.splitlines()[-1] for name, args in lists.items()}
+        chosen = {name: shardbook(name, *args, "--limit", "50").out for name, args in lists.items()}
+    nouns = {"ls": "checkpoints", "runs": "runs", "projects": "projects", "tensors": "entries"}
+    assert {name: f"only the first 50 {noun}: --limit 0 shows all" for name, noun in nouns.items()} == {
+        name: line.partition(", ")[0] for name, line in last.items()
+    }
+    assert not [name for name, out in chosen.items() if "only the first" in out]
+
+
+@pytest.mark.parametrize(
+    ("args", "header", "cells"),
+    [
+        (("-f", "metrics.val_loss < 0.1"), ["val_loss"], ["0.05"]),
+        (("-f", 'labels.team = "metrics.x < 1" AND step > 1'), ["team"], ["red"]),
+        (
+            ("-f", "NOT metrics.absent:* OR metrics.val_loss>0", "-o", "labels.team desc"),
+            ["team", "absent", "val_loss"],
+            ["red", "-", "0.05"],
+        ),
+        (("-f", "labels.team = red AND labels.team != blue"), ["team"], ["red"]),
+        (("-f", "labels.score = x OR metrics.score = 1"), ["labels.score", "metrics.score"], ["-", "7"]),
+        (("-f", "labels.STATE:*"), ["labels.STATE"], ["-"]),
+        (("-f", " AND ".join(f"metrics.m{n} > 0" for n in range(9))), ["m0", "m1", "m2", "m3"], ["-"] * 4),
+        (("-f", "step = 40 AND run = labels.team"), [], []),
+    ],
+    ids=["metric", "quoted", "order-first", "once", "one-key", "a-header", "a-few", "none"],
+)
+def test_ls_shows_what_is_asked_for(
+    args: tuple[str, ...], header: list[str], cells: list[str], shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule: labels and metrics of the order and of the filter have columns behind the aliases, four at most."""
+    one = checkpoint(40, labels={"team": "red"}, metrics={"val_loss": 0.05, "score": 7.0})
+    with scripted_server(ListCheckpoints=lambda *_: catalog_pb2.ListCheckpointsResponse(checkpoints=[one])) as running:
+        monkeypatch.setenv("SHARDBOOK_SERVER", running.target)
+        rows = shardbook("ls", "llm/8b", *args).rows
+    assert [["ALIASES", *header, "WORLD"], ["-", *cells, "1,024"]] == [row[3 : 5 + len(header)] for row in rows]
 
 
 def test_ls_of_a_part(server: ScriptedServer, shardbook: Shardbook) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +12,13 @@ from shardbook.client import Client
 from shardbook.core.manifest import AttemptIdentity
 from shardbook.core.structure import BlobKind
 from shardbook.recording import attempt_key
+from shardbook.v1 import catalog_pb2, types_pb2
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.types_pb2 import BLOB_KIND_PLAN, BLOB_KIND_TABLE, AttemptLocation, Blob
 from tests.behaviour.cli.conftest import Shardbook
 from tests.behaviour.client.directories import identity, record
 from tests.behaviour.client.saves import register, save, start_session
+from tests.behaviour.client.scripted import scripted_server
 
 WHO = b"1" * 16
 
@@ -64,14 +67,37 @@ def test_a_stuck_save_says_who_is_missing(client: Client, shardbook: Shardbook, 
     assert [("gpu-0", 1, "1"), ("gpu-1", 1, "2")] == [tuple(one.values()) for one in attempt["missing_hosts"]]
     client.set_alias("stuck/run@good", "stuck/run@5", protected=True)
     ran = shardbook("status", "stuck/run")
-    assert ["alias", "@good: stuck/run@5.s1.a1, protected"] in ran.rows
-    assert ["alias", "@latest: stuck/run@5.s1.a1"] in ran.rows
+    assert ["alias", "@good: stuck/run@5, protected"] in ran.rows
+    assert ["alias", "@latest: stuck/run@5"] in ran.rows
     register(client, who, tmp_path, ranks=(1, 2))
     assert "stuck/run@10.s1.a1: committing" in shardbook("status", "stuck/run").out
     client.commit_when_complete(pb.CommitCheckpointRequest(key=attempt_key(who)), timeout_s=10)
     out = shardbook("status", "stuck/run").out
     assert "stuck/run@10, " in out
     assert ["open", "nothing"] in shardbook("status", "stuck/run").rows
+
+
+@pytest.mark.parametrize(
+    ("known", "told_"),
+    [
+        ({}, "session 6"),
+        ({"host": "gpu-1"}, "session 6, on gpu-1"),
+        ({"user": "ada", "job_id": "4711"}, "session 6, ada, job 4711"),
+        ({"user": "ada", "host": "gpu-1", "job_id": "4711"}, "session 6, ada on gpu-1, job 4711"),
+    ],
+    ids=["nothing", "host", "user-and-job", "all"],
+)
+def test_what_is_not_known_of_the_writer_is_left_out(
+    known: dict[str, Any], told_: str, shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule: no dash stands for a user, a host or a job."""
+    part = types_pb2.RunPart(part="default", session=6, **known)
+    answer = pb.GetRunStatusResponse(parts=[pb.PartStatus(part=part)])
+    with scripted_server(
+        GetRunStatus=lambda *_: answer, ListAliases=lambda *_: catalog_pb2.ListAliasesResponse()
+    ) as server:
+        monkeypatch.setenv("SHARDBOOK_SERVER", server.target)
+        assert ["writer", told_] in shardbook("status", "llm/8b").rows
 
 
 def test_a_stuck_save_of_thousands_is_a_few_lines(client: Client, shardbook: Shardbook, tmp_path: Path) -> None:

@@ -273,7 +273,9 @@ def test_a_purge_keeps_the_row_alone(job: Job, database: Database, clock: Clock)
             assert 2 == left, table.name
         assert 0 == connection.scalar(select(func.count()).select_from(holds))
         assert 3 == connection.scalar(select(func.count()).select_from(checkpoints))
-    assert "CHECKPOINT_PURGED" == reason(services.deletions.undelete, "llm/8b@1")
+    with pytest.raises(FailedPreconditionError, match="`shardbook import` records it anew, in another run") as purged_:
+        services.deletions.undelete("llm/8b@1")
+    assert "CHECKPOINT_PURGED" == purged_.value.reason
     assert "CHECKPOINT_PURGED" == reason(services.deletions.record_files, "llm/8b@1", [], done=False)
     assert "CHECKPOINT_DELETED" == reason(lambda: list(services.metadata.get_metadata("llm/8b@1.s1.a1")))
     assert "NOT_FOUND" != reason(lambda: list(services.metadata.get_metadata("llm/8b@1", show_deleted=True)))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from shardbook.core import limits
-from shardbook.core.columns import encode_name
 from shardbook.core.dtype import dtype_code
 from shardbook.core.structure import RankPlan
 from shardbook.core.table import EntryKind, TensorTable
+from shardbook.core.texts import encode_name
 from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.service.services import Services
 from shardbook_server.service.types import FailureReport, OnLive, RankFailure, SessionStart
