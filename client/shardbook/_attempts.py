@@ -375,15 +375,20 @@ def is_newer(one: AttemptIdentity, other: AttemptIdentity) -> bool:
     return one.write_time_s >= other.write_time_s
 
 
-def newest_of(attempts: Iterable[FoundAttempt]) -> FoundAttempt | None:
-    """Returns the attempt that a directory means; None of none. Whoever looks at the same ones finds the same.
+def newest_identity(identities: Iterable[AttemptIdentity]) -> AttemptIdentity | None:
+    """Returns the newest attempt; None of none. Whoever looks at the same ones finds the same.
 
     The order of ``is_newer`` may have circles (numbered and offline sessions, and clocks that disagree), so they are
     compared in an order that does not depend on who looks.
     """
-    known = [(one.identity, one) for one in attempts if one.identity is not None]
-    ordered = sorted(known, key=lambda pair: (pair[0].write_time_s, pair[1].prefix))
-    return reduce(lambda best, pair: pair if is_newer(pair[0], best[0]) else best, ordered)[1] if ordered else None
+    ordered = sorted(identities, key=lambda one: (one.write_time_s, one.prefix, one.session))
+    return reduce(lambda best, one: one if is_newer(one, best) else best, ordered) if ordered else None
+
+
+def newest_of(attempts: Iterable[FoundAttempt]) -> FoundAttempt | None:
+    """Returns the attempt that a directory means; None of none. See ``newest_identity``."""
+    known = {one.identity: one for one in attempts if one.identity is not None}
+    return None if (newest := newest_identity(known)) is None else known[newest]
 
 
 def newest_first(attempts: Iterable[FoundAttempt]) -> list[FoundAttempt]:

@@ -110,11 +110,14 @@ def rm(
 
 def told(files: DeletedFiles) -> str:
     """Returns what became of the files of a checkpoint, for people."""
-    if files.shared_with:
+    left = f"{files.ref}: {output.size(files.size_bytes)} of data left in {files.directory}"
+    if files.waits_for:
         return (
-            f"{files.ref}: {output.size(files.size_bytes)} of data left in {files.directory}: {files.shared_with[0]} "
-            "has it, too"
+            f"{left}: {files.waits_for[0]} is not over and may have it, too; "
+            f"`shardbook rm {files.ref} --delete-files` goes on after that"
         )
+    if files.shared_with:
+        return f"{left}: {files.shared_with[0]} has it, too"
     return f"{files.ref}: {files.file_count} files, {output.size(files.size_bytes)}, are gone from {files.directory}"
 
 

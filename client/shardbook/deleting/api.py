@@ -11,7 +11,7 @@ from shardbook._described import told_as_ours
 from shardbook._lost import is_within_reach
 from shardbook._targets import METADATA_S
 from shardbook._trees import Tree, open_tree
-from shardbook.catalog import Checkpoint
+from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.client import Client
 from shardbook.config import ClientConfig
 from shardbook.core import directory as names
@@ -66,6 +66,8 @@ class DeletedFiles:
         size_bytes: Bytes that its extents covered.
         shared_with: Names of other checkpoints that have some of the files too: then all of them were left. Also
             ``SAVED_SINCE``.
+        waits_for: Names of saves that are not over and may have some of the files, or come to need them: then all of
+            them were left, too, and the deletion stays begun; the same again ends it once those saves are over.
     """
 
     ref: str
@@ -74,10 +76,11 @@ class DeletedFiles:
     found_count: int
     size_bytes: int
     shared_with: tuple[str, ...]
+    waits_for: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns every attribute under its own name."""
-        return {**vars(self), "shared_with": list(self.shared_with)}
+        return {**vars(self), "shared_with": list(self.shared_with), "waits_for": list(self.waits_for)}
 
 
 def list_files(name: CheckpointName | str, *, client: Client, config: ClientConfig) -> FileList:
@@ -124,7 +127,8 @@ def delete_files(
 
     The catalogue knows that the files are going before the first one does, and that they are gone after the last one.
     A deletion that was interrupted is made again from the beginning; what is gone already is no error. Where another
-    checkpoint of the catalogue has some of the files too, all are left alone: they go with the last one.
+    checkpoint of the catalogue has some of the files too, all are left alone: they go with the last one. So they are
+    while a save that is not over may have some of them; then the deletion stays begun.
 
     Args:
         name: Full name of the checkpoint.
@@ -147,7 +151,7 @@ def delete_files(
         # Durable before the first file goes, and from here on there is no way back.
         checkpoint, sharing = client.record_file_deletion(checkpoint.name, locations=others, done=False)
         footprint = _footprint(client.get_metadata(checkpoint.name, show_deleted=True, deadline_s=METADATA_S))
-        shared_with = _sharing(client, sharing, checkpoint.prefix, footprint)
+        shared_with, waits_for = _sharing(client, sharing, checkpoint.prefix, footprint)
         if any(
             tree is not None and _is_saved_again(tree, directory, checkpoint, footprint)
             for directory, tree in zip(directories, trees, strict=True)
@@ -155,12 +159,14 @@ def delete_files(
             shared_with = (*shared_with, SAVED_SINCE)
         doomed_count = found_count = 0
         for directory, tree in zip(directories, trees, strict=True):
-            if not shared_with and tree is not None:
+            if not (shared_with or waits_for) and tree is not None:
                 doomed = with_leftovers(tree, directory, checkpoint.prefix, footprint.paths)
                 doomed_count += len(doomed)
                 found_count += remove(tree, Doomed(directory, _identity(tree, directory, checkpoint), doomed), progress)
-        client.record_file_deletion(checkpoint.name, done=True)
-    return DeletedFiles(checkpoint.ref, directories[0], doomed_count, found_count, footprint.size_bytes, shared_with)
+        if not waits_for:
+            client.record_file_deletion(checkpoint.name, done=True)
+    size_bytes = footprint.size_bytes
+    return DeletedFiles(checkpoint.ref, directories[0], doomed_count, found_count, size_bytes, shared_with, waits_for)
 
 
 def _also_called(stores: Stores, locations: Sequence[str], directories: Sequence[str]) -> tuple[str, ...]:
@@ -207,27 +213,39 @@ def _footprint(stored: StoredMetadata) -> Footprint:
     return footprint
 
 
-def _sharing(client: Client, others: Sequence[str], prefix: str, footprint: Footprint) -> tuple[str, ...]:
-    """Returns those of the other checkpoints of a directory that have some of the files of one, too."""
-    own = set(footprint.paths)
+def _sharing(
+    client: Client, others: Sequence[str], prefix: str, footprint: Footprint
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns those of the other checkpoints of a directory that have some of the files of one, and those that may yet.
+
+    An attempt's directory is its own, and all that lies in it goes with it.
+    """
     if len(others) >= limits.MAX_PAGE_SIZE:
-        return tuple(others)  # and more, of which nobody has said anything
-    sharing = []
+        return tuple(others), ()  # and more, of which nobody has said anything
+    own = set(footprint.paths)
+    inside = f"{prefix}/" if prefix else None
+
+    def is_own(path: str) -> bool:
+        return path in own or (inside is not None and path.startswith(inside))
+
+    sharing, writing = [], []
     for name in others:
         other = client.get_checkpoint(name)
-        if prefix and other.prefix:
-            # An attempt's directory is named after it: who has the same one has its files.
-            is_sharing = other.prefix == prefix
-        elif not other.structure_digest:
-            is_sharing = (
-                False  # plain DCP's are recorded as a whole, and nothing else lies outside of its own directory
-            )
-        else:
-            stored = client.get_metadata(other.name, show_deleted=True, deadline_s=METADATA_S)
-            is_sharing = bool(own & set(_footprint(stored).paths))
-        if is_sharing:
-            sharing.append(other.name)
-    return tuple(sharing)
+        within = f"{other.prefix}/" if other.prefix else ""
+        if other.state in (CheckpointState.COMMITTED, CheckpointState.DELETED):
+            if inside is not None and within:
+                is_sharing = within.startswith(inside)
+            else:
+                stored = client.get_metadata(other.name, show_deleted=True, deadline_s=METADATA_S)
+                is_sharing = any(map(is_own, _footprint(stored).paths))
+            if is_sharing:
+                sharing.append(other.name)
+        elif other.state is not CheckpointState.FAILED:
+            # Of what is not committed nobody knows the files, only where they are: without a prefix, anywhere.
+            is_below = inside is not None and within.startswith(inside)
+            if not within or is_below or any(path.startswith(within) for path in own):
+                writing.append(other.name)
+    return tuple(sharing), tuple(writing)
 
 
 def _is_saved_again(tree: Tree, directory: str, checkpoint: Checkpoint, footprint: Footprint) -> bool:

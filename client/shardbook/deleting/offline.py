@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
 from typing import Any
 
-from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, is_newer, list_attempts
+from shardbook._attempts import FoundAttempt, TreeFiles, find_attempts, list_attempts, newest_identity
 from shardbook._described import told_as_ours
 from shardbook._trees import Tree, open_tree
 from shardbook.core import directory as names
@@ -103,6 +102,7 @@ def plan_directories(
                 decisions.append(PruneDecision("", ref, made.keep, made.reasons, size_bytes, saved))
                 if not made.keep:
                     tree, directory = chosen.files.tree, chosen.files.directory
+                    # All in the attempt's own directory: no other save that is going on, or may, has a file there.
                     going = with_leftovers(tree, directory, chosen.identity.prefix, chosen.footprint.paths)
                     goes = Doomed(directory, chosen.identity, going)
                     doomed.append((tree, ref, goes, size_bytes))
@@ -141,10 +141,7 @@ def _sort(found: FoundAttempt, files: TreeFiles, whole: list[_Whole], decisions:
 
 
 def _candidates(whole: list[_Whole]) -> list[Candidate]:
-    steps: dict[int, list[AttemptIdentity]] = {}
-    for one in whole:
-        steps.setdefault(one.identity.step, []).append(one.identity)
-    live = {reduce(lambda best, other: other if is_newer(other, best) else best, some).key for some in steps.values()}
+    live = _live(one.identity for one in whole)
     return [
         Candidate(
             key=at,
@@ -158,6 +155,19 @@ def _candidates(whole: list[_Whole]) -> list[Candidate]:
         )
         for at, one in enumerate(whole)
     ]
+
+
+def _live(identities: Iterable[AttemptIdentity]) -> set[Any]:
+    """Returns the keys of what a step means.
+
+    That is two things where an offline attempt comes in: by its session's number, as in the catalogue, and by the clock
+    to whoever loads a directory. Neither takes the other's place.
+    """
+    steps: dict[int, list[AttemptIdentity]] = {}
+    for one in identities:
+        steps.setdefault(one.step, []).append(one)
+    kinds = [kind for some in steps.values() for kind in (some, [one for one in some if one.session])]
+    return {newest.key for kind in kinds if (newest := newest_identity(kind)) is not None}
 
 
 def _with_latest(candidates: list[Candidate]) -> list[Candidate]:

@@ -201,8 +201,8 @@ class DeletionService:
             done: False before the first file goes, True after the last one.
 
         Returns:
-            The checkpoint, and the names of others there that can be loaded, are being written, or can be brought back,
-            and may have some of its files; the first ``limits.MAX_PAGE_SIZE``.
+            The checkpoint, and the names of others there that can be loaded, are being written or may be again, or can
+            be brought back, and may have some of its files; the first ``limits.MAX_PAGE_SIZE``.
 
         Raises:
             NotFoundError: There is no such checkpoint.

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
 
 from shardbook_server.storage.checkpoints import (
     COMMITTED,
     DATA_MISSING,
     DELETED,
+    EXPIRED,
     FILES_GOING,
     FILES_GONE,
     OPEN,
@@ -21,6 +22,7 @@ from shardbook_server.storage.lists import slices
 from shardbook_server.storage.retention_tables import holds, retention_policies
 from shardbook_server.storage.tables import (
     IS_LIVE,
+    IS_STAGED,
     LOCATION_START,
     OTHER_LOCATION_START,
     SAVE_TIME,
@@ -39,7 +41,10 @@ _START_CHARS = 256
 
 @dataclass(frozen=True)
 class JudgedRow:
-    """What a policy is told of a checkpoint's own row."""
+    """What a policy is told of a checkpoint's own row.
+
+    ``time_us`` is by the database's clock, but for what was recorded after the fact: there only its writer's is known.
+    """
 
     id: int
     session: int
@@ -65,7 +70,8 @@ def read_judged(connection: Connection, part_id: int) -> list[JudgedRow]:
     """Returns what a part has that is open or committed, in no order."""
     own = checkpoints.c
     key: list[ColumnElement[Any]] = [own.id, own.session, own.incarnation, own.step, own.attempt]
-    columns = [*key, SAVE_TIME, own.state, own.live, own.flags]
+    time_us = case((own.recovered == 1, SAVE_TIME), else_=own.create_time_us)
+    columns = [*key, time_us, own.state, own.live, own.flags]
     where = (checkpoints.c.part_id == part_id, checkpoints.c.state.in_((OPEN, COMMITTED)))
     return [JudgedRow(*list(row)) for row in connection.execute(select(*columns).where(*where))]
 
@@ -118,18 +124,20 @@ def newest_deleted(connection: Connection, part_id: int, step: int, session: int
 def find_sharing(
     connection: Connection, checkpoint_id: int, prefix: str, places: Sequence[str], limit: int
 ) -> list[int]:
-    """Returns other checkpoints at some locations that can be loaded, written or brought back.
+    """Returns other checkpoints at some locations that can be loaded, are being or may yet be written, or brought back.
 
     With a prefix, the directory of an attempt, those alone that may have files in it.
     """
-    going = checkpoints.c.flags.op("&")(FILES_GOING | FILES_GONE | PURGED)
+    own = checkpoints.c
+    is_left = and_(own.state == DELETED, own.flags.op("&")(FILES_GOING | FILES_GONE | PURGED) == 0)
+    # The writers of an expired one may come back while nobody has superseded it.
+    usable = or_(own.state.in_((OPEN, COMMITTED)), and_(own.state == EXPIRED, IS_STAGED), is_left)
     found: list[int] = []
     for some in slices(sorted(set(places))):
         starts = sorted({one[:_START_CHARS] for one in some})
-        usable = or_(checkpoints.c.state.in_((OPEN, COMMITTED)), and_(checkpoints.c.state == DELETED, going == 0))
-        where = [checkpoints.c.id != checkpoint_id, usable]
+        where = [own.id != checkpoint_id, usable]
         if prefix:
-            where.append(checkpoints.c.prefix.in_((prefix, "")))
+            where.append(or_(own.prefix.in_((prefix, "")), own.prefix.startswith(f"{prefix}/", autoescape=True)))
         statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id).limit(limit)
         found += connection.scalars(statement.where(LOCATION_START.in_(starts), checkpoints.c.location.in_(some)))
         others = statement.join(locations, locations.c.checkpoint_id == checkpoints.c.id)

@@ -31,6 +31,8 @@ from tests.behaviour.client.directories import CheckpointDirectory, identity
 
 NOW_US = 1_700_000_100_000_000
 LAST = RetentionPolicy(keep_last=1)
+#: Sessions, and when they saved: the later one's clock was behind.
+NUMBERED = ((1, 1_700_000_010.0), (2, 1_700_000_005.0))
 
 
 def saved(path: Path, who: AttemptIdentity) -> Path:
@@ -251,6 +253,25 @@ class TestDirectories:
         assert [(25, True), (20, True), (10, False)] == [
             (int(one.ref.partition("@")[2].partition(".")[0]), one.keep) for one in planned.decisions
         ]
+
+    def test_offline_and_numbered_saves_of_a_step_both_count(self, tmp_path: Path) -> None:
+        """Clocks that disagree make circles of them: in whatever order they are found, the same ones go."""
+        numbered = [identity(10, session=one, incarnation=bytes([one]) * 16, write_time_s=s) for one, s in NUMBERED]
+        offline = identity(10, incarnation=b"o" * 16, write_time_s=1_700_000_007.0)
+        later = identity(20, session=2, incarnation=bytes([2]) * 16, attempt=2)
+        paths = [saved(tmp_path / one.prefix, one) for one in (*numbered, offline)]
+        saved(tmp_path / "later", later)
+        kept = set()
+        for order in itertools.permutations(paths):
+            plan = plan_directories([*order, tmp_path / "later"], RetentionPolicy(keep_every=10), now_us=NOW_US)
+            kept.add(tuple(sorted(one.ref for one in plan.decisions if one.keep)))
+        assert {("llm/8b@10.s1.a1", "llm/8b@10.s2.a1", "llm/8b@20.s2.a2")} == kept
+        # What was saved offline last is what its directory means, though the catalogue means the one with a session.
+        last = identity(10, incarnation=b"p" * 16, write_time_s=1_700_000_050.0)
+        saved(paths[0], last)
+        plan = plan_directories([*paths, tmp_path / "later"], RetentionPolicy(keep_every=10), now_us=NOW_US)
+        left = {one.ref.partition("@")[2] for one in plan.decisions if one.keep}
+        assert {"10.s0.a1.707070707070", "10.s2.a1", "20.s2.a2"} == left
 
     def test_what_is_not_whole_stays(self, tmp_path: Path) -> None:
         """A save that may be going on, or may have to be synced."""

@@ -9,12 +9,13 @@ import pytest
 from sqlalchemy import func, select
 
 from shardbook.core import limits
+from shardbook.core.names import CheckpointName
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, ShardbookError
 from shardbook_server.service.aliases import AliasRequest, Direction
 from shardbook_server.service.describing import Description
 from shardbook_server.service.garbage import DELETED, GarbageService
 from shardbook_server.service.services import Services
-from shardbook_server.service.types import OnLive
+from shardbook_server.service.types import AttemptLocation, OnLive
 from shardbook_server.service.views import CheckpointInfo, CheckpointState, FileDeletion
 from shardbook_server.storage import events as event_rows
 from shardbook_server.storage.database import Database
@@ -246,6 +247,41 @@ def test_from_the_first_file_on_nothing_comes_back(job: Job) -> None:
     info, _ = services.deletions.record_files(first.name, [], done=True)
     assert FileDeletion.DONE is info.file_deletion
     assert info == services.deletions.record_files(first.name, [], done=False)[0]
+
+
+def test_saves_that_are_not_over_count_where_files_go(job: Job, clock: Clock) -> None:
+    """Without a prefix they may have any file there: while they are open, and while their writers may come back."""
+    services = job.services
+    first = job.save(1)
+    job.save(2)
+    place = job.location(1)
+    beside = Job(services, Model(2), run="projects/llm/runs/beside")
+    beside.start()
+    places = {
+        11: AttemptLocation(place.location, ""),
+        12: AttemptLocation(place.location, f"{place.prefix}/more"),
+        13: AttemptLocation(place.location, f"{place.prefix}0"),
+        14: AttemptLocation("lustre:elsewhere", ""),
+    }
+    beside.location = lambda step, attempt=1: places[step]  # type: ignore[method-assign]
+    for step in places:
+        beside.register(step, whole(beside.model)[:1])
+    services.deletions.delete(first.name, files=True)
+
+    def sharing() -> list[int | None]:
+        names = services.deletions.record_files(first.name, [], done=False)[1]
+        return [CheckpointName.parse(name).id.step for name in names]
+
+    assert [11, 12] == sharing()
+    services.commits.abort(beside.key(12), "its ranks are gone")
+    assert [11] == sharing()
+    for _ in range(10):
+        services.sessions.expire_leases()
+        clock.advance(10)
+    assert CheckpointState.EXPIRED == services.progress.progress(beside.key(11)).counts.state
+    assert [11] == sharing()
+    Job(services, Model(2), run=beside.run).start(on_live=OnLive.TAKEOVER)
+    assert [] == sharing()
 
 
 def test_a_purge_keeps_the_row_alone(job: Job, database: Database, clock: Clock) -> None:

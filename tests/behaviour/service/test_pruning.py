@@ -91,6 +91,19 @@ def test_open_and_only_ones_stay(job: Job) -> None:
     assert {"llm/8b@2.s1.a1": ("it is not committed",), "llm/8b@1": ("@latest",)} == kept
 
 
+def test_age_is_by_the_clock_of_the_database_where_that_saw_the_save(job: Job, clock: Clock) -> None:
+    """A writer's clock may be an hour behind; of what was recorded after the fact nobody knows another."""
+    behind_us = clock.now_us - 3_600_000_000
+    job.record(1, recovered=False, write_time_us=behind_us)
+    job.record(2, recovered=True, write_time_us=behind_us)
+    job.record(3, recovered=True, write_time_us=clock.now_us)
+    job.save(4)
+    newer = RetentionPolicy(newer_than_s=60)
+    assert [f"{PART}/checkpoints/2.s1.a1"] == unwanted(job.services, newer)
+    clock.advance(61)
+    assert [f"{PART}/checkpoints/{step}.s1.a1" for step in (3, 2, 1)] == unwanted(job.services, newer)
+
+
 def test_policies_are_stored_by_part_and_run(job: Job, services: Services, clock: Clock) -> None:
     """A part's own counts before the run's; without any there is nothing to prune by."""
     job.save(1)
