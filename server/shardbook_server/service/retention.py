@@ -12,6 +12,7 @@ from shardbook.core.names import LATEST, CheckpointName, PartName, RunName
 from shardbook.core.retention import Candidate, Decision, RetentionPolicy, judge
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook_server.service import present
+from shardbook_server.service.behind import find_behind
 from shardbook_server.service.deletion import UNDELETE_S, mark
 from shardbook_server.service.etags import check_etag, etag_of
 from shardbook_server.service.holds import find_holders
@@ -212,6 +213,7 @@ def _candidates(connection: Connection, part: PartRow, now_us: int) -> list[Cand
     found = rows.read_judged(connection, part.id)
     ids = [one.id for one in found]
     said, holders = description_rows.find_said(connection, ids), find_holders(connection, ids, now_us)
+    behind = find_behind(connection, part, now_us)
     return [
         Candidate(
             key=one.id,
@@ -225,7 +227,7 @@ def _candidates(connection: Connection, part: PartRow, now_us: int) -> list[Cand
             is_whole=not one.flags & DATA_MISSING,
             metrics=said.get(one.id, NOTHING_SAID).metrics,
             aliases=_names(said.get(one.id, NOTHING_SAID), is_latest=one.id == part.latest_id),
-            holders=holders.get(one.id, ()),
+            holders=(*holders.get(one.id, ()), *(f"watch {name} (to come)" for name in behind.get(one.id, ()))),
         )
         for one in found
     ]

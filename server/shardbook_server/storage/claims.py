@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, delete, func, insert, or_, select, update
 
 from shardbook_server.storage.event_tables import claims, subscriptions
 from shardbook_server.storage.lists import slices
@@ -146,13 +146,11 @@ def find_held(connection: Connection, checkpoint_ids: Sequence[int], now_us: int
     They are not to be deleted. Who deletes locks them first: see ``checkpoints.lock_committed``.
     """
     held: dict[int, list[str]] = {}
-    runs = and_(claims.c.state == ClaimState.RUNNING, claims.c.due_time_us > now_us)
-    waits = and_(claims.c.state == ClaimState.WAITING, claims.c.due_time_us > now_us - HELD_WAITING_US)
     for some in slices(checkpoint_ids):
         statement = (
             select(claims.c.checkpoint_id, subscriptions.c.name)
             .join(subscriptions, subscriptions.c.id == claims.c.subscription_id)
-            .where(claims.c.checkpoint_id.in_(some), or_(runs, waits))
+            .where(claims.c.checkpoint_id.in_(some), _is_worked_on(now_us))
             .order_by(claims.c.checkpoint_id, subscriptions.c.name)
         )
         for checkpoint_id, name in connection.execute(statement):
@@ -160,9 +158,31 @@ def find_held(connection: Connection, checkpoint_ids: Sequence[int], now_us: int
     return held
 
 
+def find_behind(connection: Connection, head: int, now_us: int) -> list[tuple[SubscriptionRow, bool]]:
+    """Returns the subscriptions that have not come to an event yet, and whether somebody works for them, or will soon.
+
+    Args:
+        connection: In a transaction.
+        head: Cursor of the event.
+        now_us: The database's time.
+    """
+    busy = select(claims.c.subscription_id).where(_is_worked_on(now_us))
+    statement = select(subscriptions, subscriptions.c.id.in_(busy)).where(subscriptions.c.cursor < head)
+    return [
+        (SubscriptionRow(*row), bool(is_busy))
+        for *row, is_busy in connection.execute(statement.order_by(subscriptions.c.name))
+    ]
+
+
 def drop_failed(connection: Connection, before_us: int) -> None:
     """Drops the records of what failed before a time."""
     connection.execute(delete(claims).where(claims.c.state == ClaimState.FAILED, claims.c.due_time_us < before_us))
+
+
+def _is_worked_on(now_us: int) -> ColumnElement[bool]:
+    runs = and_(claims.c.state == ClaimState.RUNNING, claims.c.due_time_us > now_us)
+    waits = and_(claims.c.state == ClaimState.WAITING, claims.c.due_time_us > now_us - HELD_WAITING_US)
+    return or_(runs, waits)
 
 
 def _key(row: ClaimRow) -> Any:

@@ -88,6 +88,18 @@ def read_after(connection: Connection, cursor: int, limit: int) -> list[StoredEv
     ]
 
 
+def read_commits(connection: Connection, part_id: int, cursor: int, since_us: int) -> list[StoredEvent]:
+    """Returns the commits of a part behind ``cursor`` and after a time, in order; looks at all that lies there."""
+    of_part = (events.c.part_id == part_id, events.c.kind == int(EventKind.COMMITTED))
+    where = (events.c.cursor > cursor, events.c.time_us > since_us, *of_part)
+    columns = (events.c.cursor, events.c.time_us, events.c.checkpoint_id)
+    rows = connection.execute(select(*columns).where(*where).order_by(events.c.cursor))
+    return [
+        StoredEvent(number, time_us, Event(EventKind.COMMITTED, part_id, checkpoint_id))
+        for number, time_us, checkpoint_id in rows
+    ]
+
+
 def read_position(connection: Connection) -> tuple[bytes, int]:
     """Returns the catalogue's epoch and its cursor, that of the last event."""
     epoch, cursor = connection.execute(select(catalog.c.epoch, catalog.c.cursor)).one()

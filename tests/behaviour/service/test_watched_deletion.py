@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from shardbook.core.names import CheckpointName
 from shardbook.core.retention import RetentionPolicy
 from shardbook.errors import ClaimLostError, FailedPreconditionError, NotFoundError
 from shardbook_server.service.claiming import ClaimRequest, FinishRequest, Outcome
@@ -21,6 +22,7 @@ from tests.behaviour.service.conftest import Clock
 from tests.behaviour.service.saves import Job
 
 RUN = "projects/llm/runs/8b/parts/-"
+PART = "projects/llm/runs/8b/parts/default"
 NAME = "subscriptions/mmlu"
 CLAIM = ClaimRequest(NAME, RUN, "", "start", b"1" * 16, "host 1", 60.0, 3)
 LAST = RetentionPolicy(keep_last=1)
@@ -35,6 +37,12 @@ def delete(services: Services, one: CheckpointInfo) -> str:
     return ""
 
 
+def reasons(services: Services) -> dict[int, tuple[str, ...]]:
+    """What a policy says of the steps."""
+    seen = services.retention.preview(RUN, LAST).items
+    return {CheckpointName.parse(one.name).id.step or 0: one.reasons for one in seen}
+
+
 def test_what_a_watcher_works_on_is_neither_deleted_nor_pruned(services: Services, job: Job, clock: Clock) -> None:
     """Not by force, until the work is done or its lease has ended; the reason names the subscription."""
     first, second, third, _ = [job.save(step) for step in range(1, 5)]
@@ -46,14 +54,47 @@ def test_what_a_watcher_works_on_is_neither_deleted_nor_pruned(services: Service
         services.deletions.delete(first.name, force=True)
     assert ("CHECKPOINT_HELD", "mmlu") == (refused.value.reason, refused.value.metadata["holder"])
     services.holds.hold(first.name, "eval", 1_000_000)
-    seen = {one.name: one.reasons for one in services.retention.preview(RUN, LAST).items}
-    assert (("held by eval, watch mmlu",), ("held by watch mmlu",)) == (seen[first.name], seen[second.name])
-    assert [True, True, False] == [one.keep for one in services.retention.prune(RUN, LAST, names)]
+    seen = reasons(services)
+    assert (("held by eval, watch mmlu",), ("held by watch mmlu",)) == (seen[1], seen[2])
+    assert [True, True, True] == [one.keep for one in services.retention.prune(RUN, LAST, names)]
     services.claims.finish(FinishRequest(NAME, b"1" * 16, first.name, Outcome.DONE, "", 10.0, 3))
     clock.advance(2)
     assert ("", "CHECKPOINT_HELD") == (delete(services, first), delete(services, second))
     clock.advance(10 + 3_600)
     assert [False, False, False] == [one.keep for one in services.retention.prune(RUN, LAST, names)]
+
+
+def test_what_a_watcher_has_still_to_come_to_is_not_pruned(services: Services, job: Job, clock: Clock) -> None:
+    """For a day after its commit while somebody works for the subscription, for an hour while nobody does."""
+    for step in range(1, 5):
+        job.save(step)
+    others = {
+        "some": replace(CLAIM, subscription="subscriptions/some", filter_text="step >= 3"),
+        "elsewhere": replace(CLAIM, subscription="subscriptions/elsewhere", parent="projects/llm/runs/9b/parts/-"),
+        "later": replace(CLAIM, subscription="subscriptions/later", cursor=""),
+    }
+    for at, request in enumerate(others.values()):
+        services.claims.claim(replace(request, claim_id=bytes([at]) * 16, lease_s=1.0))
+    assert services.claims.claim(replace(CLAIM, lease_s=86_400.0)).claim is not None
+    job.save(5)
+    clock.advance(2)
+    coming = {
+        1: ("held by watch mmlu",),
+        2: ("held by watch mmlu (to come)",),
+        3: ("held by watch mmlu (to come)",),
+        4: ("held by watch mmlu (to come), watch some (to come)",),
+    }
+    assert coming == {step: why for step, why in reasons(services).items() if step < 5}
+    names = [f"{PART}/checkpoints/{step}.s1.a1" for step in range(1, 5)]
+    assert [True] * 4 == [one.keep for one in services.retention.prune(RUN, LAST, names)]
+    clock.advance(3_600)
+    assert coming[2] == reasons(services)[4]
+    assert "" == delete(services, services.catalog.get_checkpoint(names[1]))
+    clock.advance(82_000)
+    assert coming[2] == reasons(services)[3]
+    clock.advance(86_400 - 82_000 - 3_602)
+    assert ("no rule keeps it",) == reasons(services)[3]
+    assert [False] * 4 == [one.keep for one in services.retention.prune(RUN, LAST, names)]
 
 
 def test_a_watcher_whose_checkpoint_is_gone_is_told(services: Services, job: Job, clock: Clock) -> None:
