@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from shardbook import Client, LineageEdge, dcp
 from shardbook.dcp import AsyncCheckpointerType, SaveState
@@ -16,6 +17,7 @@ from shardbook.sync import sync_directories
 from tests.torch import jobs
 from tests.torch.alone import blank_state, loads, some_state
 from tests.torch.harness import RankPool
+from tests.torch.test_load_alone import different
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed is disabled:UserWarning")
 
@@ -175,6 +177,33 @@ def test_torchs_own_save_says_it_too(session: dcp.Session, server: str, run: str
     for step in (2, 3):
         torch_dcp.save(some_state(), storage_writer=dcp.ShardbookWriter(tmp_path / str(step)))
     assert [(f"{run}@2", "resumed_from", f"{run}@1")] == edges(server, *steps(run, 2, 3))
+
+
+def test_torchs_own_load_says_it_too(session: dcp.Session, server: str, run: str, tmp_path: Path) -> None:
+    """With ``ShardbookReader``, of a ref and of a directory; without a session it refuses before anything is read."""
+    dcp.save(some_state(), checkpoint_id=tmp_path / "1")
+    torch_dcp.save({"w": some_state()["w"]}, checkpoint_id=tmp_path / "plain")
+    state = blank_state()
+    reader = dcp.ShardbookReader(f"{run}@latest", lineage="resumed_from")
+    torch_dcp.load(state, storage_reader=reader)
+    assert [] == different(some_state(), state)
+    dcp.save(some_state(), checkpoint_id=tmp_path / "2")
+    converted = dcp.ShardbookReader(lineage="converted-from")
+    torch_dcp.load({"w": blank_state()["w"]}, checkpoint_id=tmp_path / "plain", storage_reader=converted)
+    dcp.save(some_state(), checkpoint_id=tmp_path / "3")
+    assert [
+        (f"{run}@2", "resumed_from", f"{run}@1"),
+        (f"{run}@3", "converted_from", str(tmp_path / "plain")),
+    ] == edges(server, *steps(run, 1, 2, 3))
+    with pytest.raises(InvalidArgumentError) as caught:
+        dcp.ShardbookReader(f"{run}@latest", lineage="evaluated_by")
+    assert ["lineage"] == [one.field for one in caught.value.violations]
+    dcp.close()
+    state = blank_state()
+    with pytest.raises(CheckpointException, match=r"init\(") as refused:
+        torch_dcp.load(state, checkpoint_id=tmp_path / "1", storage_reader=reader)
+    assert "NO_SESSION" == getattr(refused.value.failures[0][0], "reason", None)
+    assert [] == different(blank_state(), state)
 
 
 def test_of_several_ranks_the_coordinator_says_it(pool: RankPool, server: str, run: str, tmp_path: Path) -> None:

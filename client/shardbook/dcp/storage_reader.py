@@ -24,7 +24,8 @@ from shardbook.core.names import CheckpointName
 from shardbook.dcp._torch import storage_reader_for
 from shardbook.dcp.lazy import LazyMetadata
 from shardbook.dcp.loading import lazy_directory_metadata, repair_directory, source_of
-from shardbook.dcp.runtime import current_config
+from shardbook.dcp.runtime import current, current_config
+from shardbook.dcp.telling import ToldOrigins, origin_kind, tell_loaded
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, ShardbookError
 from shardbook.sources import ManifestSource, ServiceSource
 
@@ -56,6 +57,10 @@ class ShardbookReader(StorageReader):
         storage_reader: Reads the bytes; by default the one that fits the checkpoint's location.
         weights_only: False has torch unpickle a ``.metadata`` that holds more than DCP's metadata, which can run any
             code. Entries are the planner's business.
+        lineage: As for ``shardbook.dcp.load``; needs ``init`` before the load.
+
+    Raises:
+        InvalidArgumentError: ``lineage`` names no kind of origin.
     """
 
     def __init__(
@@ -64,8 +69,11 @@ class ShardbookReader(StorageReader):
         *,
         storage_reader: StorageReader | None = None,
         weights_only: bool = True,
+        lineage: str | None = None,
     ) -> None:
         super().__init__()
+        self._kind = None if lineage is None else origin_kind(lineage)
+        self._told: ToldOrigins | None = None
         self._given: Any = storage_reader
         self._weights_only = weights_only
         self._target: str | os.PathLike[str] | CheckpointName | None = checkpoint_id
@@ -100,7 +108,12 @@ class ShardbookReader(StorageReader):
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Notes what is loaded; the other reader is set up once the planner has asked where it lies."""
+        """Notes what is loaded; the other reader is set up once the planner has asked where it lies.
+
+        Raises:
+            FailedPreconditionError: ``lineage`` was given, and there is no session (reason ``NO_SESSION``).
+        """
+        self._told = None if self._kind is None else current().origins
         self._metadata, self._place, self._is_ready = metadata, (is_coordinator, args, kwargs), False
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -136,26 +149,40 @@ class ShardbookReader(StorageReader):
         return prepared
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Has the other reader read; rank 0 finishes what a killed coordinator left undone in the directory."""
-        reader = self._set_up()
+        """Has the other reader read; rank 0 finishes what a killed coordinator left undone in the directory.
+
+        Then the session is told where its next checkpoint comes from. A file that is missing wherever the checkpoint is
+        is told to the catalogue.
+        """
+        reader, metadata = self._set_up(), self._metadata
         done = self._read(reader, plan, planner)
         is_coordinator, _, _ = self._place
-        if is_coordinator and checkpoint_named(self._target) is None:
+        repairs = is_coordinator and checkpoint_named(self._target) is None
+        if repairs or self._told is not None:
             done.wait()
+        if repairs:
             repair_directory(reader)
+        if self._told is not None and self._kind is not None and metadata is not None:
+            tell_loaded(self._told, self._kind, metadata, self.checkpoint_id)
         return done
 
     def _read(self, reader: Any, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads from where the checkpoint is first; where a file is missing, from where else it is."""
-        places = self._metadata.source.locations if isinstance(self._metadata, LazyMetadata) else ()
+        source = self._metadata.source if isinstance(self._metadata, LazyMetadata) else None
         try:
             done: Future[None] = reader.read_data(plan, planner)
-            if places[1:]:
+            if source is not None:
                 done.wait()
         except Exception as error:
-            if self._given is not None or not is_absent(error):
+            if self._given is not None or source is None or not is_absent(error):
                 raise
-            return read_elsewhere(error, str(self.checkpoint_id), places, partial(self._read_at, plan, planner))
+            return read_elsewhere(
+                error,
+                str(self.checkpoint_id),
+                source.locations,
+                partial(self._read_at, plan, planner),
+                tell_lost=getattr(source, "tell_lost", lambda: None),
+            )
         return done
 
     def _read_at(self, plan: LoadPlan, planner: LoadPlanner, place: str) -> Future[None]:

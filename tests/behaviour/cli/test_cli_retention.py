@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 import typer
+from torch.distributed.checkpoint.api import CheckpointException
 
 import shardbook
 from shardbook import dcp
@@ -321,16 +322,19 @@ class TestLostData:
     def test_a_reader_that_misses_a_file_flags_it(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
     ) -> None:
-        """`read` and `load`; and its own error is what it raises."""
-        first, second, _ = recorded(shardbook, tmp_path, run, 1, 2, 3)
-        for path in (first, second):
+        """`read`, `load` and torch's own `load`; and its own error is what it raises."""
+        *bad, _ = recorded(shardbook, tmp_path, run, 1, 2, 3, 4)
+        for path in bad:
             (path / identity().prefix / "__0_0.distcp").unlink()
         with pytest.raises(NotFoundError) as missed:
             shardbook_read(f"{run}@1")
         assert "NO_DATA_FILE" == missed.value.reason
         with pytest.raises(Exception, match="__0_0"):
             dcp.load({"note.0": None}, f"{run}@2")
-        assert [True, True, False] == [client.get_checkpoint(f"{run}@{step}").data_missing for step in (1, 2, 3)]
+        with pytest.raises(CheckpointException, match="__0_0"):
+            torch_dcp.load({"note.0": None}, storage_reader=dcp.ShardbookReader(f"{run}@3"), no_dist=True)
+        flagged = [client.get_checkpoint(f"{run}@{step}").data_missing for step in (1, 2, 3, 4)]
+        assert [True, True, True, False] == flagged
 
     def test_a_file_that_a_user_object_misses_is_none_of_the_checkpoint(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
