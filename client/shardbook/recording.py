@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from shardbook._saving import BlobSource
 from shardbook.client import Client
 from shardbook.core.columns import unframe
 from shardbook.core.description import origins_in, unpack_said
 from shardbook.core.extents import decode_segment
 from shardbook.core.limits import MAX_BLOB_BYTES, MAX_RECORD_REGISTRATIONS
-from shardbook.core.manifest import AttemptIdentity, Manifest, StoredBlob
+from shardbook.core.manifest import AttemptIdentity, Manifest, RegistrationRecord, StoredBlob
 from shardbook.core.names import RunName
 from shardbook.core.structure import BlobKind, reference_of
 from shardbook.errors import CorruptManifestError, InternalError, InvalidArgumentError
@@ -75,6 +76,35 @@ class RecordedContent:
                 f"a manifest has extents of {len(pairs)} ranks and structures of {len(manifest.structure_digests)}"
             )
         return cls(manifest.structure_digests, pairs, manifest.blobs, manifest.metadata_header, manifest.said)
+
+
+def registration_of(record: RegistrationRecord, phase_ms: Sequence[int] = ()) -> pb.ShardRegistration:
+    """Returns a rank's registration, as its record has it, as a call carries it."""
+    return pb.ShardRegistration(
+        rank=record.rank,
+        structure_digest=record.structure_digest,
+        extents=record.extents,
+        volatile_properties=record.volatile,
+        phase_ms=phase_ms,
+    )
+
+
+def message_of(blob: StoredBlob) -> Blob:
+    """Returns a blob as a call carries it."""
+    return Blob(kind=BlobKindNumber.Name(blob.kind), payload=blob.payload)
+
+
+def blob_source(blobs: Sequence[StoredBlob]) -> BlobSource:
+    """Returns what finds those of some blobs that the server asks for; InternalError when it asks for another."""
+    held = {(int(blob.kind), blob.digest): blob for blob in blobs}
+
+    def find(unknown: Sequence[BlobRef]) -> Iterable[Blob]:
+        for ref in unknown:
+            if (ref.kind, ref.digest) not in held:
+                raise InternalError(f"the server asks for a blob that was not named: {ref.digest.hex()[:12]}")
+        return [message_of(held[ref.kind, ref.digest]) for ref in unknown]
+
+    return find
 
 
 def description_of(said: bytes) -> Description:
@@ -227,7 +257,7 @@ class _Attempt:
             size_bytes += len(blob.payload)
             if chosen and size_bytes > max(MAX_BLOB_BYTES, _PART_BYTES):
                 break
-            chosen.append(Blob(kind=BlobKindNumber.Name(kind), payload=blob.payload))
+            chosen.append(message_of(blob))
         return chosen
 
     def _needed_by(self, structure: bytes) -> tuple[_Address, ...]:

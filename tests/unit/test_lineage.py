@@ -82,6 +82,8 @@ def test_kinds_are_those_of_the_wire() -> None:
         ("abfs://container@account.host/x", "abfs://container@account.host/x"),
         ("https://wandb.example/r/1?workspace=ada", "https://wandb.example/r/1?workspace=ada"),
         ("mail ada@example.org", "mail ada@example.org"),
+        ("https://hub.example by ada@example.org", "https://hub.example by ada@example.org"),
+        ("https://wandb.example/r/1?design=monkey&hockey=1", "https://wandb.example/r/1?design=monkey&hockey=1"),
     ],
 )
 def test_what_an_end_means(text: str, meant: CheckpointName | str) -> None:
@@ -99,6 +101,8 @@ def test_what_an_end_means(text: str, meant: CheckpointName | str) -> None:
         "https://host/x?token=secret",
         "https://host/x?a=1&X-Amz-Signature=secret",
         "https://host/x#access_token=secret",
+        "copy of s3://k:secret@bucket/x",
+        "https://host/x?url=https%3A%2F%2Fother%2Fy%3Fsig%3Dsecret",
     ],
 )
 def test_credentials_are_refused_and_not_repeated(text: str) -> None:

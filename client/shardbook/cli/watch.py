@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from shardbook.cli.checkpoints import state_of
 from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Plain, Server, Timeout, client_of
 from shardbook.core.names import check_segment
 from shardbook.errors import InvalidArgumentError
-from shardbook.events import EVERYTHING, NOW, Event, EventKind, Subscription
+from shardbook.events import EVERYTHING, KINDS, NOW, Event, EventKind, Subscription
 
 if TYPE_CHECKING:
     from shardbook._watching import Watching
@@ -25,24 +24,6 @@ Examples:
   shardbook watch llm/8b-v3 --since start --once --json
   shardbook watch 'llm/*' --name mmlu --exec 'python eval.py --checkpoint {path}'
   shardbook watch --name mmlu --status"""
-
-
-class Kind(StrEnum):
-    """Kinds of events, as options."""
-
-    COMMITTED = EventKind.COMMITTED.value
-    FAILED = EventKind.FAILED.value
-    EXPIRED = EventKind.EXPIRED.value
-    SUPERSEDED = EventKind.SUPERSEDED.value
-    DELETED = EventKind.DELETED.value
-    UNDELETED = EventKind.UNDELETED.value
-    DATA_LOST = EventKind.DATA_LOST.value
-    DATA_FOUND = EventKind.DATA_FOUND.value
-    MOVED = EventKind.MOVED.value
-    ALIAS_MOVED = EventKind.ALIAS_MOVED.value
-    ALIAS_DELETED = EventKind.ALIAS_DELETED.value
-
-
 _COLUMNS = (
     ("CHECKPOINT", False),
     ("STATE", False),
@@ -51,6 +32,10 @@ _COLUMNS = (
     ("DUE", False),
     ("WHY", False),
 )
+
+
+def _kinds(incomplete: str) -> list[str]:
+    return [kind.value for kind in KINDS if kind.startswith(incomplete)]
 
 
 def watch(
@@ -66,7 +51,14 @@ def watch(
         str, typer.Option("--filter", "-f", metavar="FILTER", help="Which checkpoints (docs/filters.md).")
     ] = "",
     kinds: Annotated[
-        list[Kind] | None, typer.Option("--kind", "-k", help="Which events; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            "-k",
+            metavar="KIND",
+            help=f"Which events: {', '.join(KINDS)}; may be given several times.",
+            autocompletion=_kinds,
+        ),
     ] = None,
     since: Annotated[
         str, typer.Option("--since", metavar="now|start|CURSOR", help="Where to begin; start is the oldest event.")
@@ -118,13 +110,14 @@ def watch(
     if command is None:
         if name is not None:
             raise InvalidArgumentError("--name goes with --exec, --status or --delete", field="name")
-        wanted = [kind.value for kind in kinds or []]
-        with client.watch(place, part=part, filter=filter_text, kinds=wanted, since=since, until_now=once) as events:
+        with client.watch(
+            place, part=part, filter=filter_text, kinds=kinds or (), since=since, until_now=once
+        ) as events:
             _print_events(events, limit, as_json=as_json, is_plain=is_plain)
         return
     if name is None:
         raise InvalidArgumentError("--exec needs --name NAME: the server keeps the place under it", field="name")
-    if kinds and set(kinds) != {Kind.COMMITTED}:
+    if kinds and set(kinds) != {EventKind.COMMITTED}:
         raise InvalidArgumentError("--exec works on committed checkpoints alone", field="kind")
     from shardbook.cli.commands import Command
     from shardbook.cli.working import Work, Worker

@@ -6,7 +6,6 @@ the catalogue, or something that has a name only: a model of another hub, a path
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,15 +13,8 @@ from typing import Any, Final
 
 from shardbook.core import limits
 from shardbook.core.names import CheckpointName, is_ref
+from shardbook.core.uris import credentials_in
 from shardbook.errors import InvalidArgumentError
-
-#: Azure writes ``container@account`` where others write a user; a password never passes.
-_USER_INFO: Final = re.compile(
-    r"(?<![a-z0-9+.-])(?:(?!(?:abfs|wasb)s?://)[a-z][a-z0-9+.-]*://[^/?#\s]*@|[a-z][a-z0-9+.-]*://[^/?#@\s]*:[^/?#\s]*@)",
-    re.IGNORECASE,
-)
-#: Parameters of web addresses that open what they point to.
-_SECRET: Final = re.compile(r"[?&#;][^=&#;]*(?:sig|token|secret|passw|credential|auth|key)[^=&#;]*=", re.IGNORECASE)
 
 
 class LineageKind(IntEnum):
@@ -111,7 +103,7 @@ def check_end(text: str, field: str) -> CheckpointName | str:
             reason="LIMIT_EXCEEDED",
             field=field,
         )
-    if _USER_INFO.search(text) or ("://" in text and _SECRET.search(text)):
+    if any("://" in word and credentials_in(word) for word in text.split()):
         raise InvalidArgumentError(
             "a URL with a user, a password or a signature is not kept: leave them out",
             reason="CREDENTIALS",

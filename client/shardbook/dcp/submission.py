@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from shardbook._saving import BlobSource
 from shardbook.breaker import SaveBudget
 from shardbook.client import Client
 from shardbook.core import limits
@@ -22,10 +21,11 @@ from shardbook.core.table import encode_table
 from shardbook.dcp.attempt import Attempt
 from shardbook.dcp.runtime import Runtime
 from shardbook.dcp.session import host_name
-from shardbook.errors import InternalError, InvalidArgumentError, ShardbookError
+from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook.recording import blob_source, message_of, registration_of
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1 import types_pb2
-from shardbook.v1.types_pb2 import AttemptKey, Blob, BlobRef, RankFailure
+from shardbook.v1.types_pb2 import AttemptKey, Blob, RankFailure
 
 _LOG = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Submitter:
             save_to_lowest_rank=to_lowest_rank,
             blobs=self._unasked((plan.table, plan.plan)),
         )
-        answer = self.client.plan_until_decided(request, self._source((plan.table, plan.plan)), timeout_s=timeout_s)
+        answer = self.client.plan_until_decided(request, blob_source((plan.table, plan.plan)), timeout_s=timeout_s)
         self._known.update(_key(blob) for blob in (plan.table, plan.plan))
         if answer.state != pb.PlanSaveResponse.STATE_DECIDED:
             return None
@@ -154,7 +154,7 @@ class Submitter:
             host=record.host,
             blobs=self._unasked(record.blobs),
         )
-        answer = self.client.register_shards(request, self._source(record.blobs), wait_s=wait_s)
+        answer = self.client.register_shards(request, blob_source(record.blobs), wait_s=wait_s)
         self._known.update(_key(blob) for blob in record.blobs)
         return answer.checkpoint if answer.HasField("checkpoint") else None
 
@@ -188,22 +188,6 @@ class Submitter:
         new = (blob for blob in blobs if _key(blob) not in self._known)
         return [message_of(blob) for blob in new if len(blob.payload) <= limits.SMALL_BLOB_BYTES]
 
-    @staticmethod
-    def _source(blobs: Sequence[StoredBlob]) -> BlobSource:
-        """Finds the blobs that the server asks for."""
-        held = {_key(blob): blob for blob in blobs}
-
-        def find(unknown: Sequence[BlobRef]) -> Iterable[Blob]:
-            found = []
-            for ref in unknown:
-                blob = held.get((ref.kind, ref.digest))
-                if blob is None:
-                    raise InternalError(f"the server asks for a blob that was not named: {ref.digest.hex()[:12]}")
-                found.append(message_of(blob))
-            return found
-
-        return find
-
 
 def connect(runtime: Runtime, attempt: Attempt, budget: SaveBudget) -> Submitter | None:
     """Returns the way to the service, with the number of the session; None when the service is not to be asked.
@@ -219,29 +203,6 @@ def connect(runtime: Runtime, attempt: Attempt, budget: SaveBudget) -> Submitter
 
 def _key(blob: StoredBlob) -> BlobKey:
     return int(blob.kind), blob.digest
-
-
-def message_of(blob: StoredBlob) -> Blob:
-    """Returns a blob as sent."""
-    return Blob(kind=_KINDS[blob.kind], payload=blob.payload)
-
-
-_KINDS = {
-    BlobKind.TABLE: types_pb2.BLOB_KIND_TABLE,
-    BlobKind.PLAN: types_pb2.BLOB_KIND_PLAN,
-    BlobKind.STRUCTURE: types_pb2.BLOB_KIND_STRUCTURE,
-}
-
-
-def registration_of(record: RegistrationRecord, phase_ms: Sequence[int] = ()) -> pb.ShardRegistration:
-    """Returns a record's registration as sent."""
-    return pb.ShardRegistration(
-        rank=record.rank,
-        structure_digest=record.structure_digest,
-        extents=record.extents,
-        volatile_properties=record.volatile,
-        phase_ms=phase_ms,
-    )
 
 
 def _dropped(bitmap: bytes, item_count: int) -> BoolArray:

@@ -11,7 +11,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shardbook._saving import BlobSource
 from shardbook.catalog import Checkpoint
 from shardbook.client import Client
 from shardbook.core import directory as files
@@ -22,9 +21,9 @@ from shardbook.core.names import RunName, prefix_of
 from shardbook.core.structure import BlobKind, FileName, RankPlan, RankStructure, encode_plan, encode_structure
 from shardbook.core.table import EntryKind, TensorTable, encode_table
 from shardbook.demo.archive import saved_tensor
-from shardbook.recording import attempt_key
+from shardbook.recording import attempt_key, blob_source, message_of, registration_of
 from shardbook.v1 import registration_pb2 as pb
-from shardbook.v1.types_pb2 import AttemptLocation, Blob, Description
+from shardbook.v1.types_pb2 import AttemptLocation, Description
 
 WORLD_SIZE: Final = 4
 #: Shapes by name; each rank has as many rows as any other.
@@ -101,16 +100,12 @@ class DemoJob:
         record = self._record(who, rank, self._written(who, rank))
         written_s = time.monotonic()
         _put(self._directory(who.step) / files.record_path(who.prefix, rank), record.to_bytes())
-        registration = pb.ShardRegistration(
-            rank=rank,
-            structure_digest=record.structure_digest,
-            extents=record.extents,
-            phase_ms=[1, round((written_s - began_s) * 1e3), round((time.monotonic() - written_s) * 1e3)],
-        )
+        took_ms = [1, round((written_s - began_s) * 1e3), round((time.monotonic() - written_s) * 1e3)]
+        registration = registration_of(record, took_ms)
         request = pb.RegisterShardsRequest(
             key=attempt_key(who), location=self._location(who), registration=registration, host=record.host
         )
-        self._client.register_shards(request, _blobs_of(record))
+        self._client.register_shards(request, blob_source(record.blobs))
 
     def _written(self, who: AttemptIdentity, rank: int) -> dict[str, int]:
         """Writes the rank's file; returns the lengths of what is in it, by name."""
@@ -127,7 +122,7 @@ class DemoJob:
                 location=self._location(record.identity),
                 rank=record.rank,
                 plan_digest=held[BlobKind.PLAN].digest,
-                blobs=[Blob(kind=int(kind), payload=held[kind].payload) for kind in wanted],  # type: ignore[arg-type]
+                blobs=[message_of(held[kind]) for kind in wanted],
                 host=record.host,
             )
         )
@@ -195,11 +190,6 @@ class DemoJob:
 def _shards(rank: int, step: int) -> dict[str, npt.NDArray[np.float32]]:
     """A rank's rows of every tensor."""
     return {name: np.split(expected(name, step), WORLD_SIZE)[rank] for name in SHAPES}
-
-
-def _blobs_of(record: RegistrationRecord) -> BlobSource:
-    held = {(int(blob.kind), blob.digest): blob.payload for blob in record.blobs}
-    return lambda refs: [Blob(kind=ref.kind, payload=held[ref.kind, ref.digest]) for ref in refs]
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ from shardbook.core.structure import BlobKind
 from shardbook.errors import InvalidArgumentError, ShardbookError
 from shardbook.v1 import metadata_pb2, registration_pb2, types_pb2
 from shardbook_server.rpc import describing
-from shardbook_server.rpc.times import timestamp
+from shardbook_server.rpc.times import microseconds, timestamp
 from shardbook_server.service import types, views
 from shardbook_server.service.describing import Description
 
@@ -54,7 +54,7 @@ def session_start(request: registration_pb2.StartSessionRequest) -> types.Sessio
         host=request.host,
         user=request.user,
         known_session=request.known_session if request.HasField("known_session") else None,
-        age_us=_age_us(request.age),
+        age_us=microseconds(request.age, "age"),
     )
 
 
@@ -351,13 +351,6 @@ def blob_refs(refs: Sequence[types.BlobRef]) -> list[types_pb2.BlobRef]:
 def state(value: views.CheckpointState) -> str:
     """Returns the name of a checkpoint's state; the numbers are the same on both sides."""
     return types_pb2.CheckpointState.Name(value)
-
-
-def _age_us(age: Duration) -> int:
-    """Returns an age in microseconds; a duration of mixed or excessive parts is refused."""
-    if not 0 <= age.nanos < 1_000_000_000:
-        raise InvalidArgumentError("an age is not negative", field="age")
-    return age.seconds * 1_000_000 + age.nanos // 1_000
 
 
 def duration(value_s: float) -> Duration:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from google.protobuf.duration_pb2 import Duration
-
-from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import events_pb2 as pb
-from shardbook_server.rpc import convert
+from shardbook_server.rpc import convert, times
 from shardbook_server.rpc.times import timestamp
 from shardbook_server.service.claiming import (
     ClaimAnswer,
@@ -25,6 +22,8 @@ from shardbook_server.storage.claims import ClaimState
 
 #: Kinds that one request may name: each of them a few times over.
 _MAX_KINDS: Final = 64
+
+seconds = times.seconds
 
 
 def interest(request: pb.WatchCheckpointsRequest) -> Interest:
@@ -101,13 +100,6 @@ def subscription(view: SubscriptionView) -> pb.Subscription:
         claims=[_claim(one) for one in view.claims],
         create_time=timestamp(view.create_time_us),
     )
-
-
-def seconds(duration: Duration, field: str) -> float:
-    """Returns a duration; raises InvalidArgumentError when it is none."""
-    if abs(duration.nanos) >= 1_000_000_000 or abs(duration.seconds) > limits.INT64_MAX // 10**9:
-        raise InvalidArgumentError("this is no duration", field=field)
-    return duration.seconds + duration.nanos / 1e9
 
 
 def _claim(view: ClaimView) -> pb.Claim:

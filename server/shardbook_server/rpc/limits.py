@@ -11,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from shardbook.core import limits
 from shardbook.errors import InvalidArgumentError, ResourceExhaustedError
 from shardbook_server.rpc.call import current_call
+from shardbook_server.rpc.times import seconds
 
 #: Calls whose uploads are inflated and checked at the same time; each may hold ``limits.MAX_INFLATED_BYTES``.
 UPLOADS_AT_ONCE: Final = 2
@@ -63,7 +64,7 @@ def wait_s(wait: Duration) -> float:
     Raises:
         InvalidArgumentError: The wait is negative, or no valid duration.
     """
-    asked_s = wait.seconds + wait.nanos / 1e9
-    if asked_s < 0 or abs(wait.nanos) >= 1_000_000_000:
+    asked_s = seconds(wait, "wait")
+    if asked_s < 0:
         raise InvalidArgumentError("a wait is not negative", field="wait")
     return max(0.0, min(asked_s, limits.MAX_WAIT_S, current_call().remaining_s() - ANSWER_S))

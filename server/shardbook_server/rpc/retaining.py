@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from google.protobuf.duration_pb2 import Duration
-
 from shardbook.core import limits
 from shardbook.core.retention import KeepBest, RetentionPolicy
 from shardbook.errors import InvalidArgumentError
 from shardbook.v1 import retention_pb2 as pb
 from shardbook_server.rpc import convert
-from shardbook_server.rpc.times import timestamp
+from shardbook_server.rpc.times import microseconds, timestamp
 from shardbook_server.service import views
 
 
 def ttl_us(request: pb.HoldCheckpointRequest) -> int:
     """Returns how long a hold is to last, microseconds."""
-    return _microseconds(request.ttl)
+    return microseconds(request.ttl, "ttl")
 
 
 def policy(message: pb.RetentionPolicy) -> RetentionPolicy:
@@ -26,7 +24,7 @@ def policy(message: pb.RetentionPolicy) -> RetentionPolicy:
             reason="LIMIT_EXCEEDED",
             field="policy.keep_best",
         )
-    newer_us = _microseconds(message.newer_than)
+    newer_us = microseconds(message.newer_than, "policy.newer_than")
     if newer_us % 1_000_000:
         raise InvalidArgumentError("newer_than is in whole seconds", field="policy.newer_than")
     return RetentionPolicy(
@@ -83,7 +81,3 @@ def decision(view: views.PruneView) -> pb.PruneDecision:
         size_bytes=view.size_bytes,
         create_time=timestamp(view.create_time_us),
     )
-
-
-def _microseconds(message: Duration) -> int:
-    return int(message.seconds) * 1_000_000 + int(message.nanos) // 1_000

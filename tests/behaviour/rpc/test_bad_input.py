@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from shardbook.core import limits
 from shardbook.errors import ShardbookError
-from shardbook.v1 import catalog_pb2, metadata_pb2, types_pb2
+from shardbook.v1 import catalog_pb2, metadata_pb2, retention_pb2, types_pb2
 from shardbook.v1 import registration_pb2 as pb
 from tests.behaviour.rpc.api import Api, Job, Payload, Shard, fields, payload, refusal, row
 
@@ -237,6 +237,21 @@ def test_names_that_are_none_are_refused_everywhere(api: Api, run: str, name: st
     assert ["run"] == fields(refusal(api.registration.GetRunStatus, pb.GetRunStatusRequest(run=resource)))
     checkpoint = metadata_pb2.GetMetadataRequest(name=f"{run}/parts/default/checkpoints/{name}")
     assert ["name"] == fields(refusal(lambda: next(api.metadata.GetMetadata(checkpoint))))
+
+
+@pytest.mark.parametrize(
+    "given", [Duration(seconds=2**62), Duration(seconds=60, nanos=-1), Duration(seconds=60, nanos=2_000_000_000)]
+)
+def test_a_duration_is_one(api: Api, run: str, given: Duration) -> None:
+    """Rule: parts that no duration has are refused wherever one is given, and the field is named."""
+    name = f"{run}/parts/default/checkpoints/1.s1.a1"
+    hold = retention_pb2.HoldCheckpointRequest(name=name, holder="eval", ttl=given)
+    assert ["ttl"] == fields(refusal(api.catalog.HoldCheckpoint, hold))
+    policy = retention_pb2.RetentionPolicy(newer_than=given)
+    stored = retention_pb2.SetRetentionPolicyRequest(name=f"{run}/parts/-", policy=policy)
+    assert ["policy.newer_than"] == fields(refusal(api.catalog.SetRetentionPolicy, stored))
+    start = pb.StartSessionRequest(run=run, incarnation=b"x" * 16, wait=given)
+    assert ["wait"] == fields(refusal(api.registration.StartSession, start))
 
 
 def test_an_age_is_a_time_that_a_job_can_have(api: Api, run: str) -> None:
