@@ -10,7 +10,7 @@ import grpc.aio
 from shardbook.v1 import catalog_pb2 as pb
 from shardbook.v1 import events_pb2, lineage_pb2, locations_pb2, retention_pb2
 from shardbook.v1.catalog_pb2_grpc import CatalogServiceServicer
-from shardbook_server.rpc import convert, describing, events, limits, lineage, locating, retaining
+from shardbook_server.rpc import convert, describing, events, limits, lineage, locating, retaining, times
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.rpc.feed import Feed
 from shardbook_server.rpc.once import Writes
@@ -343,7 +343,7 @@ class CatalogHandlers(CatalogServiceServicer):
         self, request: events_pb2.RenewClaimRequest, context: Context
     ) -> events_pb2.RenewClaimResponse:
         """Keeps a claim."""
-        lease_s = events.seconds(request.lease, "lease")
+        lease_s = times.seconds(request.lease, "lease")
         await self._bridge.write("claim", self._services.claims.renew, request.subscription, request.claim_id, lease_s)
         return events_pb2.RenewClaimResponse()
 

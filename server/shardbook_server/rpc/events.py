@@ -23,8 +23,6 @@ from shardbook_server.storage.claims import ClaimState
 #: Kinds that one request may name: each of them a few times over.
 _MAX_KINDS: Final = 64
 
-seconds = times.seconds
-
 
 def interest(request: pb.WatchCheckpointsRequest) -> Interest:
     """Returns what WatchCheckpoints asks for."""
@@ -56,7 +54,7 @@ def claim_request(request: pb.ClaimCheckpointRequest) -> ClaimRequest:
         cursor=request.cursor,
         claim_id=request.claim_id,
         holder=request.holder,
-        lease_s=seconds(request.lease, "lease"),
+        lease_s=times.seconds(request.lease, "lease"),
         max_attempts=request.max_attempts,
     )
 
@@ -73,7 +71,7 @@ def finish_request(request: pb.FinishClaimRequest) -> FinishRequest:
         checkpoint=request.checkpoint,
         outcome=outcome,
         failure=request.failure,
-        retry_delay_s=seconds(request.retry_delay, "retry_delay"),
+        retry_delay_s=times.seconds(request.retry_delay, "retry_delay"),
         max_attempts=request.max_attempts,
     )
 
