@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -13,7 +14,7 @@ from sqlalchemy import Connection, text
 
 from shardbook.core.names import RunName
 from shardbook.core.structure import BlobKind
-from shardbook.errors import DeadlineExceededError, UnavailableError
+from shardbook.errors import DeadlineExceededError, ShardbookError, UnavailableError
 from shardbook_server.service.services import build_services
 from shardbook_server.storage import blobs, events, registrations, runs
 from shardbook_server.storage.blobs import NewBlob
@@ -186,6 +187,20 @@ def test_readers_see_one_moment_and_refuse_to_write(database: Database) -> None:
             assert ["read committed", "off"] == shown(connection, "transaction_isolation", "transaction_read_only")
     with pytest.raises(UnavailableError, match="read-only"), database.read() as connection:
         connection.execute(text("DELETE FROM events"))
+
+
+def test_what_holds_for_a_reader_holds_for_nobody_after_it(database: Database) -> None:
+    """It ends when its machine is gone, and compiles nothing; said as it begins, and over with it, errors or none."""
+    names = ("jit", "statement_timeout", "idle_in_transaction_session_timeout", "tcp_keepalives_idle")
+    with database.backend.writer.connect() as connection:
+        outside = shown(connection, *names)
+    for ends in ("SELECT 1", "SELECT 1 / 0"):
+        with suppress(ShardbookError), database.read() as connection:
+            assert ["off", "30s", "15s"] == shown(connection, *names)[:3]
+            connection.execute(text(ends))
+        with database.backend.writer.connect() as connection:
+            assert outside == shown(connection, *names)
+            assert "read committed" == shown(connection, "transaction_isolation")[0]
 
 
 @pytest.mark.parametrize("mode", ["on", "remote_apply", "remote_write", "local"])

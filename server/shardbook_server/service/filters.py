@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from lark import Lark, Token, Transformer, UnexpectedInput, UnexpectedToken, v_args
@@ -55,6 +56,8 @@ TEXT: /"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'/
 %ignore /[ \t\r\n]+/
 """
 _ESCAPE: Final = re.compile(r"\\(.)", re.DOTALL)
+#: Texts whose meaning is kept: whoever turns pages asks the same again.
+_KEPT: Final = 256
 #: Stars in one text; each more may cost as much again as all before it.
 _MAX_STARS: Final = 4
 _INT32_MAX: Final = 2**31 - 1
@@ -65,6 +68,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _ORDER: Final = re.compile(r"\s*([\w./-]+)(?:\s+(asc|desc))?\s*")
 
 
+@lru_cache(maxsize=_KEPT)
 def parse_filter(text: str) -> Condition | None:
     """Returns the condition that a filter says; None for the empty one.
 
@@ -94,6 +98,7 @@ def parse_filter(text: str) -> Condition | None:
     return built.condition
 
 
+@lru_cache(maxsize=_KEPT)
 def parse_order(text: str) -> tuple[OrderBy, ...]:
     """Returns the fields of an order, none for the empty one.
 

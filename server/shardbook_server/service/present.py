@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from shardbook.core.names import LATEST, CheckpointId, CheckpointName, PartName, RunName
@@ -33,6 +34,8 @@ def checkpoint_info(connection: Connection, checkpoint_id: int) -> CheckpointInf
 
 #: As most rows have them: a page need not parse each.
 _NO_WARNINGS: Final = "[]"
+#: Names of parts that are kept.
+_PART_NAMES: Final = 4_096
 
 
 def listed_by_id(connection: Connection, checkpoint_id: int) -> ListedCheckpoint:
@@ -43,10 +46,16 @@ def listed_by_id(connection: Connection, checkpoint_id: int) -> ListedCheckpoint
     return listed
 
 
+@lru_cache(maxsize=_PART_NAMES)
+def _part_name(project: str, run: str, part: str) -> PartName:
+    """Returns a part's name, which is judged once and not for each of its checkpoints."""
+    return PartName(RunName(project, run), part)
+
+
 def checkpoint_of(listed: ListedCheckpoint, said: Said = NOTHING_SAID) -> CheckpointInfo:
     """Returns a checkpoint as it is answered, with what is said of it."""
     row = listed.row
-    part = PartName(RunName(listed.project, listed.run), listed.part)
+    part = _part_name(listed.project, listed.run, listed.part)
     full = CheckpointId.full(row.step, row.session, row.attempt, row.incarnation)
     # The short form names the step alone while that means this attempt.
     short = CheckpointId(step=row.step) if row.live else full

@@ -51,12 +51,12 @@ def among(dialect: str, column: ColumnElement[int]) -> ColumnElement[bool]:
     return column.in_(bindparam("ids", expanding=True))
 
 
-def unindexed(connection: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:
+def unindexed(dialect: str, column: ColumnElement[Any]) -> ColumnElement[Any]:
     """Returns a column of numbers so that SQLite finds no rows by it: its planner guesses what it has no statistics of.
 
     Postgres has them, and gets the column as it is.
     """
-    return column if connection.dialect.name == "postgresql" else column + literal_column("0")
+    return column if dialect == "postgresql" else column + literal_column("0")
 
 
 def insert_ignore(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

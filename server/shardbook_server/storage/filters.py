@@ -103,7 +103,7 @@ Condition = Comparison | AllOf | AnyOf | Not
 Values = Mapping[Field, ColumnElement[Any]]
 
 
-def predicate(connection: Connection, condition: Condition, values: Values) -> ColumnElement[bool]:
+def predicate(dialect: str, condition: Condition, values: Values) -> ColumnElement[bool]:
     """Returns the condition on a row of ``checkpoints``.
 
     Which rows are looked at is decided by whoever lists. So labels and metrics are looked up by the checkpoint's own
@@ -111,30 +111,30 @@ def predicate(connection: Connection, condition: Condition, values: Values) -> C
     kept from using an index for a column that the order does not begin with.
 
     Args:
-        connection: Says which database it is.
+        dialect: Which database it is.
         condition: The condition.
         values: Columns to take as they are.
     """
     match condition:
         case AllOf(conditions):
-            return and_(true(), *(predicate(connection, one, values) for one in conditions))
+            return and_(true(), *(predicate(dialect, one, values) for one in conditions))
         case AnyOf(conditions):
-            return or_(false(), *(predicate(connection, one, values) for one in conditions))
+            return or_(false(), *(predicate(dialect, one, values) for one in conditions))
         case Not(one):
-            return not_(predicate(connection, one, values))
+            return not_(predicate(dialect, one, values))
         case _:
-            return _compared(connection, condition, values)
+            return _compared(dialect, condition, values)
 
 
-def _compared(connection: Connection, condition: Comparison, values: Values) -> ColumnElement[bool]:
+def _compared(dialect: str, condition: Comparison, values: Values) -> ColumnElement[bool]:
     field = condition.field
     if field in values:
-        return _judged(connection, condition, values[field])
+        return _judged(dialect, condition, values[field])
     if field.name in COLUMNS:
-        return _judged(connection, condition, unindexed(connection, COLUMNS[field.name]))
+        return _judged(dialect, condition, unindexed(dialect, COLUMNS[field.name]))
     if field.name in PLACES:
-        part_id = unindexed(connection, checkpoints.c.part_id)
-        return part_id.in_(parts_where(connection, [condition]))
+        part_id = unindexed(dialect, checkpoints.c.part_id)
+        return part_id.in_(parts_where(dialect, [condition]))
     table = labels if field.name == LABELS else metrics
     value = (
         select(table.c.value)
@@ -142,19 +142,19 @@ def _compared(connection: Connection, condition: Comparison, values: Values) -> 
         .correlate(checkpoints)
         .scalar_subquery()
     )
-    return func.coalesce(_judged(connection, condition, value), false())
+    return func.coalesce(_judged(dialect, condition, value), false())
 
 
 def meeting(connection: Connection, condition: Condition, checkpoint_ids: Sequence[int]) -> set[int]:
     """Returns those of some checkpoints that meet a condition."""
     found: set[int] = set()
-    meets = predicate(connection, condition, {})
+    meets = predicate(connection.dialect.name, condition, {})
     for some in slices(checkpoint_ids):
         found.update(connection.scalars(select(checkpoints.c.id).where(checkpoints.c.id.in_(some), meets)))
     return found
 
 
-def parts_where(connection: Connection, conditions: Sequence[Comparison]) -> Select[int]:
+def parts_where(dialect: str, conditions: Sequence[Comparison]) -> Select[int]:
     """Returns the statement that finds the parts whose names meet conditions on places."""
     columns = {"project": projects.c.name, "run": runs.c.name, "part": parts.c.name}
     statement = select(parts.c.id)
@@ -163,7 +163,7 @@ def parts_where(connection: Connection, conditions: Sequence[Comparison]) -> Sel
         statement = statement.join(runs, runs.c.id == parts.c.run_id)
     if "project" in named:
         statement = statement.join(projects, projects.c.id == runs.c.project_id)
-    return statement.where(*(_judged(connection, one, columns[one.field.name]) for one in conditions))
+    return statement.where(*(_judged(dialect, one, columns[one.field.name]) for one in conditions))
 
 
 def conjuncts(condition: Condition | None) -> Iterator[Condition]:
@@ -175,13 +175,14 @@ def conjuncts(condition: Condition | None) -> Iterator[Condition]:
         yield condition
 
 
-def candidates(connection: Connection, condition: Condition | None, live: tuple[int, ...]) -> Iterator[Select[int]]:
+def candidates(dialect: str, condition: Condition | None, live: tuple[int, ...]) -> Iterator[tuple[Field, Select[Any]]]:
     """Yields statements that find by an index the keys of checkpoints that may meet a condition, and some more.
 
-    One for each field that all of them have something to say of; what is said of it from both sides is one range.
+    One for each field that all of them have something to say of; what is said of it from both sides is one range. Of a
+    label or metric its value comes with the key, in a column of the name ``value``.
 
     Args:
-        connection: Says which database it is.
+        dialect: Which database it is.
         condition: The condition.
         live: Values of ``live`` that are looked for.
     """
@@ -197,22 +198,22 @@ def candidates(connection: Connection, condition: Condition | None, live: tuple[
     of_live = select(checkpoints.c.id).where(checkpoints.c.live.in_(live))
     for field, compared in by_field.items():
         if field.name in PLACES:
-            yield of_live.where(checkpoints.c.part_id.in_(parts_where(connection, compared)))
+            yield field, of_live.where(checkpoints.c.part_id.in_(parts_where(dialect, compared)))
         elif field.name in COLUMNS:
-            yield of_live.where(*(_range(one, COLUMNS[field.name]) for one in compared))
+            yield field, of_live.where(*(_range(one, COLUMNS[field.name]) for one in compared))
         else:
             table = labels if field.name == LABELS else metrics
             ranges = (_range(one, table.c.value) for one in compared)
-            yield select(table.c.checkpoint_id).where(table.c.name == field.key, *ranges)
+            yield field, select(table.c.checkpoint_id, table.c.value).where(table.c.name == field.key, *ranges)
 
 
-def _judged(connection: Connection, condition: Comparison, value: Any) -> ColumnElement[bool]:
+def _judged(dialect: str, condition: Comparison, value: Any) -> ColumnElement[bool]:
     match condition:
         case Compare(_, name, wanted):
             judged: ColumnElement[bool] = OPERATORS[name](value, wanted)
             return judged
         case Match(_, pieces):
-            return _matches(connection, value, pieces)
+            return _matches(dialect, value, pieces)
         case _:
             present: ColumnElement[bool] = value.is_not(None)
             return present
@@ -240,9 +241,9 @@ def _successor(prefix: str) -> str | None:
     return kept[:-1] + chr(0xE000 if code == 0xD800 else code)
 
 
-def _matches(connection: Connection, value: Any, pieces: tuple[str, ...]) -> ColumnElement[bool]:
+def _matches(dialect: str, value: Any, pieces: tuple[str, ...]) -> ColumnElement[bool]:
     """Matches a pattern in the database's own words, both of which heed capitals."""
-    if connection.dialect.name == "postgresql":
+    if dialect == "postgresql":
         escaped = (piece.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for piece in pieces)
         found: ColumnElement[bool] = value.like("%".join(escaped), escape="\\")
         return found

@@ -14,13 +14,26 @@ turn a page into a join of everything.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, literal_column, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Integer,
+    Select,
+    and_,
+    bindparam,
+    func,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+)
 from sqlalchemy.sql.selectable import NamedFromClause
 
 from shardbook_server.storage.dialect import unindexed
@@ -43,9 +56,13 @@ from shardbook_server.storage.tables import checkpoints, labels, metrics, parts
 Key = tuple[str | int | float, ...]
 
 #: Rows that are looked up and sorted rather than found in order: what takes a few milliseconds.
-FEW: Final = 1_000
+FEW: Final = 1_500
+#: The same where only columns are judged: to walk past such a row costs a fraction of what a label or metric does.
+_FEW_BY_COLUMN: Final = 1_000
 #: Conditions that are asked for how many rows they hold.
 _ASKED: Final = 8
+#: Listings whose statements are kept.
+_KEPT: Final = 256
 #: Parts that are walked one by one and merged.
 _MERGED_PARTS: Final = 16
 #: As in ``shardbook.v1.CheckpointState``.
@@ -62,10 +79,20 @@ class OrderBy:
     descending: bool = False
 
 
+_NO_VALUES: Final[Mapping[Field, ColumnElement[Any]]] = {}
+
 #: Newest session and step first: an abandoned branch never hides the live one.
 NEWEST_STEP: Final = (OrderBy(_SESSION, descending=True), OrderBy(_STEP, descending=True))
 #: Newest first, where sessions of several runs mean nothing to each other.
 NEWEST: Final = (OrderBy(Field("create_time"), descending=True),)
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """Statements of a first page of ``count`` keys in order, and of one behind a key."""
+
+    first: Select[Any]
+    further: Select[Any]
 
 
 @dataclass(frozen=True)
@@ -100,14 +127,20 @@ class Listing:
 
 def page(connection: Connection, listing: Listing, after: Key | None, count: int) -> list[Key]:
     """Returns the keys of ``count`` rows behind ``after``, in order; the last value of each is a checkpoint's key."""
-    return _Lister(connection, listing).page(after, count)
+    return _lister(connection.dialect.name, listing).page(connection, after, count)
+
+
+@lru_cache(maxsize=_KEPT)
+def _lister(dialect: str, listing: Listing) -> _Lister:
+    """Returns what reads a listing's pages: making its statements takes longer than the database does for a page."""
+    return _Lister(dialect, listing)
 
 
 class _Lister:
-    """Reads pages of one listing. For one transaction."""
+    """Statements of one listing, made when they are needed, and kept. Thread-safe: what is made twice is the same."""
 
-    def __init__(self, connection: Connection, listing: Listing) -> None:
-        self._connection = connection
+    def __init__(self, dialect: str, listing: Listing) -> None:
+        self._dialect = dialect
         self._listing = listing
         #: Labels and metrics that the order needs, each a table of its own.
         self._values: dict[Field, NamedFromClause[Any]] = {
@@ -115,18 +148,22 @@ class _Lister:
             for one in listing.order
             if one.field.name in (LABELS, METRICS)
         }
+        self._lookups: dict[int, _Ordered] = {}
 
-    def page(self, after: Key | None, count: int) -> list[Key]:
-        few, found = self._few()
+    def page(self, connection: Connection, after: Key | None, count: int) -> list[Key]:
+        few, found = self._few(connection)
         if few is not None and found == 0:
             return []
-        if few is None:
-            columns = [column for column, _ in self._keys]
-            pages = [self._read(branch, columns, after, count) for branch in self._walks()]
-        else:
-            # Sorted when it is all there: or a planner might walk along the order, and look for those few.
-            matching = self._looked_up(few).cte("matching").prefix_with("MATERIALIZED")
-            pages = [self._read(select(matching), list(matching.c), after, count)]
+        statements = self._walks if few is None else [self._lookup(few)]
+        values: dict[str, Any] = {"count": count}
+        if few is not None:
+            values["few"] = FEW
+        if after is not None:
+            values |= {f"after_{at}": value for at, value in enumerate(after)}
+        pages = [
+            [tuple(row) for row in connection.execute(one.first if after is None else one.further, values).all()]
+            for one in statements
+        ]
         if len(pages) == 1:
             return pages[0]
         downs = [down for _, down in self._keys]
@@ -134,26 +171,42 @@ class _Lister:
 
     # ------------------------------------------------------------------ few match
 
-    def _few(self) -> tuple[Select[Any] | None, int]:
-        """Returns the statement of the condition that the fewest rows may meet, if those are few, and how many."""
-        asked = list(islice(candidates(self._connection, self._listing.condition, self._listing.live), _ASKED))
-        place = self._place(checkpoints.c.part_id)
-        if not self._walks_parts and place is not None:
-            live = checkpoints.c.live.in_(self._listing.live)
-            asked.append(select(checkpoints.c.id).where(place, live))
+    def _few(self, connection: Connection) -> tuple[int | None, int]:
+        """Returns which condition the fewest rows may meet, if those are few, and how many."""
         fewest, chosen = FEW, None
-        for statement in asked:
-            bounded = statement.limit(fewest + 1).subquery()
-            found = self._connection.scalar(select(func.count()).select_from(bounded)) or 0
-            if found <= fewest:
-                fewest, chosen = found, statement
+        for at, (field, _, counting) in enumerate(self._asked):
+            is_said = field is not None and field.name in (LABELS, METRICS)
+            most = fewest if is_said else min(fewest, _FEW_BY_COLUMN)
+            found: int = connection.execute(counting, {"few": most + 1}).scalar_one()
+            if found <= most:
+                fewest, chosen = found, at
                 if found == 0:
                     break
         return chosen, fewest
 
-    def _looked_up(self, few: Select[Any]) -> Select[Any]:
-        (found,) = few.limit(FEW).subquery().c
-        return self._placed(self._base().join(found.table, found == checkpoints.c.id))
+    @cached_property
+    def _asked(self) -> list[tuple[Field | None, FromClause, Select[int]]]:
+        """Conditions that have an index: of which field, up to ``few`` keys that may meet it, and their count."""
+        listing = self._listing
+        asked: list[tuple[Field | None, Select[Any]]] = list(
+            islice(candidates(self._dialect, listing.condition, listing.live), _ASKED)
+        )
+        place = self._place(checkpoints.c.part_id)
+        if not self._walks_parts and place is not None:
+            asked.append((None, select(checkpoints.c.id).where(place, checkpoints.c.live.in_(listing.live))))
+        bounded = [(field, one.limit(bindparam("few", type_=Integer)).subquery()) for field, one in asked]
+        return [(field, found, select(func.count()).select_from(found)) for field, found in bounded]
+
+    def _lookup(self, at: int) -> _Ordered:
+        if at not in self._lookups:
+            field, found, _ = self._asked[at]
+            # Of a label or metric the value has been found too, and need not be looked up by the key of each.
+            values = {field: found.c.value} if field is not None and "value" in found.c else {}
+            looked_up = self._placed(self._base(values).join(found, next(iter(found.c)) == checkpoints.c.id))
+            # Sorted when it is all there: or a planner might walk along the order, and look for those few.
+            matching = looked_up.cte("matching").prefix_with("MATERIALIZED")
+            self._lookups[at] = self._ordered(select(matching), list(matching.c))
+        return self._lookups[at]
 
     # ------------------------------------------------------------------ many match
 
@@ -166,8 +219,13 @@ class _Lister:
         fields = [one.field for one in order]
         return fields == [_SESSION, _STEP] or (len(fields) == 1 and fields[0].name == METRICS)
 
-    def _walks(self) -> list[Select[Any]]:
-        """Returns statements that each walk along an index, and together find everything."""
+    @cached_property
+    def _walks(self) -> list[_Ordered]:
+        """Statements that each walk along an index, and together find everything."""
+        columns = [column for column, _ in self._keys]
+        return [self._ordered(branch, columns) for branch in self._branches()]
+
+    def _branches(self) -> list[Select[Any]]:
         listing, first = self._listing, self._listing.order[0].field
         if self._walks_parts:
             column = self._values[first].c.part_id if first.name == METRICS else checkpoints.c.part_id
@@ -183,15 +241,20 @@ class _Lister:
         if self._listing.part_ids is not None and len(self._listing.part_ids) <= _MERGED_PARTS:
             return part_id.in_(self._listing.part_ids)
         if self._listing.places:
-            return part_id.in_(parts_where(self._connection, list(self._listing.places)))
+            return part_id.in_(parts_where(self._dialect, list(self._listing.places)))
         return None
 
     def _placed(self, statement: Select[Any]) -> Select[Any]:
-        place = self._place(unindexed(self._connection, checkpoints.c.part_id))
+        place = self._place(unindexed(self._dialect, checkpoints.c.part_id))
         return statement if place is None else statement.where(place)
 
-    def _base(self, *, walks_all: bool = False) -> Select[Any]:
-        """Selects the key, from the tables that the order needs, of rows that meet the condition."""
+    def _base(self, found: Mapping[Field, ColumnElement[Any]] = _NO_VALUES, *, walks_all: bool = False) -> Select[Any]:
+        """Selects the key, from the tables that the order needs, of rows that meet the condition.
+
+        Args:
+            found: Columns that hold values of fields, beside those of the order.
+            walks_all: An index that begins with ``live`` is to be walked.
+        """
         listing = self._listing
         columns = (column.label(f"key_{at}") for at, (column, _) in enumerate(self._keys))
         statement = select(*columns).select_from(checkpoints)
@@ -201,13 +264,13 @@ class _Lister:
             )
         if any(one.field.name == "part" for one in listing.order):
             # From parts to checkpoints, whichever SQLite takes to be fewer: that is their order.
-            statement = statement.join(parts, checkpoints.c.part_id == unindexed(self._connection, parts.c.id))
+            statement = statement.join(parts, checkpoints.c.part_id == unindexed(self._dialect, parts.c.id))
         if not listing.show_all:
             # Where other columns lead the way SQLite would rather walk through everything that is live.
-            live = checkpoints.c.live if walks_all else unindexed(self._connection, checkpoints.c.live)
+            live = checkpoints.c.live if walks_all else unindexed(self._dialect, checkpoints.c.live)
             statement = statement.where(live == literal_column("1"))
         if listing.condition is not None:
-            statement = statement.where(predicate(self._connection, listing.condition, self._at_hand))
+            statement = statement.where(predicate(self._dialect, listing.condition, {**self._at_hand, **found}))
         return statement
 
     @property
@@ -235,19 +298,16 @@ class _Lister:
         own = self._values[first.field].c.checkpoint_id if first.field in self._values else checkpoints.c.id
         return [*keys, (own, last.descending)]
 
-    def _read(
-        self, statement: Select[Any], columns: Sequence[ColumnElement[Any]], after: Key | None, count: int
-    ) -> list[Key]:
+    def _ordered(self, statement: Select[Any], columns: Sequence[ColumnElement[Any]]) -> _Ordered:
         downs = [down for _, down in self._keys]
         order = (column.desc() if down else column.asc() for column, down in zip(columns, downs, strict=True))
-        if after is not None:
-            statement = statement.where(_behind(columns, downs, after))
-        return [tuple(row) for row in self._connection.execute(statement.order_by(*order).limit(count)).all()]
+        first = statement.order_by(*order).limit(bindparam("count", type_=Integer))
+        return _Ordered(first, first.where(_behind(columns, downs)))
 
 
-def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool], after: Key) -> ColumnElement[bool]:
-    """Returns the condition that a row comes behind another one."""
-    values = [literal(value, column.type) for column, value in zip(columns, after, strict=True)]
+def _behind(columns: Sequence[ColumnElement[Any]], downs: Sequence[bool]) -> ColumnElement[bool]:
+    """Returns the condition that a row comes behind the one whose key is bound as ``after_0``, ``after_1``, ..."""
+    values = [bindparam(f"after_{at}", type_=column.type) for at, column in enumerate(columns)]
     if len(set(downs)) == 1:
         mine, other = tuple_(*columns), tuple_(*values)
         behind: ColumnElement[bool] = mine < other if downs[0] else mine > other

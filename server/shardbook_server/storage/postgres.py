@@ -69,8 +69,15 @@ def _prepared(settings: Mapping[str, str]) -> TextClause:
     return text("SELECT " + ", ".join(f"set_config('{name}', {value}, true)" for name, value in given.items()))
 
 
-#: A page takes milliseconds; where a planner guesses too high, compiling it would take a hundred.
-_BEFORE_READS: Final = _prepared({"jit": "'off'"})
+#: Begins a transaction that reads, in one journey to the database; ``statement_timeout`` in ms is added. A page takes
+#: milliseconds; where a planner guesses too high, compiling it would take a hundred.
+_BEGIN_READ: Final = "; ".join(
+    [
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+        *(f"SET LOCAL {name} = {value}" for name, value in ({"jit": "off"} | _HOLDER_LIMITS).items()),
+        "SET LOCAL statement_timeout = ",
+    ]
+)
 _BEFORE_WRITES: Final = _prepared({"synchronous_commit": ":synchronous_commit"})
 _NOW_US: Final = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
 #: Only members of pg_monitor may list the log's files; anybody may ask how far it has come.
@@ -142,8 +149,9 @@ class PostgresBackend:
         )
         event.listen(self.writer, "connect", self._connected)
         event.listen(self.writer, "handle_error", _leave_standbys)
-        # One pool for both: what differs is said when a transaction begins.
-        self.readers = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        # One pool for both: what differs is said when a transaction begins. Of those that read ``prepare`` says it,
+        # along with their settings; the driver would send its own BEGIN first, and wait for the answer.
+        self.readers = self.writer.execution_options(isolation_level="AUTOCOMMIT")
 
     def _connected(self, connection: Any, *_: object) -> None:
         self.connection_count += 1
@@ -169,16 +177,18 @@ class PostgresBackend:
                 cut.shutdown(socket.SHUT_RDWR)
 
     def prepare(self, connection: Connection, *, writes: bool) -> None:
-        """Bounds the statements of this transaction, and says when its commit counts.
+        """Begins a transaction that reads; bounds its statements, and says when the commit of one that writes counts.
 
         Postgres takes the time limit off before it commits, so it can end a statement, never a COMMIT.
         """
         left_s = deadline.remaining_s() - _ANSWER_S
         limit_s = min(self._options.statement_timeout_s, left_s if math.isfinite(left_s) else math.inf)
-        values = {"statement_timeout": str(max(1, round(limit_s * 1000)))}
+        limit_ms = max(1, round(limit_s * 1000))
         if writes:
-            values["synchronous_commit"] = self._options.synchronous_commit
-        connection.execute(_BEFORE_WRITES if writes else _BEFORE_READS, values)
+            values = {"statement_timeout": str(limit_ms), "synchronous_commit": self._options.synchronous_commit}
+            connection.execute(_BEFORE_WRITES, values)
+        else:
+            connection.exec_driver_sql(f"{_BEGIN_READ}{limit_ms}")
 
     def lock_runs(self, connection: Connection, runs: Sequence[RunName], *, exclusive: bool) -> None:
         """Takes the advisory locks of runs, in one order, as a statement of its own.

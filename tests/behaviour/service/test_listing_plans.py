@@ -78,13 +78,12 @@ def stored(module_databases: Databases) -> Iterator[Database]:
 
 
 @contextmanager
-def pages_of(database: Database) -> Iterator[list[tuple[str, Any]]]:
-    """Statements that read pages: those that are ordered."""
+def statements_of(database: Database) -> Iterator[list[tuple[str, Any]]]:
+    """Statements of readers, with their parameters."""
     seen: list[tuple[str, Any]] = []
 
     def note(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
-        if "key_0" in statement:
-            seen.append((statement, parameters))
+        seen.append((statement, parameters))
 
     event.listen(database.backend.readers, "before_cursor_execute", note)
     yield seen
@@ -104,11 +103,13 @@ def plan_of(connection: Connection, statement: str, parameters: Any) -> str:
 
 def plans(database: Database, parent: str, filter_text: str, order_by: str, *, show_all: bool) -> list[str]:
     """Plans of a first page and the one behind it."""
-    with pages_of(database) as statements:
+    with statements_of(database) as seen:
         asked: dict[str, Any] = {"filter_text": filter_text, "order_by": order_by, "show_all": show_all}
         catalog = build_services(database).catalog
         first = catalog.list_checkpoints(parent, page_size=3, **asked)
         catalog.list_checkpoints(parent, page_size=3, page_token=first.next_page_token, **asked)
+    # Those that read pages: they are ordered.
+    statements = [one for one in seen if "key_0" in one[0]]
     assert len(statements) >= 2
     # For SQLite one is always spelled out.
     assert all("OFFSET" not in statement or parameters[-1] == 0 for statement, parameters in statements)
@@ -145,3 +146,65 @@ def test_what_few_match_is_looked_up(stored: Database, filter_text: str, order_b
         assert re.search(r"MATERIALIZE matching|CTE matching", plan), plan
         # Nothing but what was found is scanned: rows are looked up by key.
         assert not re.search(r"(?:SCAN|Seq Scan on) (checkpoints|labels|metrics)\b", plan), plan
+
+
+@pytest.mark.parametrize(
+    "filter_text", ['labels.keep = "yes"', "labels.keep:*", 'labels.keep = "y*"', "metrics.mmlu > 0.5"]
+)
+def test_values_that_were_found_are_not_looked_up_again(stored: Database, filter_text: str) -> None:
+    """The index of labels or metrics has the value beside the key: one lookup for each row, its checkpoint's."""
+    for plan in plans(stored, EVERYTHING, filter_text, "bytes", show_all=False):
+        assert not re.search(r"SubPlan|CORRELATED SCALAR SUBQUERY", plan), plan
+
+
+#: parent, filter, order, and statements of a page at most: those that find keys, what is listed, what is said of it.
+COSTS = {
+    "everything": (EVERYTHING, "", "", 1 + 2),
+    "by metric": (EVERYTHING, "", "metrics.val_loss", 1 + 2),
+    "a project": (PROJECT, "", "", 2 + 2),
+    "rare label": (EVERYTHING, 'labels.keep = "yes"', "", 2 + 2),
+    "three conditions": (EVERYTHING, 'step > 100 AND world_size = 8 AND labels.team = "red"', "", 4 + 2),
+    # Its parts are found first, and each of the two is walked.
+    "a run": (RUN, "", "", 1 + 2 + 2),
+}
+
+
+@pytest.mark.parametrize("page_size", [3, 50, 200])
+@pytest.mark.parametrize("name", COSTS)
+def test_a_page_takes_few_statements(stored: Database, name: str, page_size: int) -> None:
+    """However many checkpoints it has, the first page and one further on. To begin is one more, settings and all."""
+    parent, filter_text, order_by, most = COSTS[name]
+    asked: dict[str, Any] = {"filter_text": filter_text, "order_by": order_by, "page_size": page_size}
+    catalog = build_services(stored).catalog
+    # The key of tokens is read once.
+    token = catalog.list_checkpoints(parent, **asked).next_page_token
+    for page_token in ("", token):
+        with statements_of(stored) as seen:
+            catalog.list_checkpoints(parent, page_token=page_token, **asked)
+        assert seen[0][0].startswith("BEGIN")
+        assert len(seen) <= 1 + most, [statement for statement, _ in seen]
+
+
+def test_a_page_is_of_one_moment(databases: Databases) -> None:
+    """What is written while a page is read is not in it, neither as a checkpoint nor as what is said of one."""
+    with opened(databases.new()) as database:
+        (first,) = store(database, [Saved("llm", "8b", "default", 1, 1, labels={"keep": "yes"})])
+        catalog = build_services(database).catalog
+        moments: list[int] = []
+
+        def write(*_: object) -> None:
+            moments.append(len(moments))
+            # A moment begins with the first look at a table, which is behind BEGIN.
+            if len(moments) > 1:
+                with database.write() as connection:
+                    connection.execute(text("UPDATE labels SET value = 'no'"))
+                    connection.execute(text("UPDATE checkpoints SET live = 0, size_bytes = size_bytes + 1"))
+
+        listens = (database.backend.readers, "after_cursor_execute", write)
+        event.listen(*listens)
+        try:
+            (found,) = catalog.list_checkpoints(EVERYTHING, filter_text='labels.keep = "yes"').items
+        finally:
+            event.remove(*listens)
+        assert len(moments) >= 4
+    assert (first, {"keep": "yes"}, 1000) == (found.checkpoint_id, found.labels, found.size_bytes)
