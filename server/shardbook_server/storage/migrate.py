@@ -23,7 +23,7 @@ from shardbook_server.storage import tables
 from shardbook_server.storage.database import Database
 
 #: Revision of the schema that this release is written for.
-HEAD = "0009"
+HEAD = "0010"
 _UPGRADE = "shardbook-server db upgrade"
 
 
