@@ -17,7 +17,8 @@ from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import descriptions as description_rows
 from shardbook_server.storage import runs as run_rows
 from shardbook_server.storage.database import Connection, Database
-from shardbook_server.storage.listing import NEWEST, NEWEST_STEP, Listing, page
+from shardbook_server.storage.listing import page
+from shardbook_server.storage.listing_statements import NEWEST, NEWEST_STEP, Listing
 from shardbook_server.storage.runs import RunRow
 
 

@@ -36,7 +36,7 @@ from shardbook_server.storage.filters import (
     Not,
     Present,
 )
-from shardbook_server.storage.listing import OrderBy
+from shardbook_server.storage.listing_statements import OrderBy
 
 _GRAMMAR: Final = r"""
 ?start: conjunction

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    Select,
     Table,
     bindparam,
     func,
@@ -57,6 +58,15 @@ def unindexed(dialect: str, column: ColumnElement[Any]) -> ColumnElement[Any]:
     Postgres has them, and gets the column as it is.
     """
     return column if dialect == "postgresql" else column + literal_column("0")
+
+
+def one_of(dialect: str, column: ColumnElement[Any], values: Select[Any]) -> ColumnElement[bool]:
+    """Returns the condition that a column has one of the values that a statement finds, each looked up by an index."""
+    if dialect == "postgresql":
+        # Of IN it makes a join, and might read a whole table for that, which takes longer than it thinks.
+        found: ColumnElement[bool] = column == func.any(func.array(values.scalar_subquery()))
+        return found
+    return column.in_(values)
 
 
 def insert_ignore(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

@@ -40,6 +40,7 @@ OPERATORS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_OPPOSITES: Final = {"=": "!=", "!=": "=", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ Condition = Comparison | AllOf | AnyOf | Not
 Values = Mapping[Field, ColumnElement[Any]]
 
 
-def predicate(dialect: str, condition: Condition, values: Values) -> ColumnElement[bool]:
+def predicate(
+    dialect: str, condition: Condition, values: Values, key: ColumnElement[int] = checkpoints.c.id
+) -> ColumnElement[bool]:
     """Returns the condition on a row of ``checkpoints``.
 
     Which rows are looked at is decided by whoever lists. So labels and metrics are looked up by the checkpoint's own
@@ -114,19 +117,20 @@ def predicate(dialect: str, condition: Condition, values: Values) -> ColumnEleme
         dialect: Which database it is.
         condition: The condition.
         values: Columns to take as they are.
+        key: Key of the row, to look up labels and metrics.
     """
     match condition:
         case AllOf(conditions):
-            return and_(true(), *(predicate(dialect, one, values) for one in conditions))
+            return and_(true(), *(predicate(dialect, one, values, key) for one in conditions))
         case AnyOf(conditions):
-            return or_(false(), *(predicate(dialect, one, values) for one in conditions))
+            return or_(false(), *(predicate(dialect, one, values, key) for one in conditions))
         case Not(one):
-            return not_(predicate(dialect, one, values))
+            return not_(predicate(dialect, one, values, key))
         case _:
-            return _compared(dialect, condition, values)
+            return _compared(dialect, condition, values, key)
 
 
-def _compared(dialect: str, condition: Comparison, values: Values) -> ColumnElement[bool]:
+def _compared(dialect: str, condition: Comparison, values: Values, key: ColumnElement[int]) -> ColumnElement[bool]:
     field = condition.field
     if field in values:
         return _judged(dialect, condition, values[field])
@@ -138,11 +142,23 @@ def _compared(dialect: str, condition: Comparison, values: Values) -> ColumnElem
     table = labels if field.name == LABELS else metrics
     value = (
         select(table.c.value)
-        .where(table.c.checkpoint_id == checkpoints.c.id, table.c.name == field.key)
-        .correlate(checkpoints)
+        .where(table.c.checkpoint_id == key, table.c.name == field.key)
+        .correlate(key.table)
         .scalar_subquery()
     )
     return func.coalesce(_judged(dialect, condition, value), false())
+
+
+def comparisons(condition: Condition) -> Iterator[Comparison]:
+    """Yields everything that a condition is made of."""
+    match condition:
+        case AllOf(conditions) | AnyOf(conditions):
+            for one in conditions:
+                yield from comparisons(one)
+        case Not(one):
+            yield from comparisons(one)
+        case _:
+            yield condition
 
 
 def meeting(connection: Connection, condition: Condition, checkpoint_ids: Sequence[int]) -> set[int]:
@@ -166,6 +182,28 @@ def parts_where(dialect: str, conditions: Sequence[Comparison]) -> Select[int]:
     return statement.where(*(_judged(dialect, one, columns[one.field.name]) for one in conditions))
 
 
+def affirmed(condition: Condition) -> Condition:
+    """Returns the same condition with NOT only where a label or metric may be lacking, or a pattern is not met.
+
+    So it says as much as it can of which rows it holds for: ``NOT step < 5`` is a range of an index.
+    """
+    match condition:
+        case AllOf(conditions):
+            return AllOf(tuple(map(affirmed, conditions)))
+        case AnyOf(conditions):
+            return AnyOf(tuple(map(affirmed, conditions)))
+        case Not(Not(inner)):
+            return affirmed(inner)
+        case Not(AllOf(conditions)):
+            return AnyOf(tuple(affirmed(Not(one)) for one in conditions))
+        case Not(AnyOf(conditions)):
+            return AllOf(tuple(affirmed(Not(one)) for one in conditions))
+        case Not(Compare(field, sign, value)) if field.name not in (LABELS, METRICS):
+            return Compare(field, _OPPOSITES[sign], value)
+        case _:
+            return condition
+
+
 def conjuncts(condition: Condition | None) -> Iterator[Condition]:
     """Yields the conditions that all have to be met."""
     if isinstance(condition, AllOf):
@@ -175,74 +213,20 @@ def conjuncts(condition: Condition | None) -> Iterator[Condition]:
         yield condition
 
 
-def candidates(dialect: str, condition: Condition | None, live: tuple[int, ...]) -> Iterator[tuple[Field, Select[Any]]]:
-    """Yields statements that find by an index the keys of checkpoints that may meet a condition, and some more.
-
-    One for each field that all of them have something to say of; what is said of it from both sides is one range. Of a
-    label or metric its value comes with the key, in a column of the name ``value``.
-
-    Args:
-        dialect: Which database it is.
-        condition: The condition.
-        live: Values of ``live`` that are looked for.
-    """
-    by_field: dict[Field, list[Comparison]] = {}
-    for one in conjuncts(condition):
-        match one:
-            case Compare(operator="!=") | AllOf() | AnyOf() | Not():
-                # The first of them is nearly everything, mostly.
-                continue
-            case Match(pieces=(prefix, *_)) if not prefix:
-                continue
-        by_field.setdefault(one.field, []).append(one)
-    of_live = select(checkpoints.c.id).where(checkpoints.c.live.in_(live))
-    for field, compared in by_field.items():
-        if field.name in PLACES:
-            yield field, of_live.where(checkpoints.c.part_id.in_(parts_where(dialect, compared)))
-        elif field.name in COLUMNS:
-            yield field, of_live.where(*(_range(one, COLUMNS[field.name]) for one in compared))
-        else:
-            table = labels if field.name == LABELS else metrics
-            ranges = (_range(one, table.c.value) for one in compared)
-            yield field, select(table.c.checkpoint_id, table.c.value).where(table.c.name == field.key, *ranges)
-
-
 def _judged(dialect: str, condition: Comparison, value: Any) -> ColumnElement[bool]:
     match condition:
         case Compare(_, name, wanted):
             judged: ColumnElement[bool] = OPERATORS[name](value, wanted)
             return judged
         case Match(_, pieces):
-            return _matches(dialect, value, pieces)
+            return matches(dialect, value, pieces)
         case _:
             present: ColumnElement[bool] = value.is_not(None)
             return present
 
 
-def _range(condition: Comparison, column: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Returns the range of an index that holds everything that meets a comparison."""
-    match condition:
-        case Compare(_, name, wanted):
-            within: ColumnElement[bool] = OPERATORS[name](column, wanted)
-            return within
-        case Match(_, (prefix, *_)):
-            end = _successor(prefix)
-            return column >= prefix if end is None else and_(column >= prefix, column < end)
-        case _:
-            return true()
-
-
-def _successor(prefix: str) -> str | None:
-    """Returns the first text behind all those that begin with ``prefix``; None when there is none."""
-    kept = prefix.rstrip("\U0010ffff")
-    if not kept:
-        return None
-    code = ord(kept[-1]) + 1
-    return kept[:-1] + chr(0xE000 if code == 0xD800 else code)
-
-
-def _matches(dialect: str, value: Any, pieces: tuple[str, ...]) -> ColumnElement[bool]:
-    """Matches a pattern in the database's own words, both of which heed capitals."""
+def matches(dialect: str, value: Any, pieces: tuple[str, ...]) -> ColumnElement[bool]:
+    """Returns the condition that a text consists of the pieces of a pattern; both databases heed capitals."""
     if dialect == "postgresql":
         escaped = (piece.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") for piece in pieces)
         found: ColumnElement[bool] = value.like("%".join(escaped), escape="\\")

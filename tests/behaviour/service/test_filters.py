@@ -15,10 +15,11 @@ from benchmarks.catalogue_rows import Saved, store
 from shardbook.errors import InvalidArgumentError
 from shardbook_server.service.filters import parse_filter, parse_order
 from shardbook_server.service.places import parse_parent, part_ids_of
-from shardbook_server.storage import listing
+from shardbook_server.storage import candidates, listing
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.filters import AllOf, AnyOf, Compare, Field, Match, Not, Present
-from shardbook_server.storage.listing import Listing, OrderBy
+from shardbook_server.storage.keyset import Key
+from shardbook_server.storage.listing_statements import Listing, OrderBy
 from tests.behaviour.service.filter_texts import Judge, conditions, some_rows
 from tests.databases import Databases, opened
 
@@ -48,7 +49,7 @@ class Stored:
     def listed(self, text: str, order_by: str = "step", parent: str = EVERYTHING, page_size: int = 1000) -> list[int]:
         """Keys of everything that a listing shows, page by page."""
         place = parse_parent(parent)
-        found: list[listing.Key] = []
+        found: list[Key] = []
         with self.database.read() as connection:
             part_ids = tuple(part_ids_of(connection, place)) if place.one_run else None
             asked = Listing(part_ids, place.conditions, parse_filter(text), parse_order(order_by), show_all=True)
@@ -66,17 +67,36 @@ def stored(module_databases: Databases) -> Iterator[Stored]:
         yield Stored(database, store(database, some_rows()))
 
 
-@pytest.fixture(params=[0, listing.FEW], ids=["walked", "looked up"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either way to a page: along the index of the order, or by the condition that the fewest rows meet."""
-    monkeypatch.setattr(listing, "FEW", request.param)
+_NOT_FEW = {"FEW": 0, "FEW_BY_COLUMN": 0}
+#: Ways to a page, by what is few and how long a walk goes on: along the index of the order, judging every row, or
+#: knowing which may meet a condition; the same with pauses, then looked up after all, or walked on; looked up at once.
+WAYS = {
+    "walked": {**_NOT_FEW, "SOME": 0},
+    "guided": _NOT_FEW,
+    "walked, then looked up": {**_NOT_FEW, "SOME": 0, "STRETCH": 5},
+    "walked on": {**_NOT_FEW, "SOME": 0, "STRETCH": 5, "MANY": 0},
+    "guided, then looked up": {**_NOT_FEW, "GUIDED_STRETCH": 5},
+    "walked, then looked up by the first values": {**_NOT_FEW, "SOME": 0, "STRETCH": 5, "VALUES": 3},
+    "looked up": {},
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A way to a page, whatever the filter."""
+    for name, rows in WAYS[request.param].items():
+        monkeypatch.setattr(candidates if name == "VALUES" else listing, name, rows)
+    # Statements have the number of values in them.
+    listing.kept.cache_clear()
+    yield
+    listing.kept.cache_clear()
 
 
 @pytest.mark.usefixtures("way")
 def test_a_filter_finds_what_it_means(stored: Stored) -> None:
     """Rule: the same as every condition judged in Python, row by row."""
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(conditions)
     def check(asked: tuple[str, Judge]) -> None:
         text, judge = asked
@@ -91,7 +111,7 @@ def test_pages_join_to_everything_in_order(stored: Stored) -> None:
     fields = st.lists(st.tuples(st.sampled_from(sorted(READ)), st.booleans()), min_size=1, max_size=3, unique_by=_first)
     parents = st.sampled_from([EVERYTHING, "projects/llm/runs/-/parts/-", "projects/llm/runs/8b/parts/-"])
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(fields, parents, st.sampled_from([7, 50, 299, 1000]), conditions)
     def check(order: list[tuple[str, bool]], parent: str, page_size: int, asked: tuple[str, Judge]) -> None:
         wanted = {
@@ -109,6 +129,34 @@ def test_pages_join_to_everything_in_order(stored: Stored) -> None:
         assert all(_in_order(one, other, order) for one, other in pairwise(keys))
 
     check()
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (
+            ("labels.team = a", lambda one: one.labels.get("team") == "a"),
+            ("labels.team = b", lambda one: one.labels.get("team") == "b"),
+        ),
+        (("step < 2", lambda one: one.step < 2), ("step < 4", lambda one: one.step < 4)),
+        (("step < 2", lambda one: one.step < 2), ("session < 2", lambda one: one.session < 2)),
+        (
+            ("metrics.loss <= 0", lambda one: one.metrics.get("loss", 1) <= 0),
+            ("metrics.loss <= 0.25", lambda one: one.metrics.get("loss", 1) <= 0.25),
+        ),
+        (
+            ("labels.team:a OR step = 1", lambda one: "a" in one.labels.get("team", "") or one.step == 1),
+            ("labels.team:b OR step = 1", lambda one: "b" in one.labels.get("team", "") or one.step == 1),
+        ),
+    ],
+    ids=lambda pair: pair[0][0],
+)
+def test_what_is_kept_of_a_listing_is_of_no_other(stored: Stored, pair: tuple[tuple[str, Judge], ...]) -> None:
+    """Listings that differ in one value or field, asked in turn: statements are kept, those of one form are shared."""
+    for text, judge in pair * 2:
+        wanted = {one for one, row in stored.rows.items() if judge(row)}
+        found = stored.listed(text, page_size=50)
+        assert sorted(wanted) == sorted(found)
 
 
 def _first(pair: tuple[str, bool]) -> str:
