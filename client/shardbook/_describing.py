@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from shardbook._targets import resource_name
+from shardbook._targets import etag_of, resource_name
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
 from shardbook.core.description import check_labels, check_metrics, check_name, encode_note
@@ -45,7 +45,7 @@ class DescribingCalls:
         labels: Mapping[str, str | None] | None = None,
         metrics: Mapping[str, float | None] | None = None,
         note: Any = _UNCHANGED,
-        etag: str = "",
+        etag: str | None = None,
         deadline_s: float | None = None,
     ) -> Checkpoint:
         """Changes what is said of a checkpoint, and returns it.
@@ -55,7 +55,7 @@ class DescribingCalls:
             labels: Labels to set, by key; None removes one. The others stay.
             metrics: Metrics to set, by name; None removes one. The others stay.
             note: Any JSON value to keep with it; None removes it.
-            etag: The checkpoint's as it was read; where it is another by now, nothing is done. Empty: however it is.
+            etag: The checkpoint's as it was read; where it is another by now, nothing is done. None: however it is.
             deadline_s: Seconds for the call.
 
         Raises:
@@ -64,7 +64,7 @@ class DescribingCalls:
             AbortedError: It has another etag by now.
         """
         request = catalog_pb2.UpdateCheckpointRequest()
-        request.checkpoint.name, request.checkpoint.etag = resource_name(name), etag
+        request.checkpoint.name, request.checkpoint.etag = resource_name(name), etag_of(etag)
         request.checkpoint.labels.update(check_labels({k: v for k, v in (labels or {}).items() if v is not None}))
         request.checkpoint.metrics.update(check_metrics({k: v for k, v in (metrics or {}).items() if v is not None}))
         paths = request.update_mask.paths
@@ -117,7 +117,7 @@ class DescribingCalls:
         *,
         protected: bool = False,
         force: bool = False,
-        etag: str = "",
+        etag: str | None = None,
         deadline_s: float | None = None,
     ) -> Alias:
         """Makes an alias or moves it.
@@ -127,7 +127,7 @@ class DescribingCalls:
             checkpoint: What it is to mean, a committed checkpoint of the same part.
             protected: It is not to be moved or deleted, nor its checkpoint deleted, without force.
             force: Move one that is protected.
-            etag: The alias as it was read has it; where it is another by now, nothing is done. Empty: however it is.
+            etag: The alias as it was read has it; where it is another by now, nothing is done. None: however it is.
             deadline_s: Seconds for the call.
 
         Raises:
@@ -136,7 +136,7 @@ class DescribingCalls:
             AbortedError: It has another etag by now.
         """
         meant = checkpoint if isinstance(checkpoint, CheckpointName) else CheckpointName.parse(checkpoint)
-        alias = catalog_pb2.Alias(name=_alias(name), checkpoint=str(meant), protected=protected, etag=etag)
+        alias = catalog_pb2.Alias(name=_alias(name), checkpoint=str(meant), protected=protected, etag=etag_of(etag))
         request = catalog_pb2.SetAliasRequest(alias=alias, force=force)
         return Alias.of(self._transport.write(SET_ALIAS, request, deadline_s=deadline_s).alias)
 
@@ -147,7 +147,7 @@ class DescribingCalls:
         direction: str,
         *,
         force: bool = False,
-        etag: str = "",
+        etag: str | None = None,
         deadline_s: float | None = None,
     ) -> Alias:
         """Makes an alias mean the checkpoint with the best value of a metric, now and after every commit and update.
@@ -171,13 +171,13 @@ class DescribingCalls:
             name=_alias(name),
             metric=check_name(metric, "metric"),
             direction=_DIRECTIONS[Direction(direction)],
-            etag=etag,
+            etag=etag_of(etag),
         )
         request = catalog_pb2.SetAliasRequest(alias=alias, force=force)
         return Alias.of(self._transport.write(SET_ALIAS, request, deadline_s=deadline_s).alias)
 
     def delete_alias(
-        self, name: AliasName | str, *, force: bool = False, etag: str = "", deadline_s: float | None = None
+        self, name: AliasName | str, *, force: bool = False, etag: str | None = None, deadline_s: float | None = None
     ) -> None:
         """Deletes an alias; the checkpoint stays.
 
@@ -186,7 +186,7 @@ class DescribingCalls:
             FailedPreconditionError: It is protected (``ALIAS_PROTECTED``).
             AbortedError: It has another etag than ``etag``.
         """
-        request = catalog_pb2.DeleteAliasRequest(name=_alias(name), force=force, etag=etag)
+        request = catalog_pb2.DeleteAliasRequest(name=_alias(name), force=force, etag=etag_of(etag))
         self._transport.write(DELETE_ALIAS, request, deadline_s=deadline_s)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from shardbook import _reading
-from shardbook._targets import resource_name
+from shardbook._targets import etag_of, resource_name
 from shardbook._times import datetime_of
 from shardbook._transport import Rpc, Transport
 from shardbook.catalog import Checkpoint
@@ -43,7 +43,7 @@ class RetainingCalls:
         *,
         force: bool = False,
         delete_files: bool = False,
-        etag: str = "",
+        etag: str | None = None,
         deadline_s: float | None = None,
     ) -> tuple[Checkpoint, tuple[str, ...]]:
         """Deletes a committed checkpoint from the catalogue; until it is purged it can be brought back.
@@ -53,7 +53,7 @@ class RetainingCalls:
             force: Delete one, too, that ``latest`` or a protected alias means.
             delete_files: The caller goes on to delete its data files, see ``shardbook.deleting``: it cannot be brought
                 back.
-            etag: The checkpoint's as it was read; where it is another by now, nothing is done. Empty: however it is.
+            etag: The checkpoint's as it was read; where it is another by now, nothing is done. None: however it is.
             deadline_s: Seconds for the call.
 
         Returns:
@@ -66,7 +66,7 @@ class RetainingCalls:
             AbortedError: It has another etag by now.
         """
         full_name = self._full_name(name, deadline_s)
-        request = pb.DeleteCheckpointRequest(name=full_name, force=force, delete_files=delete_files, etag=etag)
+        request = pb.DeleteCheckpointRequest(name=full_name, force=force, delete_files=delete_files, etag=etag_of(etag))
         answer = self._transport.write(DELETE_CHECKPOINT, request, deadline_s=deadline_s)
         return Checkpoint.of(answer.checkpoint), tuple(answer.deleted_aliases)
 
@@ -160,7 +160,7 @@ class RetainingCalls:
         policy: RetentionPolicy | None,
         *,
         part: str | None = None,
-        etag: str = "",
+        etag: str | None = None,
         deadline_s: float | None = None,
     ) -> RetentionPolicy | None:
         """Stores what ``prune`` keeps of a part, or of a run, when it is told nothing; None removes it.
@@ -170,7 +170,7 @@ class RetainingCalls:
             InvalidArgumentError: The policy is not valid.
             AbortedError: ``get_stored_policy`` of the same place gives another etag than ``etag``.
         """
-        request = pb.SetRetentionPolicyRequest(name=_parent(run, part), policy=_message(policy), etag=etag)
+        request = pb.SetRetentionPolicyRequest(name=_parent(run, part), policy=_message(policy), etag=etag_of(etag))
         answer = self._transport.write(SET_RETENTION_POLICY, request, deadline_s=deadline_s)
         return _policy(answer.policy) if answer.HasField("policy") else None
 

@@ -40,6 +40,19 @@ def resource_name(checkpoint: CheckpointName | str) -> str:
     return str(checkpoint if isinstance(checkpoint, CheckpointName) else CheckpointName.parse(checkpoint))
 
 
+def etag_of(etag: str | None) -> str:
+    """Returns the etag that a request carries, which is empty for None: whatever it is like by now.
+
+    Raises:
+        InvalidArgumentError: It is empty, as listings have it, and would guard nothing.
+    """
+    if etag == "":
+        raise InvalidArgumentError(
+            "an empty etag guards nothing: listings leave it out, what is asked for by itself has one", field="etag"
+        )
+    return etag or ""
+
+
 def _is_run(text: str) -> bool:
     try:
         return RunName.parse(text).ref == text
@@ -47,4 +60,4 @@ def _is_run(text: str) -> bool:
         return False
 
 
-__all__ = ["METADATA_S", "checkpoint_named", "resource_name"]
+__all__ = ["METADATA_S", "checkpoint_named", "etag_of", "resource_name"]

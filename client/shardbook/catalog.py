@@ -202,6 +202,7 @@ class Checkpoint:
             "file_deletion": self.file_deletion.value,
             "holds": [hold.to_json() for hold in self.holds],
             "other_locations": list(self.other_locations),
+            "etag": self.etag or None,
         }
 
 

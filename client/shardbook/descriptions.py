@@ -205,6 +205,7 @@ class Alias:
             **vars(self),
             "direction": None if self.direction is None else self.direction.value,
             "update_time": rfc3339(self.update_time),
+            "etag": self.etag or None,
         }
 
 

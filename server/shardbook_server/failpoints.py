@@ -35,6 +35,13 @@ POINTS: Final = frozenset(
         "delete",
         "prune",
         "files",
+        "update",
+        "move",
+        "alias",
+        "hold",
+        "policy",
+        "missing",
+        "lineage",
     )
     for side in ("before_db", "after_db")
 )

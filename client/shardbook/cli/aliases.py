@@ -45,7 +45,7 @@ def alias(
     protect: Annotated[bool, typer.Option("--protect", help="Not to be moved or deleted without --force.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the alias; the checkpoint stays.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Move or delete one that is protected.")] = False,
-    etag: Etag = "",
+    etag: Etag = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,
@@ -83,7 +83,7 @@ def alias(
     _print(client, AliasName.parse(done.name).part.run, [done], as_json=as_json, is_plain=is_plain)
 
 
-def _set(client: Client, name: str, target: str, *, protect: bool, force: bool, etag: str) -> Alias:
+def _set(client: Client, name: str, target: str, *, protect: bool, force: bool, etag: str | None) -> Alias:
     checkpoint = names.checkpoint_of(target)
     return client.set_alias(AliasName(checkpoint.part, name), checkpoint, protected=protect, force=force, etag=etag)
 

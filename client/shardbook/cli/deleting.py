@@ -56,7 +56,7 @@ def rm(
     ] = False,
     delete_data: DeleteFiles = False,
     dry_run: DryRun = False,
-    etag: Etag = "",
+    etag: Etag = None,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,

@@ -37,7 +37,7 @@ Plain = Annotated[
     bool, typer.Option("--plain", help="Print text for other programs: no colours, no folded cells, no progress.")
 ]
 Etag = Annotated[
-    str,
+    str | None,
     typer.Option("--etag", metavar="ETAG", help="Only while it is as --json showed it with this etag; else exit 1."),
 ]
 #: Rows that a command shows which is told no number.

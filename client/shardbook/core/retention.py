@@ -17,6 +17,8 @@ from shardbook.errors import InvalidArgumentError
 #: Reasons to keep that no policy can take away.
 OPEN: Final = "it is not committed"
 ONLY: Final = "it is the only one that would be left"
+#: Holders that a reason names.
+_MOST_NAMED: Final = 10
 #: Reasons why nothing keeps one.
 UNWANTED: Final = "no rule keeps it"
 SUPERSEDED: Final = "a later session saved the step again"
@@ -171,7 +173,7 @@ def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int)
     committed = [one for one in ordered if one.is_committed]
     keep((one for one in ordered if not one.is_committed), lambda _: OPEN)
     keep((one for one in committed if one.aliases), lambda one: f"@{', @'.join(one.aliases)}")
-    keep((one for one in committed if one.holders), lambda one: f"held by {', '.join(one.holders)}")
+    keep((one for one in committed if one.holders), lambda one: f"held by {_some(one.holders)}")
     _apply(policy, committed, now_us, keep)
     _keep_one(committed, kept, keep)
     return [
@@ -180,6 +182,12 @@ def judge(policy: RetentionPolicy, candidates: Iterable[Candidate], now_us: int)
         else Decision(one, True, ("no policy",))
         for one in ordered
     ]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns names, when they are many some of them, for people."""
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:_MOST_NAMED])} and {more} more"
 
 
 _Keep = Callable[[Iterable[Candidate], Callable[[Candidate], str]], None]

@@ -233,8 +233,8 @@ def _sharing(
         other = client.get_checkpoint(name)
         within = f"{other.prefix}/" if other.prefix else ""
         if other.state in (CheckpointState.COMMITTED, CheckpointState.DELETED):
-            if inside is not None and within:
-                is_sharing = within.startswith(inside)
+            if inside is not None and within.startswith(inside):
+                is_sharing = True
             else:
                 stored = client.get_metadata(other.name, show_deleted=True, deadline_s=METADATA_S)
                 is_sharing = any(map(is_own, _footprint(stored).paths))

@@ -73,11 +73,15 @@ class HoldService:
 
 
 def find_holders(connection: Connection, ids: Sequence[int], now_us: int) -> dict[int, tuple[str, ...]]:
-    """Returns who keeps some checkpoints from being deleted: holders, and subscriptions whose watchers work on them."""
+    """Returns who keeps some checkpoints from being pruned: holders, and subscriptions whose watchers work on them.
+
+    A watcher that was lost counts for an hour, as one does that is to try again: another one takes its work up.
+    """
     found: dict[int, tuple[str, ...]] = {}
     for one, held in hold_rows.find_holds(connection, ids, now_us).items():
         found[one] = tuple(row.holder for row in held)
-    for one, watching in claim_rows.find_held(connection, ids, now_us).items():
+    held_by = claim_rows.find_held(connection, ids, now_us, lost_us=claim_rows.HELD_WAITING_US)
+    for one, watching in held_by.items():
         found[one] = (*found.get(one, ()), *(f"watch {name}" for name in watching))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -191,8 +191,9 @@ class RetentionService:
             run = place.one_run
             stored = {} if run is None else rows.find_policies(connection, _run_id(connection, run))
         judged = []
-        for part_id in part_ids_of(connection, place):
-            row = run_rows.part_by_id(connection, part_id)
+        parts = [run_rows.part_by_id(connection, part_id) for part_id in part_ids_of(connection, place)]
+        behind = find_behind(connection, parts, now_us)
+        for row in parts:
             part = row.name
             rules = policy
             if rules is None:
@@ -204,16 +205,17 @@ class RetentionService:
                     "say what to keep",
                     reason="NO_POLICY",
                 )
-            candidates = _candidates(connection, row, now_us)
+            candidates = _candidates(connection, row, behind, now_us)
             judged.append(_Judged(part, judge(rules or RetentionPolicy(), candidates, now_us)))
         return judged
 
 
-def _candidates(connection: Connection, part: PartRow, now_us: int) -> list[Candidate]:
+def _candidates(
+    connection: Connection, part: PartRow, behind: Mapping[int, tuple[str, ...]], now_us: int
+) -> list[Candidate]:
     found = rows.read_judged(connection, part.id)
     ids = [one.id for one in found]
     said, holders = description_rows.find_said(connection, ids), find_holders(connection, ids, now_us)
-    behind = find_behind(connection, part, now_us)
     return [
         Candidate(
             key=one.id,
@@ -227,7 +229,7 @@ def _candidates(connection: Connection, part: PartRow, now_us: int) -> list[Cand
             is_whole=not one.flags & DATA_MISSING,
             metrics=said.get(one.id, NOTHING_SAID).metrics,
             aliases=_names(said.get(one.id, NOTHING_SAID), is_latest=one.id == part.latest_id),
-            holders=(*holders.get(one.id, ()), *(f"watch {name} (to come)" for name in behind.get(one.id, ()))),
+            holders=(*holders.get(one.id, ()), *behind.get(one.id, ())),
         )
         for one in found
     ]

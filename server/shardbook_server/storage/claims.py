@@ -140,17 +140,25 @@ def list_claims(connection: Connection, subscription_id: int, limit: int) -> lis
     return [ClaimRow(*row) for row in connection.execute(statement.limit(limit))]
 
 
-def find_held(connection: Connection, checkpoint_ids: Sequence[int], now_us: int) -> dict[int, list[str]]:
+def find_held(
+    connection: Connection, checkpoint_ids: Sequence[int], now_us: int, *, lost_us: int = 0
+) -> dict[int, list[str]]:
     """Returns those of some checkpoints that somebody works on, or will soon, with the subscriptions' names.
 
     They are not to be deleted. Who deletes locks them first: see ``checkpoints.lock_committed``.
+
+    Args:
+        connection: In a transaction.
+        checkpoint_ids: Which.
+        now_us: The database's time.
+        lost_us: For how long one counts whose watcher was lost, from the end of its lease.
     """
     held: dict[int, list[str]] = {}
     for some in slices(checkpoint_ids):
         statement = (
             select(claims.c.checkpoint_id, subscriptions.c.name)
             .join(subscriptions, subscriptions.c.id == claims.c.subscription_id)
-            .where(claims.c.checkpoint_id.in_(some), _is_worked_on(now_us))
+            .where(claims.c.checkpoint_id.in_(some), _is_worked_on(now_us, lost_us))
             .order_by(claims.c.checkpoint_id, subscriptions.c.name)
         )
         for checkpoint_id, name in connection.execute(statement):
@@ -179,8 +187,8 @@ def drop_failed(connection: Connection, before_us: int) -> None:
     connection.execute(delete(claims).where(claims.c.state == ClaimState.FAILED, claims.c.due_time_us < before_us))
 
 
-def _is_worked_on(now_us: int) -> ColumnElement[bool]:
-    runs = and_(claims.c.state == ClaimState.RUNNING, claims.c.due_time_us > now_us)
+def _is_worked_on(now_us: int, lost_us: int = 0) -> ColumnElement[bool]:
+    runs = and_(claims.c.state == ClaimState.RUNNING, claims.c.due_time_us > now_us - lost_us)
     waits = and_(claims.c.state == ClaimState.WAITING, claims.c.due_time_us > now_us - HELD_WAITING_US)
     return or_(runs, waits)
 

@@ -9,6 +9,7 @@ from enum import IntEnum
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from shardbook_server.storage.event_tables import events
+from shardbook_server.storage.lists import slices
 from shardbook_server.storage.tables import catalog
 
 
@@ -88,16 +89,18 @@ def read_after(connection: Connection, cursor: int, limit: int) -> list[StoredEv
     ]
 
 
-def read_commits(connection: Connection, part_id: int, cursor: int, since_us: int) -> list[StoredEvent]:
-    """Returns the commits of a part behind ``cursor`` and after a time, in order; looks at all that lies there."""
-    of_part = (events.c.part_id == part_id, events.c.kind == int(EventKind.COMMITTED))
-    where = (events.c.cursor > cursor, events.c.time_us > since_us, *of_part)
-    columns = (events.c.cursor, events.c.time_us, events.c.checkpoint_id)
-    rows = connection.execute(select(*columns).where(*where).order_by(events.c.cursor))
-    return [
-        StoredEvent(number, time_us, Event(EventKind.COMMITTED, part_id, checkpoint_id))
-        for number, time_us, checkpoint_id in rows
-    ]
+def read_commits(connection: Connection, part_ids: Sequence[int], cursor: int, since_us: int) -> list[StoredEvent]:
+    """Returns the commits of some parts behind ``cursor`` and after a time; looks at all that lies there."""
+    found = []
+    for some in slices(part_ids):
+        of_parts = (events.c.part_id.in_(some), events.c.kind == int(EventKind.COMMITTED))
+        where = (events.c.cursor > cursor, events.c.time_us > since_us, *of_parts)
+        columns = (events.c.cursor, events.c.time_us, events.c.part_id, events.c.checkpoint_id)
+        found += [
+            StoredEvent(number, time_us, Event(EventKind.COMMITTED, part_id, checkpoint_id))
+            for number, time_us, part_id, checkpoint_id in connection.execute(select(*columns).where(*where))
+        ]
+    return found
 
 
 def read_position(connection: Connection) -> tuple[bytes, int]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, select, update
 
+from shardbook.errors import UnavailableError
 from shardbook_server.storage.dialect import insert_ignore
+from shardbook_server.storage.failures import RETRY_S
 from shardbook_server.storage.request_tables import requests
 
 
@@ -39,13 +41,21 @@ def begin(connection: Connection, key: RequestKey, content_digest: bytes, now_us
     """Notes that a request is being made; returns it instead when it was made before.
 
     One that another transaction is making is waited for, so nothing else may be locked before this.
+
+    Raises:
+        UnavailableError: It was made a day ago, and is being forgotten.
     """
     row = vars(key) | {"content_digest": content_digest, "answer": b"", "time_us": now_us}
     added = insert_ignore(connection, requests).values(row).returning(requests.c.time_us)
     if connection.execute(added).first() is not None:
         return None
     columns = (requests.c.content_digest, requests.c.answer)
-    return RequestRow(*connection.execute(select(*columns).where(_is(key))).one())
+    made = connection.execute(select(*columns).where(_is(key))).one_or_none()
+    if made is None:
+        raise UnavailableError(
+            "the request was forgotten at this moment; try again", reason="DATABASE_CONFLICT", retry_delay_s=RETRY_S
+        )
+    return RequestRow(*made)
 
 
 def put_answer(connection: Connection, key: RequestKey, answer: bytes) -> None:

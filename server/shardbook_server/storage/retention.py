@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, insert, or_, select, update
@@ -137,7 +138,10 @@ def find_sharing(
         starts = sorted({one[:_START_CHARS] for one in some})
         where = [own.id != checkpoint_id, usable]
         if prefix:
-            where.append(or_(own.prefix.in_((prefix, "")), own.prefix.startswith(f"{prefix}/", autoescape=True)))
+            # Not LIKE, which on SQLite takes a and A for the same. Whose directory ours lies in may have files in it.
+            parents = [str(one) for one in PurePosixPath(prefix).parents if str(one) != "."]
+            is_below = func.substr(own.prefix, 1, len(prefix) + 1) == f"{prefix}/"
+            where.append(or_(own.prefix.in_((prefix, "", *parents)), is_below))
         statement = select(checkpoints.c.id).where(*where).order_by(checkpoints.c.id).limit(limit)
         found += connection.scalars(statement.where(LOCATION_START.in_(starts), checkpoints.c.location.in_(some)))
         others = statement.join(locations, locations.c.checkpoint_id == checkpoints.c.id)
