@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -115,9 +115,10 @@ def parse_order(text: str) -> tuple[OrderBy, ...]:
                 f"{one.strip()[:80]!a} is no field, with asc or desc behind it", field="order_by"
             )
         try:
-            field = _field(match[1], 0)
+            field = _field(match[1], 0, ("part",))
         except InvalidArgumentError as error:
-            raise InvalidArgumentError(error.message, reason=error.reason, field="order_by") from error
+            what = error.message.partition(": ")[2]
+            raise InvalidArgumentError(what, reason=error.reason, field="order_by") from error
         if field.name in ("project", "run"):
             raise InvalidArgumentError(f"listings are not ordered by {field.name}", field="order_by")
         fields.append(OrderBy(field, match[2] == "desc"))
@@ -185,7 +186,7 @@ def _parser() -> Lark:
     return _PARSER
 
 
-def _field(word: str, position: int) -> Field:
+def _field(word: str, position: int, places: Sequence[str] = PLACES) -> Field:
     name, dot, key = word.partition(".")
     if name in (LABELS, METRICS):
         if not dot:
@@ -195,7 +196,7 @@ def _field(word: str, position: int) -> Field:
         except InvalidArgumentError as error:
             raise _refused(error.message, position) from error
     if word not in COLUMNS and word not in PLACES:
-        known = ", ".join([*PLACES, *COLUMNS, "labels.KEY", "metrics.NAME"])
+        known = ", ".join([*places, *COLUMNS, "labels.KEY", "metrics.NAME"])
         raise _refused(f"{word[:80]!a} is no field: {known}", position)
     return Field(word)
 

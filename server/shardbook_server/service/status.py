@@ -12,8 +12,8 @@ from shardbook.core import limits
 from shardbook.core.names import PartName, RunName
 from shardbook.errors import NotFoundError
 from shardbook_server.release import release
-from shardbook_server.service import present
 from shardbook_server.service.catalog import CatalogService
+from shardbook_server.service.descriptions import described
 from shardbook_server.service.plans import PlanService
 from shardbook_server.service.timing import timing_so_far
 from shardbook_server.service.views import (
@@ -171,7 +171,7 @@ class StatusService:
         shown = opened[: limits.MAX_OPEN_SHOWN]
         ids = [*committed, *([] if newest is None else [newest]), *(row.id for row in shown)]
         listed = checkpoint_rows.find_listed(connection, ids)
-        told = {checkpoint_id: present.checkpoint_of(one) for checkpoint_id, one in listed.items()}
+        told = {one.checkpoint_id: one for one in described(connection, list(listed.values()))}
         last = max((told[one] for one in committed), key=saved_us, default=None)
         tip = None if newest is None else told[newest]
         return PartStatus(

@@ -226,6 +226,23 @@ def test_backoff_grows_to_its_cap_with_jitter() -> None:
         assert top / 2 <= min(drawn) < max(drawn) <= top
 
 
+def test_an_etag_of_a_listing_is_refused() -> None:
+    """It is empty, and would guard nothing; nothing is sent."""
+    with scripted_server() as server:
+        client = Client(server.target)
+        for call in (
+            lambda: client.update_checkpoint("llm/8b@1", note="x", etag=""),
+            lambda: client.set_alias("llm/8b@a", "llm/8b@1", etag=""),
+            lambda: client.follow_metric("llm/8b@a", "loss", "min", etag=""),
+            lambda: client.delete_alias("llm/8b@a", etag=""),
+            lambda: client.delete_checkpoint("llm/8b@1.s1.a1", etag=""),
+            lambda: client.set_retention_policy("llm/8b", None, etag=""),
+        ):
+            with pytest.raises(errors.InvalidArgumentError, match="listings leave it out"):
+                call()
+        assert [] == server.requests
+
+
 def test_tries_of_a_write_are_one_request() -> None:
     """Each under the id of the first; another write has another one."""
     answer = catalog_pb2.DeleteAliasResponse()

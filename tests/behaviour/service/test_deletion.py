@@ -284,6 +284,18 @@ def test_saves_that_are_not_over_count_where_files_go(job: Job, clock: Clock) ->
     assert [] == sharing()
 
 
+def test_directories_within_each_other_share_and_cases_differ(job: Job, services: Services) -> None:
+    """By the letter, on both databases: what is above may have files below it, what only looks alike may not."""
+    root = job.location(1).location
+    prefixes = ["Set/One", "Set", "Set/One/more", "set/one/more", "Set/One2", "Other", ""]
+    places = {step: AttemptLocation(root, prefix) for step, prefix in enumerate(prefixes, 1)}
+    job.location = lambda step, attempt=1: places[step]  # type: ignore[method-assign]
+    names = {save(job, step).name: step for step in places}
+    doomed = next(iter(names))
+    services.deletions.delete(doomed, files=True)
+    assert [2, 3, 7] == [names[one] for one in services.deletions.record_files(doomed, [], done=False)[1]]
+
+
 def test_a_purge_keeps_the_row_alone(job: Job, database: Database, clock: Clock) -> None:
     """After its time, and not while files are going; the number stays taken, and structures become collectable."""
     services = job.services

@@ -286,3 +286,4 @@ def test_orders_that_are_none(text: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         parse_order(text)
     assert ["order_by"] == [violation.field for violation in caught.value.violations]
+    assert "filter" not in caught.value.message

@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import func, select
 
-from shardbook.errors import InvalidArgumentError, NotFoundError
+from shardbook.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from shardbook_server.service.describing import Changes
 from shardbook_server.service.requests import REMEMBERED_S, parse_request_id
 from shardbook_server.service.services import Services, build_services
+from shardbook_server.storage import requests as request_rows
 from shardbook_server.storage.database import Database
 from shardbook_server.storage.request_tables import requests
 from shardbook_server.storage.requests import RequestKey
@@ -156,6 +157,41 @@ def test_the_same_request_at_the_same_time_waits_for_the_first(saved: Job, datab
             replica.close()
     assert [0] == written
     assert '"0"' == held(saved.services)
+
+
+def test_who_waited_for_one_that_failed_makes_it(saved: Job) -> None:
+    """What fails is not remembered for those who wait either."""
+    services, begun, may_fail = saved.services, threading.Event(), threading.Event()
+    other = Database(services.requests._database.url)
+
+    def fail() -> bytes:
+        begun.set()
+        assert may_fail.wait(20)
+        raise NotFoundError("there is no such thing")
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(services.requests.once, KEY, DIGEST, fail)
+            assert begun.wait(20)
+            replica = build_services(other)
+            second = pool.submit(replica.requests.once, KEY, DIGEST, note(replica, '"second"'))
+            may_fail.set()
+            with pytest.raises(NotFoundError):
+                first.result(20)
+            assert b"" == second.result(20)
+    finally:
+        other.close()
+    assert '"second"' == held(services)
+
+
+def test_one_that_is_being_forgotten_is_asked_for_again(saved: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two statements it is there, and then not: a conflict as any other, which the server makes again."""
+    services = saved.services
+    services.requests.once(KEY, DIGEST, lambda: b"old")
+    monkeypatch.setattr(request_rows, "_is", lambda key: requests.c.project == f"{key.project} no more")
+    with pytest.raises(UnavailableError) as refused:
+        services.requests.once(KEY, DIGEST, lambda: b"new")
+    assert "DATABASE_CONFLICT" == refused.value.reason
 
 
 def test_requests_are_forgotten_after_a_day(saved: Job, clock: Clock, database: Database) -> None:

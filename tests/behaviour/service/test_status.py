@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from shardbook.errors import InvalidArgumentError, NotFoundError
+from shardbook_server.service.describing import Changes
 from shardbook_server.service.registration import RegistrationEntry
 from shardbook_server.service.services import Services, build_services
 from shardbook_server.service.status import bounds_of, ranks_by_host
 from shardbook_server.service.types import OnLive
+from shardbook_server.service.views import CheckpointInfo
 from shardbook_server.storage.database import Database
 from tests.behaviour.service.conftest import LEASE_TTL_S, Clock
 from tests.behaviour.service.saves import RUN, Job, Model, fine, whole
@@ -100,6 +102,12 @@ def test_the_time_of_planning_survives_a_restart(services: Services, database: D
     ]
 
 
+def listed(services: Services, saved: CheckpointInfo) -> CheckpointInfo:
+    """A checkpoint as listings have it, with what is said of it."""
+    every = services.catalog.list_checkpoints("projects/llm/runs/8b/parts/-").items
+    return next(one for one in every if one.checkpoint_id == saved.checkpoint_id)
+
+
 def test_the_last_commit_is_the_newest_whatever_is_open(services: Services, clock: Clock) -> None:
     """By (session, step): an abandoned branch with higher steps is not what was saved last."""
     first = Job(services, Model(2))
@@ -109,10 +117,11 @@ def test_the_last_commit_is_the_newest_whatever_is_open(services: Services, cloc
     second = Job(services, Model(2))
     second.start(on_live=OnLive.TAKEOVER)
     saved = second.save(20)
+    services.descriptions.update("llm/8b@20", Changes({"stage": "eval"}, {"loss": 1.0}, "", ("labels", "metrics")))
     clock.advance(10)
     second.register(25, whole(second.model)[:1])
     [part] = services.status.run_status(RUN).parts
-    assert part.last_commit == services.catalog.get_attempt(saved.checkpoint_id)
+    assert part.last_commit == listed(services, saved)
     assert ["llm/8b@25.s2.a1"] == [attempt.checkpoint.ref for attempt in part.open]
     assert (1, None) == (part.open_count, part.last_failure)
 
@@ -125,10 +134,10 @@ def test_what_was_saved_offline_counts_by_when_it_was_written(services: Services
     offline = Job(services, Model(2))
     old_us = clock.now_us - 1_000_000_000
     offline.record(5, write_time_us=old_us)
-    assert services.catalog.get_attempt(saved.checkpoint_id) == services.status.run_status(RUN).parts[0].last_commit
+    assert listed(services, saved) == services.status.run_status(RUN).parts[0].last_commit
     clock.advance(100)
     fresh = Job(services, Model(2)).record(15, write_time_us=clock.now_us)
-    assert services.catalog.get_attempt(fresh.checkpoint_id) == services.status.run_status(RUN).parts[0].last_commit
+    assert listed(services, fresh) == services.status.run_status(RUN).parts[0].last_commit
 
 
 def test_an_attempt_that_failed_last_is_told(services: Services, clock: Clock) -> None:

@@ -10,6 +10,7 @@ import pytest
 from shardbook.core.names import CheckpointName
 from shardbook.core.retention import RetentionPolicy
 from shardbook.errors import ClaimLostError, FailedPreconditionError, NotFoundError
+from shardbook_server.service import behind
 from shardbook_server.service.claiming import ClaimRequest, FinishRequest, Outcome
 from shardbook_server.service.deletion import mark
 from shardbook_server.service.services import Services
@@ -94,8 +95,44 @@ def test_what_a_watcher_has_still_to_come_to_is_not_pruned(services: Services, j
     clock.advance(82_000)
     assert coming[2] == reasons(services)[3]
     clock.advance(86_400 - 82_000 - 3_602)
-    assert ("no rule keeps it",) == reasons(services)[3]
+    assert (("held by watch mmlu",), ("no rule keeps it",)) == (reasons(services)[1], reasons(services)[3])
+    assert [True, False, False, False] == [one.keep for one in services.retention.prune(RUN, LAST, names)]
+    clock.advance(3_601)
     assert [False] * 4 == [one.keep for one in services.retention.prune(RUN, LAST, names)]
+
+
+def test_many_that_are_behind_are_some_names_and_a_number(
+    services: Services, job: Job, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, and however many different things they are about, or nothing that can be read."""
+    monkeypatch.setattr(behind, "_JUDGED", 2)
+    for step in (1, 2, 3):
+        job.save(step)
+    with database.write() as connection:
+        for number in range(30):
+            # None of the first two is about the steps; the one of tomorrow, and all behind, count as being about all.
+            text = ("step > 90", "shiny_new_field = 3", "step > 91", "step > 92")[number // 10]
+            claim_rows.insert_subscription(
+                connection, f"s{number:02}", parent=RUN, filter_text=text, cursor=0, now_us=database.now_us(connection)
+            )
+    kept = "held by watch s10 (to come), watch s11 (to come), watch s12 (to come), 17 more watches (to come)"
+    assert {1: (kept,), 2: (kept,)} == {step: why for step, why in reasons(services).items() if step < 3}
+
+
+def test_what_was_committed_long_ago_is_not_looked_for(
+    services: Services, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among the last events alone, for whoever is behind by more."""
+    for step in (1, 2, 3):
+        job.save(step)
+    claimed = services.claims.claim(CLAIM).claim
+    assert claimed is not None
+    done = FinishRequest(NAME, CLAIM.claim_id, claimed.checkpoint.name, Outcome.DONE, "", 10.0, 3)
+    services.claims.finish(done)
+    monkeypatch.setattr(behind, "_EVENTS", 2)
+    assert ("no rule keeps it",) == reasons(services)[2]
+    monkeypatch.undo()
+    assert ("held by watch mmlu (to come)",) == reasons(services)[2]
 
 
 def test_a_watcher_whose_checkpoint_is_gone_is_told(services: Services, job: Job, clock: Clock) -> None:
