@@ -46,7 +46,7 @@ _JSON = """
 | 1 | the answer is no | `verify` found a loss, `diff` a difference, `doctor` what does not work; \
 `status --max-age` found \
 nothing as young; `sync` or `import` did not record all; \
-`move` did not switch all; `stores` found one out of reach; \
+`move` did not switch all; `rm --dry-run` would be refused; `stores` found one out of reach; \
 what was asked for is not committed |
 | 2 | usage | an option, name or setting that cannot be; no server is named; nobody is there to be asked |
 | 3 | not found | no such run, checkpoint, tensor or directory |
@@ -85,7 +85,8 @@ With `--json` a command prints one object on standard output, ASCII only. Keys a
 | `shardbook release` | `{"checkpoint": checkpoint}` |
 | `shardbook undelete` | `{"checkpoint": checkpoint}` |
 | `shardbook rm` | `{"checkpoint": checkpoint, "deleted_aliases": [name], "files": deleted files, or null}` |
-| `shardbook rm --dry-run` | `{"files": files}` |
+| `shardbook rm --dry-run` | `{"files": files, "deleted_aliases": [name], "refusals": [text]}`; exits 1 \
+where there are refusals |
 | `shardbook prune` | `{"dry_run": bool, "decisions": [decision], "unfinished": [ref], "deleted": [decision], \
 "files": [deleted files], "failures": [{"ref": ref, "message": text}]}` |
 | `shardbook policy` | `{"policy": policy, or null}` |

@@ -12,7 +12,7 @@ from shardbook.cli.options import DEFAULT_TIMEOUT_S, AsJson, Etag, Plain, Server
 from shardbook.core.limits import MAX_COMPARISONS
 from shardbook.core.names import AliasName, CheckpointName, PartName, RunName
 from shardbook.descriptions import Alias, Direction
-from shardbook.errors import InvalidArgumentError
+from shardbook.errors import InvalidArgumentError, NotFoundError
 
 if TYPE_CHECKING:
     from shardbook.client import Client
@@ -42,7 +42,14 @@ def alias(
     ] = None,
     smallest: Annotated[bool, typer.Option("--min", help="The smallest value is best.")] = False,
     largest: Annotated[bool, typer.Option("--max", help="The largest value is best.")] = False,
-    protect: Annotated[bool, typer.Option("--protect", help="Not to be moved or deleted without --force.")] = False,
+    protect: Annotated[
+        bool | None,
+        typer.Option(
+            "--protect/--no-protect",
+            help="Not to be moved or deleted without --force; as it is where neither is given.",
+            show_default=False,
+        ),
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Delete the alias; the checkpoint stays.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Move or delete one that is protected.")] = False,
     etag: Etag = None,
@@ -58,6 +65,13 @@ def alias(
     """
     if len(words) not in (1, 2):
         raise InvalidArgumentError("write RUN, NAME RUN or NAME REF", field="alias")
+    if len(words) == 1 and (
+        smallest or largest or delete or force or any(one is not None for one in (metric, protect, etag))
+    ):
+        raise InvalidArgumentError(
+            f"NAME is missing: write `shardbook alias NAME {words[0]}` and the options; without NAME it lists",
+            field="alias",
+        )
     client, _ = client_of(server, timeout_s)
     if len(words) == 1:
         run, part = names.run_of(words[0])
@@ -83,9 +97,25 @@ def alias(
     _print(client, AliasName.parse(done.name).part.run, [done], as_json=as_json, is_plain=is_plain)
 
 
-def _set(client: Client, name: str, target: str, *, protect: bool, force: bool, etag: str | None) -> Alias:
+def _set(client: Client, name: str, target: str, *, protect: bool | None, force: bool, etag: str | None) -> Alias:
     checkpoint = names.checkpoint_of(target)
-    return client.set_alias(AliasName(checkpoint.part, name), checkpoint, protected=protect, force=force, etag=etag)
+    wanted = AliasName(checkpoint.part, name)
+    if protect is None:
+        found = _found(client, wanted)
+        protect = found is not None and found.protected
+        if found is not None and force:
+            # Somebody may protect it meanwhile, which force would take away.
+            etag = etag or found.etag or None
+    return client.set_alias(wanted, checkpoint, protected=protect, force=force, etag=etag)
+
+
+def _found(client: Client, name: AliasName) -> Alias | None:
+    """Returns the alias as it is; None where it is not there yet."""
+    try:
+        listed = client.list_aliases(name.part.run, part=name.part.part)
+        return next((one for one in listed if one.name == str(name)), None)
+    except NotFoundError:
+        return None  # nor is the run: who sets it says so
 
 
 def _alias_of(name: str, target: str) -> AliasName:

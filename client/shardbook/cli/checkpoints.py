@@ -260,7 +260,7 @@ def _said(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for key, text in sorted(checkpoint.labels.items()):
         yield f"label {key}", text
     for key, value in sorted(checkpoint.metrics.items()):
-        yield f"metric {key}", f"{value:g}"
+        yield f"metric {key}", output.number(value)
     if checkpoint.note is not None:
         yield "note", note_text(checkpoint.note)
     writer = checkpoint.writer

@@ -23,6 +23,8 @@ from shardbook.stores import Stores
 
 _NAMES: Final = ("ref", "name", "path", "location", "project", "run", "part", "step", "attempt")
 _PLACEHOLDER: Final = re.compile(r"\{(" + "|".join(_NAMES) + r")\}")
+#: What looks like one, and is none: neither ``${HOME}`` nor ``{{name}}``, which are for the command itself.
+_UNKNOWN: Final = re.compile(r"(?<![{$])\{(?!(?:" + "|".join(_NAMES) + r")\})([A-Za-z_][\w-]*)\}(?!\})")
 _SHELLS: Final = frozenset({"sh", "bash", "dash", "zsh", "ksh", "fish", "csh", "tcsh"})
 _SHELL_SCRIPT: Final = re.compile(r"-[a-z]*c")
 
@@ -45,7 +47,8 @@ class Command:
         """Returns the command of a command line.
 
         Raises:
-            InvalidArgumentError: It is none, is not there, or would let a shell read what is filled in.
+            InvalidArgumentError: It is none, is not there, has an unknown placeholder, or would let a shell read what
+                is filled in.
         """
         try:
             words = tuple(shlex.split(text))
@@ -55,6 +58,13 @@ class Command:
             raise InvalidArgumentError("--exec needs a command", field="exec")
         if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
             raise InvalidArgumentError(f"there is no command {words[0]!a}", field="exec")
+        unknown = next((found for found in map(_UNKNOWN.search, words) if found is not None), None)
+        if unknown is not None:
+            known = ", ".join(f"{{{name}}}" for name in _NAMES)
+            raise InvalidArgumentError(
+                f"{unknown[0]} is no placeholder: {known}; braces with a blank, {{ {unknown[1]} }}, are passed on",
+                field="exec",
+            )
         is_script = any(_SHELL_SCRIPT.fullmatch(word) for word in words[1:])
         if Path(words[0]).name in _SHELLS and is_script and any(map(_PLACEHOLDER.search, words)):
             raise InvalidArgumentError(

@@ -86,6 +86,11 @@ def refs(ctx: typer.Context, incomplete: str) -> list[str]:
     return _offered(ctx, incomplete, lambda client: (f"{one}@latest" for one in _runs(client, incomplete)))
 
 
+def deleted(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Completes a checkpoint that was deleted and can be brought back."""
+    return _offered(ctx, incomplete, lambda client: _deleted(client, incomplete))
+
+
 def runs_or_refs(ctx: typer.Context, incomplete: str) -> list[str]:
     """Completes a run, or a checkpoint once there is an ``@``."""
     return refs(ctx, incomplete) if "@" in incomplete else runs(ctx, incomplete)
@@ -106,6 +111,25 @@ def _checkpoints(client: Any, run: str) -> Iterator[str]:
         yield f"{run}@{one.step}"
 
 
+def _deleted(client: Any, incomplete: str) -> Iterator[str]:
+    from shardbook.catalog import FileDeletion
+
+    run, at, _ = incomplete.partition("@")
+    name, _, part = run.partition(":")
+    if at:
+        place, only = name, part or DEFAULT_PART
+    else:
+        project, slash, _ = name.partition("/")
+        place, only = f"{project if slash else '*'}/*", None
+    found = client.list_checkpoints(
+        place, part=only, show_all=True, filter="state = DELETED", page_size=_MOST_CHECKPOINTS
+    )
+    for one in islice(found, _MOST_CHECKPOINTS):
+        # Without its files nothing brings it back.
+        if one.file_deletion is FileDeletion.NONE:
+            yield f"{run}@{one.ref.partition('@')[2]}" if at else one.ref
+
+
 def _offered(ctx: typer.Context, incomplete: str, ask: Callable[[Any], Iterable[str]]) -> list[str]:
     """Returns what begins like ``incomplete``; nothing where that is a path, or the server does not answer."""
     if incomplete.startswith(("/", ".", "~")) or "://" in incomplete:
@@ -123,4 +147,4 @@ def _offered(ctx: typer.Context, incomplete: str, ask: Callable[[Any], Iterable[
     return [name for name in found if name.startswith(incomplete)]
 
 
-__all__ = ["mended", "projects", "refs", "runs", "runs_or_refs"]
+__all__ = ["deleted", "mended", "projects", "refs", "runs", "runs_or_refs"]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shardbook.catalog import Checkpoint, FileDeletion
-from shardbook.cli import durations, names, output, progress
+from shardbook.cli import completing, durations, names, output, previewing, progress
 from shardbook.cli.describing import Ref
-from shardbook.cli.failures import asking_storage
+from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Etag, Plain, Server, Timeout, client_of
 from shardbook.core.names import CheckpointName
 from shardbook.errors import InvalidArgumentError
@@ -40,6 +40,10 @@ Examples:
 #: Deadline of one call, seconds: the metadata of a large checkpoint takes its time.
 _TIMEOUT_S = 60.0
 
+Deleted = Annotated[
+    str,
+    typer.Argument(metavar="REF", help="project/run@1500, @1500.s3, @1500.s3.a1.", autocompletion=completing.deleted),
+]
 Holder = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="Who holds it. [default: the user and host]")
 ]
@@ -68,7 +72,7 @@ def rm(
     A deletion of files that was interrupted is ended by the same command: --delete-files takes no alias, which would
     mean another checkpoint by then.
     """
-    from shardbook.deleting import check_reach, delete_files, list_files
+    from shardbook.deleting import check_reach, delete_files
 
     name = names.checkpoint_of(ref)
     if delete_data and name.id.alias is not None and not dry_run:
@@ -79,15 +83,10 @@ def rm(
         )
     client, config = client_of(server, timeout_s)
     if dry_run:
-        listed = list_files(name, client=client, config=config)
-        if as_json:
-            output.print_json({"files": listed.to_json()})
-            return
-        if delete_data:
-            output.print_table((("FILE", False),), ((path,) for path in listed.files), is_plain=is_plain)
-        output.print_line(
-            f"{len(listed.files)} files, {output.size(listed.size_bytes)} in {listed.directory}", is_plain=is_plain
-        )
+        looked = previewing.look(name, client, config, etag=etag, force=force)
+        previewing.print_preview(looked, delete_data=delete_data, as_json=as_json, is_plain=is_plain)
+        if looked.refusals:
+            raise typer.Exit(NEGATIVE)
         return
     if delete_data:
         with asking_storage():
@@ -113,12 +112,22 @@ def told(files: DeletedFiles) -> str:
     left = f"{files.ref}: {output.size(files.size_bytes)} of data left in {files.directory}"
     if files.waits_for:
         return (
-            f"{left}: {files.waits_for[0]} is not over and may have it, too; "
+            f"{left}: {_ref_of(files.waits_for[0])} is not over and may have it, too; "
             f"`shardbook rm {files.ref} --delete-files` goes on after that"
         )
     if files.shared_with:
-        return f"{left}: {files.shared_with[0]} has it, too"
-    return f"{files.ref}: {files.file_count} files, {output.size(files.size_bytes)}, are gone from {files.directory}"
+        return f"{left}: {_ref_of(files.shared_with[0])} has it, too"
+    gone = output.counted(files.file_count, "file")
+    verb = "is" if files.file_count == 1 else "are"
+    return f"{files.ref}: {gone}, {output.size(files.size_bytes)}, {verb} gone from {files.directory}"
+
+
+def _ref_of(name: str) -> str:
+    """Returns the ref of a checkpoint; what is none, such as a save that nobody recorded, as it is."""
+    try:
+        return CheckpointName.parse(name).ref
+    except InvalidArgumentError:
+        return name
 
 
 def _left(checkpoint: Checkpoint, directory: str) -> str:
@@ -132,7 +141,7 @@ def _left(checkpoint: Checkpoint, directory: str) -> str:
 
 
 def undelete(
-    ref: Ref,
+    ref: Deleted,
     as_json: AsJson = False,
     is_plain: Plain = False,
     server: Server = None,

@@ -71,7 +71,7 @@ def metric(
     numbers = {key: None if text is None else _number(key, text) for key, text in changes.items()}
     client, _ = client_of(server, timeout_s)
     checkpoint = client.update_checkpoint(name, metrics=numbers, etag=etag) if numbers else client.get_checkpoint(name)
-    shown = {key: f"{value:g}" for key, value in checkpoint.metrics.items()}
+    shown = {key: output.number(value) for key, value in checkpoint.metrics.items()}
     _print(
         checkpoint,
         shown,
@@ -98,6 +98,9 @@ def note(
     name = names.checkpoint_of(ref)
     if (text is not None) + (value is not None) + clear > 1:
         raise InvalidArgumentError("give one of TEXT, --value and --clear", field="note")
+    if "" in (text, value):
+        # Such as a variable that is not set.
+        raise InvalidArgumentError("an empty text is no note: --clear removes the note", field="note")
     client, _ = client_of(server, timeout_s)
     if text is None and value is None and not clear:
         checkpoint = client.get_checkpoint(name)

@@ -9,6 +9,7 @@ from typing import Final
 
 from shardbook.cli.output import plain
 from shardbook.errors import (
+    AbortedError,
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
@@ -80,6 +81,16 @@ def hint(error: BaseException) -> str | None:
         return "`shardbook runs` lists the runs, `shardbook ls project/run --all` every attempt of one"
     if isinstance(error, UnauthenticatedError | PermissionDeniedError) and error.reason != "STORAGE_DENIED":
         return "set SHARDBOOK_TOKEN to a token that is valid and allows this"
+    if isinstance(error, AbortedError) and error.reason == "ETAG_MISMATCH":
+        return (
+            "`shardbook show REF --json` shows the etag of a checkpoint, `shardbook alias RUN --json` those of aliases"
+        )
+    if (
+        isinstance(error, FailedPreconditionError)
+        and error.reason == "NOT_COMMITTED"
+        and "`shardbook " not in error.message
+    ):
+        return "`shardbook status PROJECT/RUN` shows how far saves are that are under way, and what came of others"
     if isinstance(error, InternalError):
         return "this is a bug of Shardbook: please report it with the server's log"
     return None

@@ -192,8 +192,8 @@ def _print_json(found: list[LeftAttempt], removed: list[LeftAttempt], *, is_offl
 
 def _counted(orphans: list[LeftAttempt]) -> str:
     size_bytes, files = sum(one.size_bytes for one in orphans), sum(one.file_count for one in orphans)
-    attempts = "attempt" if len(orphans) == 1 else "attempts"
-    return f"{output.size(size_bytes)} in {output.count(files)} files of {output.count(len(orphans))} {attempts}"
+    attempts = output.counted(len(orphans), "attempt")
+    return f"{output.size(size_bytes)} in {output.counted(files, 'file')} of {attempts}"
 
 
 def _row(one: LeftAttempt) -> tuple[str, ...]:

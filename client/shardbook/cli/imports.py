@@ -11,9 +11,12 @@ from shardbook.cli import completing, names, output, progress
 from shardbook.cli.describing import given_labels, given_metrics
 from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
-from shardbook.errors import InvalidArgumentError, ShardbookError
+from shardbook.core.lineage import check_end
+from shardbook.core.names import CheckpointName
+from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
 
 if TYPE_CHECKING:
+    from shardbook.client import Client
     from shardbook.importing import ImportedCheckpoint
 
 EXAMPLES = """\b
@@ -111,6 +114,8 @@ def import_checkpoints(
         note,
         converted_from,
     )
+    if converted_from is not None:
+        _check_known(client, converted_from)
     with asking_storage():
         found = find_directories(directories)
     results: list[ImportedCheckpoint] = []
@@ -125,6 +130,21 @@ def import_checkpoints(
     _print(results, as_json=as_json, is_plain=is_plain)
     if not results or not all(result.is_settled for result in results):
         raise typer.Exit(NEGATIVE)
+
+
+def _check_known(client: Client, converted_from: str) -> None:
+    """Looks whether what reads as a checkpoint of the catalogue is one, or was: a slip would be recorded as a name.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    end = check_end(converted_from, "converted_from")
+    if isinstance(end, CheckpointName):
+        try:
+            client.get_checkpoint(end)
+        except NotFoundError as error:
+            if error.reason != "CHECKPOINT_DELETED":
+                raise
 
 
 def _print(results: list[ImportedCheckpoint], *, as_json: bool, is_plain: bool) -> None:

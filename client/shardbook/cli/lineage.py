@@ -92,10 +92,13 @@ def lineage(
     if as_json:
         output.print_json({"lineage": found.to_json()})
     elif is_plain or not sys.stdout.isatty():
-        output.print_table(_COLUMNS, _rows(found), expendable=_EXPENDABLE, is_plain=True)
+        rows = _rows(found)
+        output.print_table(_COLUMNS, rows, expendable=_EXPENDABLE, is_plain=True)
+        if not rows:
+            _print_remarks(found, ref, direction)
     else:
         output.print_tree(_tree(found))
-        _print_remarks(found, ref)
+        _print_remarks(found, ref, direction)
 
 
 def _changed(client: Client, name: CheckpointName, kind: LineageKind, other: str, *, remove: bool) -> str:
@@ -106,12 +109,15 @@ def _changed(client: Client, name: CheckpointName, kind: LineageKind, other: str
     return f"{edge.subject.ref} {_words(edge.kind)} {_shown(edge.object)}"
 
 
-def _print_remarks(found: Lineage, ref: str) -> None:
+def _print_remarks(found: Lineage, ref: str, direction: str) -> None:
     if found.session_begin is not None:
         begin = found.session_begin.ref
         output.print_line(f"Its session says where it began with {begin}: `shardbook lineage {begin}`")
     elif not found.ancestors and not found.descendants:
-        output.print_line(f"Nothing is recorded: `shardbook lineage {ref} fine-tuned-from REF` records something")
+        which = {"up": " that it comes from", "down": " that came of it"}.get(direction, "")
+        output.print_line(
+            f"Nothing is recorded{which}: `shardbook lineage {ref} fine-tuned-from REF` records where it comes from"
+        )
     if found.truncated:
         output.print_line("There is more: --depth looks further")
 

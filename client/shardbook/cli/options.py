@@ -36,9 +36,21 @@ Trusted = Annotated[
 Plain = Annotated[
     bool, typer.Option("--plain", help="Print text for other programs: no colours, no folded cells, no progress.")
 ]
+
+
+def _quoted(etag: str | None) -> str | None:
+    """Returns an etag with the quotes that are part of it, which a shell takes away; none has quotes inside."""
+    return f'"{etag}"' if etag and '"' not in etag else etag
+
+
 Etag = Annotated[
     str | None,
-    typer.Option("--etag", metavar="ETAG", help="Only while it is as --json showed it with this etag; else exit 1."),
+    typer.Option(
+        "--etag",
+        metavar="ETAG",
+        callback=_quoted,
+        help="Only while it is as --json showed it with this etag; else exit 1.",
+    ),
 ]
 #: Rows that a command shows which is told no number.
 DEFAULT_LIMIT: Final = 50

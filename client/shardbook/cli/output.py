@@ -148,6 +148,17 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns so many of something: ``1 file``, ``2,048 files``."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def number(value: float) -> str:
+    """Returns a number short where that says all of it: ``1.87``, ``1e-05``; else in full, ``123456789012``."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value).removesuffix(".0")
+
+
 def time(stamp: datetime | None) -> str:
     """Returns a time in UTC to the second: ``2026-11-23 09:30:00Z``; a dash for none."""
     return _DASH if stamp is None else stamp.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -39,6 +41,11 @@ Examples:
   shardbook policy llm/8b-v3 --clear"""
 _COLUMNS = (("REF", False), ("WHAT", False), ("SIZE", True), ("SAVED", False), ("WHY", False))
 _EXPENDABLE = ("SAVED", "SIZE")
+#: How a reason begins that is nothing but holders, and how one of them names a subscription.
+_HELD: Final = "held by "
+_WATCH: Final = re.compile(r"\bwatch ([A-Za-z0-9._-]+)")
+#: Subscriptions that are named, each on a line of its own.
+_MOST_WATCHES: Final = 5
 #: Deadline of one call, seconds.
 _TIMEOUT_S = 60.0
 
@@ -326,8 +333,24 @@ def _show(decisions: Sequence[PruneDecision], unfinished: Sequence[str], *, show
         f"{len(doomed)} of {len(decisions)} checkpoints are not kept, {size}" if doomed else "everything is kept",
         is_plain=is_plain,
     )
+    for line in _kept_for_watches(decisions):
+        output.print_line(line, is_plain=is_plain)
     if unfinished:
         output.print_line(f"deletions of files to end: {', '.join(unfinished[:5])}", is_plain=is_plain)
+
+
+def _kept_for_watches(decisions: Sequence[PruneDecision]) -> Iterator[str]:
+    """Yields what no rule keeps but subscriptions do, which may be forgotten by everybody: a line for each of them."""
+    held = [one for one in decisions if one.keep and all(reason.startswith(_HELD) for reason in one.reasons)]
+    counts = Counter(name for one in held for reason in one.reasons for name in set(_WATCH.findall(reason)))
+    for name, count in counts.most_common(_MOST_WATCHES):
+        what = "1 checkpoint is" if count == 1 else f"{count} checkpoints are"
+        yield (
+            f"{what} kept for the subscription {name} alone: `shardbook watch --name {name} --status` shows it, "
+            f"`shardbook watch --name {name} --delete` forgets it"
+        )
+    if len(counts) > _MOST_WATCHES:
+        yield f"and some for {len(counts) - _MOST_WATCHES} more subscriptions: --all shows which"
 
 
 def _row(one: PruneDecision) -> tuple[str, ...]:

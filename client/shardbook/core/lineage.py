@@ -49,7 +49,7 @@ class LineageKind(IntEnum):
         try:
             return cls[text.strip().replace("-", "_").replace(" ", "_").upper()]
         except KeyError:
-            known = ", ".join(one.label for one in cls)
+            known = ", ".join(one.label.replace("_", "-") for one in cls)
             raise InvalidArgumentError(f"{text[:80]!a} is no kind of lineage: {known}", field=field) from None
 
 

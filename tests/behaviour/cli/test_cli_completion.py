@@ -30,6 +30,8 @@ def catalogue(client: Client, tmp_path: Path) -> Client:
         save(client, tmp_path / str(step), step, run=RUN, incarnation=b"c" * 16)
     save(client, tmp_path / "other", 7, run="complete/other", incarnation=b"d" * 16)
     client.set_alias(f"{RUN}@good", f"{RUN}@1000")
+    save(client, tmp_path / "gone", 900, run=RUN, incarnation=b"c" * 16)
+    client.delete_checkpoint(f"{RUN}@900", force=True)
     return client
 
 
@@ -65,6 +67,10 @@ def complete(shardbook: Shardbook, monkeypatch: pytest.MonkeyPatch) -> Complete:
         (("show", RUN, "@", "1"), ["1500", "1000"]),
         (("show", RUN, ":", "default", "@", "15"), ["1500"]),
         (("diff", RUN, "@", "1000", RUN, "@", "g"), ["good"]),
+        (("undelete", RUN, "@"), ["@900.s1.a1"]),
+        (("undelete", RUN, "@", "9"), ["900.s1.a1"]),
+        (("undelete", "complete/8"), [f"{RUN}@900.s1.a1"]),
+        (("undelete", "complete/o"), []),
         (("alias", "production", "complete/o"), ["complete/other"]),
         (("import", "/ckpt", "--run", "complete/o"), ["complete/other"]),
         (("show", "absent/"), []),

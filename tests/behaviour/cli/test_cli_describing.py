@@ -124,6 +124,16 @@ def test_labels_metrics_and_notes(runs: str, shardbook: Shardbook) -> None:
         ("metric", "REF", "loss=nan"),
         ("note", "REF", "text", "--clear"),
         ("note", "REF", "--value", "{"),
+        ("note", "REF", "--value", ""),
+        ("note", "REF", ""),
+        ("alias", "RUN", "--delete"),
+        ("alias", "RUN", "--protect"),
+        ("alias", "RUN", "--no-protect"),
+        ("alias", "RUN", "--metric", "loss"),
+        ("alias", "RUN", "--min"),
+        ("alias", "RUN", "--max"),
+        ("alias", "RUN", "--force"),
+        ("alias", "RUN", "--etag", "a"),
         ("alias", "1500", "REF"),
         ("alias", "latest", "REF"),
         ("alias", "best", "RUN", "--metric", "loss"),
@@ -138,6 +148,52 @@ def test_usage_errors(client: Client, shardbook: Shardbook, args: tuple[str, ...
     ran = shardbook(*(told.get(arg, arg) for arg in args))
     assert 2 == ran.code, ran.err
     assert "" == ran.out
+
+
+def test_usage_errors_name_what_is_missing(client: Client, shardbook: Shardbook) -> None:
+    """The word, or the option that does it."""
+    assert "NAME is missing" in shardbook("alias", "llm/8b", "--delete").err
+    assert "--clear removes the note" in shardbook("note", "llm/8b@1", "").err
+
+
+def test_a_moved_alias_stays_protected_unless_told_otherwise(runs: str, shardbook: Shardbook) -> None:
+    """--force moves it, --no-protect takes the protection away; a new one has none."""
+    run = f"{runs}/8b-a"
+
+    def protected(*args: str) -> bool:
+        ran = shardbook("alias", "prod", *args, "--json")
+        assert 0 == ran.code, ran.err
+        is_so: bool = ran.json["aliases"][0]["protected"]
+        return is_so
+
+    assert not protected(f"{run}@10")
+    assert protected(f"{run}@10", "--protect")
+    assert protected(f"{run}@20", "--force")
+    assert 1 == shardbook("alias", "prod", f"{run}@10").code
+    assert not protected(f"{run}@20", "--force", "--no-protect")
+    assert not protected(f"{run}@10")
+
+
+def test_an_etag_needs_no_quotes_and_another_one_names_the_next_command(runs: str, shardbook: Shardbook) -> None:
+    """A shell takes the quotes away that belong to it."""
+    ref = f"{runs}/8b-a@10"
+    etag = shardbook("show", ref, "--json").json["checkpoint"]["etag"]
+    assert 0 == shardbook("label", ref, "stage=eval", "--etag", etag.strip('"')).code
+    ran = shardbook("label", ref, "stage=x", "--etag", etag.strip('"'))
+    assert 1 == ran.code
+    assert "try: `shardbook show REF --json`" in ran.err
+    assert "`shardbook alias RUN --json`" in ran.err
+
+
+def test_numbers_are_shown_as_they_are(runs: str, shardbook: Shardbook) -> None:
+    """Short where that says all of it."""
+    ref = f"{runs}/8b-a@20"
+    given = {"a": "123456789012", "b": "1.8734567891", "c": "1e-05", "d": "2.50"}
+    rows = shardbook("metric", ref, *(f"{name}={value}" for name, value in given.items())).rows
+    shown = {"a": "123456789012", "b": "1.8734567891", "c": "1e-05", "d": "2.5", "loss": "0.2"}
+    assert shown == {row[0]: row[1] for row in rows}
+    out = shardbook("show", ref).rows
+    assert shown == {row[0].removeprefix("metric "): row[1] for row in out if row[0].startswith("metric ")}
 
 
 def test_aliases(runs: str, shardbook: Shardbook) -> None:

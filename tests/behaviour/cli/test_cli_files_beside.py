@@ -13,7 +13,7 @@ from shardbook._publishing import export_dcp_metadata, settle
 from shardbook._trees import open_tree
 from shardbook.catalog import CheckpointState
 from shardbook.client import Client
-from shardbook.core.names import RunName
+from shardbook.core.names import CheckpointName, RunName
 from shardbook.v1 import registration_pb2 as pb
 from shardbook.v1.types_pb2 import AttemptKey, AttemptLocation
 from tests.behaviour.cli.conftest import Shardbook
@@ -75,7 +75,8 @@ def test_files_stay_while_a_save_may_have_them(
     beside = writer.open(1, "0123456789ab-a1")
     waited = writer.open(2, who.prefix if is_plain else "")
     ran = shardbook("rm", f"{run}@1", "--force", "--delete-files")
-    assert (0, True) == (ran.code, f"{waited} is not over and may have it, too; `shardbook rm {run}@1." in ran.out)
+    told = f"{CheckpointName.parse(waited).ref} is not over and may have it, too; `shardbook rm {run}@1."
+    assert (0, True) == (ran.code, told in ran.out), ran.out
     assert data.exists()
     dry = shardbook("prune", run, "--keep-last", "1", "--delete-files", "--dry-run", "--json")
     assert 1 == len(dry.json["unfinished"])

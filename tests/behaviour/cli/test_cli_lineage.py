@@ -88,7 +88,7 @@ def test_json(project: str, client: Client, shardbook: Shardbook) -> None:
     ("words", "code", "told"),
     [
         (["base@10", "fine-tuned-from"], 2, "REF KIND OBJECT"),
-        (["base@10", "made-of", "x"], 2, "resumed_from, fine_tuned_from"),
+        (["base@10", "made-of", "x"], 2, "resumed-from, fine-tuned-from"),
         (["base@10", "--remove"], 2, "--remove goes with"),
         (["base@10", "resumed-from", "x", "--up"], 2, "REF alone"),
         (["base@10", "resumed-from", "s3://key:secret@bucket/x"], 2, "password"),
@@ -120,6 +120,15 @@ def test_a_checkpoint_without_edges_says_what_to_do(
     assert "shardbook lineage" in out[1]
 
 
+@pytest.mark.parametrize("way", [(), ("--up",), ("--plain",)])
+def test_so_does_a_table_without_rows(client: Client, project: str, shardbook: Shardbook, way: tuple[str, ...]) -> None:
+    """Below its header."""
+    header, told = shardbook("lineage", f"{project}/base@20", *way).out.splitlines()
+    assert header.startswith("WAY")
+    assert told.startswith("Nothing is recorded")
+    assert f"`shardbook lineage {project}/base@20 fine-tuned-from REF`" in told
+
+
 class TestImports:
     """What is recorded in another run comes from what it was."""
 
@@ -138,6 +147,8 @@ class TestImports:
         CheckpointDirectory(tmp_path / "in").add_manifest(identity(10, run=f"{project}/copy"))
         words = ("import", str(tmp_path / "in"), "--run", f"{project}/copy", "--converted-from")
         assert 2 == shardbook(*words, "s3://key:secret@bucket").code
+        for slip in (f"{project}/base@nope", f"projects/{project}/runs/base/parts/default/checkpoints/77"):
+            assert [3, 3] == [shardbook(*words, slip).code, shardbook(*words, slip, "--dry-run").code]
         assert 0 == shardbook(*words, f"{project}/base@20").code
         (edge,) = client.list_lineage(f"{project}/copy@10")
         assert f"{project}/base@20" == edge.object.ref

@@ -377,3 +377,8 @@ def test_a_narrow_terminal_loses_columns_not_names(
         shown[width] = header.split()
         assert row.startswith("llm/8b-v3@1500")
     assert {80: ["REF", "SIZE", "SESSION"], 30: ["REF", "SIZE"], 10: ["REF"]} == shown
+
+
+def test_one_is_no_plural() -> None:
+    """Counts agree with their noun."""
+    assert ["0 files", "1 file", "2,048 files"] == [output.counted(number, "file") for number in (0, 1, 2048)]

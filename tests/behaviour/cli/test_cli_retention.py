@@ -145,7 +145,7 @@ class TestRm:
         first, _ = recorded(shardbook, tmp_path, run, 1, 2)
         assert 0 == shardbook("import", str(first), "--run", f"{run}-copy").code
         ran = shardbook("rm", f"{run}@1", "--delete-files")
-        assert f"data left in {first}: projects/keep/runs/{run.split('/')[1]}-copy/" in ran.out
+        assert f"data left in {first}: {run}-copy@1.s0.a1" in ran.out
         assert 0 == shardbook("verify", f"{run}-copy@1").code
         assert 0 == shardbook("rm", f"{run}-copy@1", "--force", "--delete-files").code
         assert not first.exists()
@@ -204,6 +204,22 @@ class TestPrune:
         done = shardbook("prune", run, "--keep-last", "1", "--keep-every", "3", "--yes")
         assert (0, True) == (done.code, "deleted 1 checkpoints; 130 B of data left" in done.out)
         assert [4, 3, 2] == steps(shardbook, run)
+
+    def test_what_subscriptions_alone_keep_is_told_with_the_way_out(
+        self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str
+    ) -> None:
+        """Also without --all: how many, for which one, and how it is forgotten."""
+        name = run.replace("/", "-")
+        assert 0 == shardbook("watch", run, "--name", name, "--exec", "true", "--once").code
+        recorded(shardbook, tmp_path, run, 1, 2, 3)
+        ran = shardbook("prune", run, "--keep-last", "1", "--yes")
+        assert (0, "everything is kept") == (ran.code, ran.out.splitlines()[0]), ran.err
+        assert f"2 checkpoints are kept for the subscription {name} alone" in ran.out
+        assert f"`shardbook watch --name {name} --delete`" in ran.out
+        assert 0 == shardbook("watch", "--name", name, "--delete").code
+        ran = shardbook("prune", run, "--keep-last", "1", "--yes")
+        assert "deleted 2 checkpoints" in ran.out
+        assert "subscription" not in ran.out
 
     def test_the_stored_policy_counts_without_rules(
         self, client: Client, shardbook: Shardbook, tmp_path: Path, run: str

@@ -146,6 +146,20 @@ def test_mistakes_are_answered_with_what_to_type(
     assert said in ran.err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("words", [("tensors",), ("cat",), ("hold", "--ttl", "1h"), ("rm",), ("rm", "--dry-run")])
+def test_what_is_not_committed_yet_names_the_command_that_shows_it(
+    client: Client, shardbook: Shardbook, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Exit 1, and how far the save is."""
+    run = f"open/{'-'.join(words).replace('--', '')}"
+    session = start_session(client, run, WHO).session
+    plan(client, identity(10, run=run, session=session, incarnation=WHO), tmp_path, 0)
+    command, *options = words
+    ran = shardbook(command, f"{run}@10.s1.a1", *(["w"] if command == "cat" else []), *options)
+    assert (1, True) == (ran.code, "OPEN" in ran.err), ran.err
+    assert "try: `shardbook status PROJECT/RUN`" in ran.err
+
+
 def test_durations_are_read_and_told() -> None:
     """Rule: what is told can be read, and means the same, but for what is cut off."""
     cases = {"90s": 90, "30m": 1800, "2h": 7200, "1d12h": 129_600, "0.5s": 0.5, "1h30m": 5400}

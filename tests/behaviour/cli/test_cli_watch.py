@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shardbook.cli.commands import Command
 from shardbook.client import Client
 from shardbook.errors import NotFoundError
 from shardbook.events import EventKind
@@ -105,6 +106,20 @@ def _done_count(client: Client, name: str) -> int:
         return 0
 
 
+def test_an_unknown_placeholder_is_told_with_the_known_ones(client: Client, shardbook: Shardbook) -> None:
+    """Nothing is done with a slip of the pen."""
+    ran = shardbook("watch", "--name", "slip", "--exec", "echo {nope}", "--once")
+    assert (2, True) == (ran.code, "{nope} is no placeholder: {ref}, {name}, {path}" in ran.err), ran.err
+    assert 3 == shardbook("watch", "--name", "slip", "--status").code
+
+
+@pytest.mark.parametrize("word", ['{"json": 1}', "{}", "{ print }", "{1,2}", "{{ref}}", "{{nope}}", "${HOME}"])
+def test_braces_that_are_no_placeholder_are_left_alone(word: str) -> None:
+    """They are for the command itself; in doubled ones what is known is filled in as ever."""
+    argv = Command.parse(f"echo '{word}'").argv({"ref": "llm/8b@1"})
+    assert ["echo", word.replace("{ref}", "llm/8b@1")] == argv
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -115,6 +130,8 @@ def _done_count(client: Client, name: str) -> int:
         ("--name", "a", "--exec", "no-such-command {ref}"),
         ("--name", "a", "--exec", "sh -c 'echo {path}'"),
         ("--name", "a", "--exec", "/bin/bash -ec 'echo {ref}'"),
+        ("--name", "a", "--exec", "echo {nope}"),
+        ("--name", "a", "--exec", "echo --step={Step} {ref}"),
         ("--name", "a", "--exec", "true", "--kind", "failed"),
         ("--name", "a b", "--exec", "true"),
         ("--status",),
