@@ -93,7 +93,8 @@ where there are refusals |
 | `shardbook lineage` | `{"lineage": lineage}`, with KIND and OBJECT as it is now |
 | `shardbook watch` | `{keys of an event}`, one object a line, as it happens |
 | `shardbook watch --exec` | on each line `{"ref", "outcome", "attempt", "exit_code", "checkpoint": checkpoint}` |
-| `shardbook watch --status`, `--delete` | `{"subscription": subscription}` |
+| `shardbook watch --status`, `--delete` | `{"subscription": subscription}`; of `--status` without `--name` \
+`{"subscriptions": [subscription]}`, their claims left out |
 | `shardbook tensors` | `{"tensors": [tensor], "more": bool}` |
 | `shardbook chunks` | `{"tensor": {"fqn", "dtype", "shape", "chunk_count"}, "directory": path or URL, \
 "chunks": [printed chunk], "more": bool}` |

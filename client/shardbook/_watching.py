@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from shardbook._channel import connections
 from shardbook._patterns import listing_place
 from shardbook._retry import may_pass
 from shardbook._transport import Rpc, StreamRpc, Transport
+from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.errors import InvalidArgumentError, ShardbookError, UnavailableError
 from shardbook.events import CLAIM_STATES, EVERYTHING, KINDS, NOW, Claim, ClaimState, Event, EventKind, Subscription
@@ -28,6 +29,7 @@ CLAIM_CHECKPOINT = Rpc("ClaimCheckpoint", lambda on: on.catalog.ClaimCheckpoint)
 RENEW_CLAIM = Rpc("RenewClaim", lambda on: on.catalog.RenewClaim)
 FINISH_CLAIM = Rpc("FinishClaim", lambda on: on.catalog.FinishClaim)
 GET_SUBSCRIPTION = Rpc("GetSubscription", lambda on: on.catalog.GetSubscription)
+LIST_SUBSCRIPTIONS = Rpc("ListSubscriptions", lambda on: on.catalog.ListSubscriptions)
 DELETE_SUBSCRIPTION = Rpc("DeleteSubscription", lambda on: on.catalog.DeleteSubscription)
 
 #: A stream without a sign of life for so long is dead, whatever its connection says; servers send one every 10 s.
@@ -328,6 +330,14 @@ class WatchingCalls:
         """Returns a subscription; raises NotFoundError."""
         request = events_pb2.GetSubscriptionRequest(name=_subscription(name))
         return Subscription.of(self._transport.call(GET_SUBSCRIPTION, request, deadline_s=deadline_s).subscription)
+
+    def list_subscriptions(
+        self, *, page_size: int = MAX_PAGE_SIZE, deadline_s: float | None = None
+    ) -> Iterator[Subscription]:
+        """Yields subscriptions by name, without their claims."""
+        request = events_pb2.ListSubscriptionsRequest(page_size=page_size)
+        for page in self._transport.pages(LIST_SUBSCRIPTIONS, request, deadline_s=deadline_s):
+            yield from map(Subscription.of, page.subscriptions)
 
     def delete_subscription(self, name: str, *, deadline_s: float | None = None) -> None:
         """Forgets a subscription with its place and claims; raises NotFoundError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +24,8 @@ Examples:
   shardbook watch 'llm/*' --kind committed
   shardbook watch llm/8b-v3 --since start --once --json
   shardbook watch 'llm/*' --name mmlu --exec 'python eval.py --checkpoint {path}'
-  shardbook watch --name mmlu --status"""
+  shardbook watch --name mmlu --status
+  shardbook watch --status"""
 _COLUMNS = (
     ("CHECKPOINT", False),
     ("STATE", False),
@@ -31,6 +33,14 @@ _COLUMNS = (
     ("HOLDER", False),
     ("DUE", False),
     ("WHY", False),
+)
+_ALL_COLUMNS = (
+    ("NAME", False),
+    ("ABOUT", False),
+    ("FILTER", False),
+    ("BEHIND", True),
+    ("DONE", True),
+    ("MADE", False),
 )
 
 
@@ -88,7 +98,10 @@ def watch(
     ] = 0,
     once: Annotated[bool, typer.Option("--once", help="End when there is nothing more now.")] = False,
     status: Annotated[
-        bool, typer.Option("--status", help="Show the subscription, and what is being worked on.")
+        bool,
+        typer.Option(
+            "--status", help="Show the subscription, and what is being worked on; without --name, all of them."
+        ),
     ] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Forget the subscription, its place and claims.")] = False,
     as_json: AsJson = False,
@@ -167,8 +180,11 @@ def _cells(event: Event) -> tuple[str, ...]:
 def _look_after(
     client: Client, name: str | None, command: str | None, *, delete: bool, as_json: bool, is_plain: bool
 ) -> None:
-    if name is None or command is not None:
+    if command is not None or (name is None and delete):
         raise InvalidArgumentError("--status and --delete go with --name alone", field="name")
+    if name is None:
+        _show_all(list(client.list_subscriptions()), as_json=as_json, is_plain=is_plain)
+        return
     found = client.get_subscription(name)
     if delete:
         client.delete_subscription(name)
@@ -178,6 +194,24 @@ def _look_after(
         output.print_line(f"{name} is forgotten", is_plain=is_plain)
     else:
         _show(found, is_plain=is_plain)
+
+
+def _show_all(found: Sequence[Subscription], *, as_json: bool, is_plain: bool) -> None:
+    if as_json:
+        output.print_json({"subscriptions": [one.to_json() for one in found]})
+        return
+    rows = (
+        (
+            one.name,
+            one.parent,
+            output.or_dash(one.filter),
+            output.count(one.behind_count),
+            output.count(one.done_count),
+            output.table_time(one.create_time),
+        )
+        for one in found
+    )
+    output.print_table(_ALL_COLUMNS, rows, expendable=("MADE", "DONE", "FILTER"), is_plain=is_plain)
 
 
 def _show(found: Subscription, *, is_plain: bool) -> None:

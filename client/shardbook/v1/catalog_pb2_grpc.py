@@ -196,6 +196,11 @@ class CatalogServiceStub(object):
                 request_serializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionRequest.SerializeToString,
                 response_deserializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionResponse.FromString,
                 _registered_method=True)
+        self.ListSubscriptions = channel.unary_unary(
+                '/shardbook.v1.CatalogService/ListSubscriptions',
+                request_serializer=shardbook_dot_v1_dot_events__pb2.ListSubscriptionsRequest.SerializeToString,
+                response_deserializer=shardbook_dot_v1_dot_events__pb2.ListSubscriptionsResponse.FromString,
+                _registered_method=True)
         self.DeleteSubscription = channel.unary_unary(
                 '/shardbook.v1.CatalogService/DeleteSubscription',
                 request_serializer=shardbook_dot_v1_dot_events__pb2.DeleteSubscriptionRequest.SerializeToString,
@@ -428,6 +433,13 @@ class CatalogServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSubscriptions(self, request, context):
+        """Lists subscriptions by name, a page at a time, without their claims.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteSubscription(self, request, context):
         """Forgets a subscription with its cursor and claims.
         """
@@ -587,6 +599,11 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.GetSubscription,
                     request_deserializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionRequest.FromString,
                     response_serializer=shardbook_dot_v1_dot_events__pb2.GetSubscriptionResponse.SerializeToString,
+            ),
+            'ListSubscriptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSubscriptions,
+                    request_deserializer=shardbook_dot_v1_dot_events__pb2.ListSubscriptionsRequest.FromString,
+                    response_serializer=shardbook_dot_v1_dot_events__pb2.ListSubscriptionsResponse.SerializeToString,
             ),
             'DeleteSubscription': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteSubscription,
@@ -1411,6 +1428,33 @@ class CatalogService(object):
             '/shardbook.v1.CatalogService/GetSubscription',
             shardbook_dot_v1_dot_events__pb2.GetSubscriptionRequest.SerializeToString,
             shardbook_dot_v1_dot_events__pb2.GetSubscriptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSubscriptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardbook.v1.CatalogService/ListSubscriptions',
+            shardbook_dot_v1_dot_events__pb2.ListSubscriptionsRequest.SerializeToString,
+            shardbook_dot_v1_dot_events__pb2.ListSubscriptionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

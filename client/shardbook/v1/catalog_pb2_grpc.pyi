@@ -41,6 +41,7 @@ class CatalogServiceStub:
     RenewClaim: grpc.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
     FinishClaim: grpc.UnaryUnaryMultiCallable[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse]
     GetSubscription: grpc.UnaryUnaryMultiCallable[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse]
+    ListSubscriptions: grpc.UnaryUnaryMultiCallable[events_pb2.ListSubscriptionsRequest, events_pb2.ListSubscriptionsResponse]
     DeleteSubscription: grpc.UnaryUnaryMultiCallable[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse]
 
 @type_check_only
@@ -76,6 +77,7 @@ class CatalogServiceAsyncStub:
     RenewClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.RenewClaimRequest, events_pb2.RenewClaimResponse]
     FinishClaim: grpc.aio.UnaryUnaryMultiCallable[events_pb2.FinishClaimRequest, events_pb2.FinishClaimResponse]
     GetSubscription: grpc.aio.UnaryUnaryMultiCallable[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse]
+    ListSubscriptions: grpc.aio.UnaryUnaryMultiCallable[events_pb2.ListSubscriptionsRequest, events_pb2.ListSubscriptionsResponse]
     DeleteSubscription: grpc.aio.UnaryUnaryMultiCallable[events_pb2.DeleteSubscriptionRequest, events_pb2.DeleteSubscriptionResponse]
 
 class CatalogServiceServicer:
@@ -229,6 +231,11 @@ class CatalogServiceServicer:
         request: events_pb2.GetSubscriptionRequest,
         context: grpc.aio.ServicerContext[events_pb2.GetSubscriptionRequest, events_pb2.GetSubscriptionResponse],
     ) -> Awaitable[events_pb2.GetSubscriptionResponse]: ...
+    def ListSubscriptions(
+        self,
+        request: events_pb2.ListSubscriptionsRequest,
+        context: grpc.aio.ServicerContext[events_pb2.ListSubscriptionsRequest, events_pb2.ListSubscriptionsResponse],
+    ) -> Awaitable[events_pb2.ListSubscriptionsResponse]: ...
     def DeleteSubscription(
         self,
         request: events_pb2.DeleteSubscriptionRequest,

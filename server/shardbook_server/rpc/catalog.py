@@ -361,6 +361,17 @@ class CatalogHandlers(CatalogServiceServicer):
         view = await self._bridge.read(self._services.claims.get, request.name)
         return events_pb2.GetSubscriptionResponse(subscription=events.subscription(view))
 
+    async def ListSubscriptions(
+        self, request: events_pb2.ListSubscriptionsRequest, context: Context
+    ) -> events_pb2.ListSubscriptionsResponse:
+        """Lists subscriptions by name, a page at a time."""
+        page = await self._bridge.read(
+            self._services.claims.list, page_size=request.page_size, page_token=request.page_token
+        )
+        return events_pb2.ListSubscriptionsResponse(
+            subscriptions=map(events.subscription, page.items), next_page_token=page.next_page_token
+        )
+
     async def DeleteSubscription(
         self, request: events_pb2.DeleteSubscriptionRequest, context: Context
     ) -> events_pb2.DeleteSubscriptionResponse:

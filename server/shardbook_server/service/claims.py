@@ -30,6 +30,8 @@ from shardbook_server.service.claiming import (
 from shardbook_server.service.descriptions import described
 from shardbook_server.service.events import Place, open_place, read_next
 from shardbook_server.service.interest import Interest
+from shardbook_server.service.pages import Tokens, page_count
+from shardbook_server.service.views import Page
 from shardbook_server.storage import checkpoints as checkpoint_rows
 from shardbook_server.storage import claims as rows
 from shardbook_server.storage import events as event_rows
@@ -50,8 +52,9 @@ class ClaimService:
     """Keeps subscriptions and their claims. Thread-safe."""
 
     def __init__(self, database: Database) -> None:
-        """Keeps no state of its own."""
+        """Keeps nothing but the key of the page tokens."""
         self._database = database
+        self._tokens = Tokens(database)
 
     def peek(self, request: ClaimRequest) -> ClaimAnswer | None:
         """Returns the answer when there is nothing to claim, without writing; None when ``claim`` has to look.
@@ -136,11 +139,22 @@ class ClaimService:
                 raise _unknown(name)
             epoch, head = event_rows.read_position(connection)
             views = _view(connection, rows.list_claims(connection, found.id, LISTED_CLAIMS))
-        place = Place(epoch, found.cursor)
-        behind_count = max(0, head - found.cursor)
-        return SubscriptionView(
-            name, found.parent, found.filter, place, behind_count, found.done_count, tuple(views), found.create_time_us
-        )
+        return _subscription_view(found, epoch, head, views)
+
+    def list(self, *, page_size: int = 0, page_token: str = "") -> Page[SubscriptionView]:
+        """Returns one page of subscriptions by name, without their claims.
+
+        Raises:
+            InvalidArgumentError: The page size or token is not valid.
+        """
+        listing = ("subscriptions",)
+        count = page_count(page_size)
+        position = self._tokens.read(listing, page_token)
+        with self._database.read() as connection:
+            epoch, head = event_rows.read_position(connection)
+            found = rows.page_of_subscriptions(connection, "" if position is None else str(position[0]), count + 1)
+        token = self._tokens.make(listing, (found[count - 1].name,)) if len(found) > count else ""
+        return Page(tuple(_subscription_view(one, epoch, head, ()) for one in found[:count]), token)
 
     def delete(self, name: str) -> None:
         """Forgets a subscription; raises NotFoundError. Who works on one of its checkpoints loses the claim."""
@@ -185,6 +199,19 @@ class ClaimService:
                 ended = replace(ended, state=ClaimState.WAITING, due_time_us=due_us)
         rows.put_claim(connection, ended)
         return ClaimState(ended.state)
+
+
+def _subscription_view(found: SubscriptionRow, epoch: bytes, head: int, views: Sequence[ClaimView]) -> SubscriptionView:
+    return SubscriptionView(
+        f"subscriptions/{found.name}",
+        found.parent,
+        found.filter,
+        Place(epoch, found.cursor),
+        max(0, head - found.cursor),
+        found.done_count,
+        tuple(views),
+        found.create_time_us,
+    )
 
 
 def _check_same(found: SubscriptionRow, request: ClaimRequest) -> None:

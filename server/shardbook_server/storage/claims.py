@@ -57,6 +57,12 @@ def find_subscription(connection: Connection, name: str) -> SubscriptionRow | No
     return None if row is None else SubscriptionRow(*row)
 
 
+def page_of_subscriptions(connection: Connection, after: str, count: int) -> list[SubscriptionRow]:
+    """Returns subscriptions by name behind ``after``."""
+    statement = select(subscriptions).where(subscriptions.c.name > after).order_by(subscriptions.c.name).limit(count)
+    return [SubscriptionRow(*row) for row in connection.execute(statement)]
+
+
 def insert_subscription(
     connection: Connection, name: str, *, parent: str, filter_text: str, cursor: int, now_us: int
 ) -> None:

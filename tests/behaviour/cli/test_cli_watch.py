@@ -73,6 +73,9 @@ def test_work_is_done_once_and_failures_are_skipped(run: str, shardbook: Shardbo
         status["claims"][0]["failure"],
     )
     assert "exit code 1" in shardbook("watch", "--name", name, "--status").out
+    every = shardbook("watch", "--status", "--json").json["subscriptions"]
+    assert [status | {"claims": []}] == [one for one in every if one["name"] == name]
+    assert name in [row[0] for row in shardbook("watch", "--status").rows]
     assert 1 == shardbook("watch", f"{run}:other", *args[2:]).code
     assert "is forgotten" in shardbook("watch", "--name", name, "--delete").out
     assert 3 == shardbook("watch", "--name", name, "--status").code
@@ -134,7 +137,8 @@ def test_braces_that_are_no_placeholder_are_left_alone(word: str) -> None:
         ("--name", "a", "--exec", "echo --step={Step} {ref}"),
         ("--name", "a", "--exec", "true", "--kind", "failed"),
         ("--name", "a b", "--exec", "true"),
-        ("--status",),
+        ("--delete",),
+        ("--status", "--exec", "true"),
         ("--since", "yesterday", "--once"),
         ("a b/*",),
     ],

@@ -15,7 +15,7 @@ from shardbook.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from shardbook_server.service.claiming import ClaimRequest, ClaimView, FinishRequest, Outcome
+from shardbook_server.service.claiming import ClaimRequest, ClaimView, FinishRequest, Outcome, SubscriptionView
 from shardbook_server.service.services import Services
 from shardbook_server.storage import claims as rows
 from shardbook_server.storage.backup import mark_restored
@@ -50,6 +50,29 @@ def finish(services: Services, claim_id: bytes, view: ClaimView | None, outcome:
 def step(view: ClaimView | None) -> int | None:
     """The step that was claimed."""
     return None if view is None else view.checkpoint.step
+
+
+def test_subscriptions_are_listed_by_name_in_pages(services: Services, job: Job) -> None:
+    """As they are by themselves, but for their claims; none twice, none left out."""
+    job.save(1)
+    names = [f"subscriptions/{name}" for name in ("b", "a", "B", "mmlu-2", "mmlu")]
+    for name in names:
+        assert claimed(services, subscription=name)[1] is not None
+    found: list[SubscriptionView] = []
+    token = ""
+    while True:
+        page = services.claims.list(page_size=2, page_token=token)
+        found += page.items
+        token = page.next_page_token
+        if not token:
+            break
+    assert sorted(names) == [one.name for one in found]
+    assert [replace(services.claims.get(one.name), claims=()) for one in found] == found
+    services.claims.delete("subscriptions/b")
+    assert 4 == len(services.claims.list().items)
+    for bad in ({"page_size": -1}, {"page_token": "x"}):
+        with pytest.raises(InvalidArgumentError):
+            services.claims.list(**bad)
 
 
 def test_each_commit_is_claimed_once_in_order(services: Services, job: Job) -> None:
