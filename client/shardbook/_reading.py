@@ -14,7 +14,7 @@ from shardbook.core.digest import digest_of
 from shardbook.core.limits import MAX_PAGE_SIZE
 from shardbook.core.names import CheckpointName, RunName, check_segment
 from shardbook.core.texts import encode_name
-from shardbook.errors import InternalError, InvalidArgumentError
+from shardbook.errors import InternalError, InvalidArgumentError, NotFoundError
 from shardbook.status import RunStatus, ServerInfo
 from shardbook.v1 import catalog_pb2, metadata_pb2, registration_pb2
 from shardbook.v1.types_pb2 import Checkpoint as CheckpointMessage
@@ -232,14 +232,26 @@ class ReadingCalls:
         for page in self._transport.pages(LIST_RUNS, request, deadline_s=deadline_s):
             yield from map(Run.of, page.runs)
 
-    def get_checkpoint(self, name: CheckpointName | str, *, deadline_s: float | None = None) -> Checkpoint:
+    def get_checkpoint(
+        self, name: CheckpointName | str, *, show_deleted: bool = False, deadline_s: float | None = None
+    ) -> Checkpoint:
         """Returns a checkpoint.
+
+        Args:
+            name: The checkpoint; by its full name also one that was deleted.
+            show_deleted: One that was deleted by any other name, too.
+            deadline_s: Seconds for each call.
 
         Raises:
             NotFoundError: There is no such checkpoint.
         """
         request = catalog_pb2.GetCheckpointRequest(name=resource_name(name))
-        return Checkpoint.of(self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
+        try:
+            return Checkpoint.of(self._transport.call(GET_CHECKPOINT, request, deadline_s=deadline_s).checkpoint)
+        except NotFoundError as error:
+            if not show_deleted or error.reason != "CHECKPOINT_DELETED":
+                raise
+            return self.get_checkpoint(error.metadata["name"], deadline_s=deadline_s)
 
     def list_checkpoints(
         self,

@@ -48,7 +48,7 @@ from shardbook_server.storage import migrate
 from shardbook_server.storage.database import Database, PostgresOptions
 from shardbook_server.storage.urls import is_postgres
 from shardbook_server.tracing import Tracing
-from shardbook_server.upkeep import drop_what_is_old, old_things
+from shardbook_server.upkeep import drop_what_is_old, expire_leases, old_things
 
 #: Full names of the services, as health checks ask for them.
 SERVICES: Final = tuple(
@@ -198,7 +198,8 @@ class Server:
         await self._server.start()
         self._operations.serve(self.address)
         loop = asyncio.get_running_loop()
-        self._reaper = loop.create_task(self._reap())
+        reaping = expire_leases(self._bridge, self._services.sessions, self._settings.reap_interval_s)
+        self._reaper = loop.create_task(reaping)
         old = old_things(self._services, self._settings.event_retention_s)
         self._upkeep = loop.create_task(drop_what_is_old(self._bridge, old))
         return self.address
@@ -267,19 +268,6 @@ class Server:
 
     async def _look(self, attempts: Sequence[int]) -> Mapping[int, AttemptCounts]:
         return await self._bridge.look(self._services.progress.counts, attempts)
-
-    async def _reap(self) -> None:
-        """Ends attempts whose writers are gone, for as long as the server lives."""
-        while True:
-            # At once after a start: the leases of jobs that could not reach the service are made good first.
-            try:
-                expired = await self._bridge.write_own("reap", self._services.sessions.expire_leases)
-            except Exception as error:  # noqa: BLE001 - the database may be away; the next round tries again
-                _log.warning("cannot look for ended leases", error=str(error))
-            else:
-                if expired:
-                    _log.info("expired attempts whose lease had ended", count=expired)
-            await asyncio.sleep(self._settings.reap_interval_s)
 
 
 def _take_every_descriptor() -> None:

@@ -1,4 +1,4 @@
-"""What a server does by itself every now and then so that its database does not only grow."""
+"""What a server does by itself every now and then: it ends what was left, and drops what is old."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from shardbook_server.rpc.bridge import Bridge
 from shardbook_server.service.requests import REMEMBERED_S
 from shardbook_server.service.services import Services
+from shardbook_server.service.sessions import SessionService
 
 #: Time between two looks for what is old, seconds; jittered, so that replicas do not meet.
 EVERY_S: Final = 600.0
@@ -43,15 +45,31 @@ def old_things(services: Services, event_retention_s: float) -> tuple[Old, ...]:
     )
 
 
+async def expire_leases(bridge: Bridge, sessions: SessionService, every_s: float) -> None:
+    """Ends attempts whose writers are gone, for as long as the server lives."""
+    while True:
+        # At once after a start: the leases of jobs that could not reach the service are made good first.
+        count = await _tried(bridge, "reap", sessions.expire_leases, failure="cannot look for ended leases")
+        if count:
+            _log.info("expired attempts whose lease had ended", count=count)
+        await asyncio.sleep(every_s)
+
+
 async def drop_what_is_old(bridge: Bridge, things: tuple[Old, ...]) -> None:
     """Drops what is old, for as long as the server lives."""
     while True:
         await asyncio.sleep(EVERY_S * random.uniform(0.5, 1.0))
         for old in things:
-            try:
-                dropped = await bridge.write_own(old.what, old.drop, round(old.age_s * 1e6))
-            except Exception as error:  # noqa: BLE001 - the database may be away; the next round tries again
-                _log.warning("cannot drop what is old", what=old.what, error=str(error))
-            else:
-                if dropped:
-                    _log.info("dropped what is old", what=old.what, count=dropped)
+            drop = partial(old.drop, round(old.age_s * 1e6))
+            count = await _tried(bridge, old.what, drop, failure=f"cannot drop old {old.what}")
+            if count:
+                _log.info(f"dropped old {old.what}", count=count)
+
+
+async def _tried(bridge: Bridge, name: str, work: Callable[[], int], *, failure: str) -> int:
+    """Returns how many were ended or dropped; 0 when the database was away, which is logged."""
+    try:
+        return await bridge.write_own(name, work)
+    except Exception as error:  # noqa: BLE001 - the next round tries again
+        _log.warning(failure, error=str(error))
+        return 0

@@ -13,7 +13,7 @@ from shardbook.cli.failures import NEGATIVE, asking_storage
 from shardbook.cli.options import AsJson, Plain, Server, Timeout, Trusted, client_of
 from shardbook.core.lineage import check_end
 from shardbook.core.names import CheckpointName
-from shardbook.errors import InvalidArgumentError, NotFoundError, ShardbookError
+from shardbook.errors import InvalidArgumentError, ShardbookError
 
 if TYPE_CHECKING:
     from shardbook.client import Client
@@ -140,11 +140,7 @@ def _check_known(client: Client, converted_from: str) -> None:
     """
     end = check_end(converted_from, "converted_from")
     if isinstance(end, CheckpointName):
-        try:
-            client.get_checkpoint(end)
-        except NotFoundError as error:
-            if error.reason != "CHECKPOINT_DELETED":
-                raise
+        client.get_checkpoint(end, show_deleted=True)
 
 
 def _print(results: list[ImportedCheckpoint], *, as_json: bool, is_plain: bool) -> None:

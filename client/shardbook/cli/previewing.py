@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from shardbook.catalog import Checkpoint, CheckpointState
 from shardbook.cli import output
 from shardbook.config import ClientConfig
+from shardbook.core import refusals
 from shardbook.core.names import LATEST, AliasName, CheckpointName
-from shardbook.errors import AbortedError, NotFoundError
+from shardbook.errors import AbortedError
 
 if TYPE_CHECKING:
     from shardbook.client import Client
@@ -44,14 +45,9 @@ def look(name: CheckpointName, client: Client, config: ClientConfig, *, etag: st
     """
     from shardbook.deleting import list_files
 
-    try:
-        checkpoint = client.get_checkpoint(name)
-    except NotFoundError as error:
-        if error.reason != "CHECKPOINT_DELETED":
-            raise
-        checkpoint = client.get_checkpoint(error.metadata["name"])
+    checkpoint = client.get_checkpoint(name, show_deleted=True)
     if etag is not None and etag != checkpoint.etag:
-        raise AbortedError(f"{name.ref} was changed since it was read: read it again, then decide again", field="etag")
+        raise AbortedError(refusals.changed_since(name.ref), field="etag")
     # What it means now: an alias may move between two questions.
     files = list_files(checkpoint.name, client=client, config=config)
     if checkpoint.state is CheckpointState.DELETED:
@@ -60,8 +56,8 @@ def look(name: CheckpointName, client: Client, config: ClientConfig, *, etag: st
     meaning = [one for one in client.list_aliases(part.run, part=part.part) if one.checkpoint == checkpoint.name]
     # Those that follow a metric go on to the next best one.
     going = [one for one in meaning if one.direction is None and _alias(one) != LATEST]
-    refusals = (*_held(checkpoint), *(() if force else _meant(checkpoint, going)))
-    return Preview(checkpoint, files, tuple(map(_alias, going)), refusals)
+    against = (*_held(checkpoint), *(() if force else _meant(checkpoint, going)))
+    return Preview(checkpoint, files, tuple(map(_alias, going)), against)
 
 
 def print_preview(found: Preview, *, delete_data: bool, as_json: bool, is_plain: bool) -> None:
@@ -98,16 +94,8 @@ def _held(checkpoint: Checkpoint) -> list[str]:
 
 def _meant(checkpoint: Checkpoint, aliases: list[Alias]) -> list[str]:
     """Returns what speaks against it that ``--force`` overrules."""
-    found = []
-    if LATEST in checkpoint.aliases:
-        found.append(
-            f"{checkpoint.ref} is what @{LATEST} means, and what the next job would resume from; delete it with --force"
-        )
-    return found + [
-        f"{checkpoint.ref} is what @{_alias(one)} means, which is protected: delete it with --force"
-        for one in aliases
-        if one.protected
-    ]
+    latest = [refusals.is_latest(checkpoint.ref)] if LATEST in checkpoint.aliases else []
+    return latest + [refusals.is_protected(checkpoint.ref, _alias(one)) for one in aliases if one.protected]
 
 
 def _alias(one: Alias) -> str:

@@ -108,12 +108,7 @@ def check_reach(name: CheckpointName | str, *, client: Client, config: ClientCon
         InvalidArgumentError: Its store is not configured here (``UNKNOWN_STORE``).
         StorageError, PermissionDeniedError: The storage failed or refused.
     """
-    try:
-        checkpoint = client.get_checkpoint(name)
-    except NotFoundError as error:
-        if error.reason != "CHECKPOINT_DELETED":
-            raise
-        checkpoint = client.get_checkpoint(error.metadata["name"])
+    checkpoint = client.get_checkpoint(name, show_deleted=True)
     for directory in map(config.stores.path_of, checkpoint.locations):
         with told_as_ours(f"cannot look at {directory}"):
             _tree_of(directory)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from shardbook.core import limits
-from shardbook.core.names import LATEST, CheckpointName
+from shardbook.core import limits, refusals
+from shardbook.core.names import CheckpointName
 from shardbook.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from shardbook_server.service import checks, present
 from shardbook_server.service.aliases import follow
@@ -97,16 +97,10 @@ class DeletionService:
         """Takes away the names of what is about to be deleted; returns the aliases that are gone."""
         meaning = [one for one in alias_rows.find_meaning(connection, row.id) if one.direction == alias_rows.BY_HAND]
         if run_rows.part_by_id(connection, row.part_id).latest_id == row.id and not force:
-            raise FailedPreconditionError(
-                f"{name.ref} is what @{LATEST} means, and what the next job would resume from; delete it with --force",
-                reason="LATEST_CHECKPOINT",
-            )
+            raise FailedPreconditionError(refusals.is_latest(name.ref), reason="LATEST_CHECKPOINT")
         for alias in meaning:
             if alias.protected and not force:
-                raise FailedPreconditionError(
-                    f"{name.ref} is what @{alias.name} means, which is protected: delete it with --force",
-                    reason="ALIAS_PROTECTED",
-                )
+                raise FailedPreconditionError(refusals.is_protected(name.ref, alias.name), reason="ALIAS_PROTECTED")
         events = []
         for alias in meaning:
             alias_rows.delete_alias(connection, row.part_id, alias.name)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from typing import Final
 
+from shardbook.core.refusals import changed_since
 from shardbook.errors import AbortedError
 from shardbook_server.service.views import CheckpointInfo
 
@@ -45,4 +46,4 @@ def check_etag(asked: str, current: str, what: str, field: str) -> None:
         AbortedError: It was changed since (``ETAG_MISMATCH``).
     """
     if asked and asked != current:
-        raise AbortedError(f"{what} was changed since it was read: read it again, then decide again", field=field)
+        raise AbortedError(changed_since(what), field=field)
